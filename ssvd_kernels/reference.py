@@ -1,0 +1,132 @@
+"""Plain PyTorch twins of every op: the mathematics, written once, for any device, dtype and thread count.
+
+Convention (used by the whole package; other packages use its inverse, so check before you mix them).
+    theta (m,), m = k(k-1)/2, packs a skew-symmetric K row by row over the strict upper triangle:
+    K[i, j] = +theta for i < j and K[j, i] = -theta.
+    Cayley transform  G = (I - K)(I + K)^-1  (orthogonal),  E = G - I = -2 K (I + K)^-1.
+    Adapted weight    W' = W + U core V^T,  core = diag(delta) + diag(sigma + delta) E  (input side).
+
+Sources: SSVD, arXiv 2509.02830, eq. 8-13 (rotation and shift); Cayley (1846) for the map.
+The functions here are called by `dispatch` when no faster backend serves, and by the tests as the twin of those
+that do. None of them uses a batched LU: on the CPU that is wrong for n > 150 with two or more threads
+(PyTorch issue 142815).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def skew(theta: Tensor, k: int) -> Tensor:
+    """Unpacks theta (..., m) into the skew-symmetric K (..., k, k)."""
+    K = theta.new_zeros(*theta.shape[:-1], k, k)
+    i, j = torch.triu_indices(k, k, offset=1, device=theta.device)
+    K[..., i, j] = theta
+    K[..., j, i] = -theta
+    return K
+
+
+def unskew(Z: Tensor) -> Tensor:
+    """Adjoint of `skew`: the strict upper triangle of Z - Z^T, (..., k, k) -> (..., m)."""
+    i, j = torch.triu_indices(Z.shape[-1], Z.shape[-1], offset=1, device=Z.device)
+    return Z[..., i, j] - Z[..., j, i]
+
+
+def inverse_delta_ref(N: Tensor) -> Tensor:
+    """F = (I + N)^-1 - I for N (..., n, n) whose symmetric part is positive semidefinite.
+
+    Recursive 2x2 block elimination without pivoting: every pivot block I + N11 and every Schur complement has a
+    symmetric part >= I, so it is stable at any block size. Carrying F instead of I + F loses nothing for small N.
+    """
+    n = N.shape[-1]
+    if n == 1:
+        return -N / (1 + N)
+    h = n // 2
+    N11, N12, N21, N22 = N[..., :h, :h], N[..., :h, h:], N[..., h:, :h], N[..., h:, h:]
+    F11 = inverse_delta_ref(N11)
+    L = N21 + N21 @ F11
+    R = N12 + F11 @ N12
+    F22 = inverse_delta_ref(N22 - L @ N12)
+    X12 = -(R + R @ F22)
+    X21 = -(L + F22 @ L)
+    top = torch.cat([F11 - X12 @ L, X12], dim=-1)
+    return torch.cat([top, torch.cat([X21, F22], dim=-1)], dim=-2)
+
+
+def cayley_delta_ref(theta: Tensor, k: int) -> Tensor:
+    """E = G - I = -2 K (I + K)^-1 = 2 [(I + K)^-1 - I]; theta (..., m) -> (..., k, k), float32 or float64."""
+    if theta.numel() == 0:  # k = 1, or an empty batch
+        return theta.new_zeros(*theta.shape[:-1], k, k)
+    return 2 * inverse_delta_ref(skew(theta, k))
+
+
+def cayley_delta_backward_ref(grad: Tensor, E: Tensor) -> Tensor:
+    """dtheta = strict upper triangle of Z - Z^T, Z = -2 B^T dE B^T, B = (I + K)^-1 = I + E/2. Differentiable."""
+    Ft = E.mT / 2
+    X = grad + grad @ Ft
+    return unskew(-2 * (X + Ft @ X))
+
+
+def core_ref(E: Tensor, sigma: Tensor, delta: Tensor, side: str, E_out: Tensor | None = None) -> Tensor:
+    """core M (k, k) with W' = W + U M V^T, exactly zero where E and delta are.
+
+    input   M = diag(delta) + D E,            D = diag(sigma + delta)
+    output  M = diag(delta) + E^T D
+    both    M = diag(delta) + E_H D + D E + E_H D E,  E_H = E_out^T
+    """
+    D = sigma + delta
+    if side == "output":
+        return torch.diag(delta) + E.mT * D
+    right = D.unsqueeze(-1) * E
+    if side == "input":
+        return torch.diag(delta) + right
+    assert E_out is not None
+    left = E_out.mT
+    return torch.diag(delta) + left * D + right + left @ right
+
+
+def compose_ref(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """W' = W + U core V^T, (d_out, d_in): computed in at least float32, rounded once to `dtype` (weight's own)."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    out = torch.addmm(weight.to(wide), U.to(wide) @ core.to(wide), V.to(wide).mT)
+    return out.to(dtype or weight.dtype)
+
+
+def ssvd_linear_ref(
+    x: Tensor, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, bias: Tensor | None, mode: str, need_z: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y = x W^T + ((x V) core^T) U^T + b and z = x V (what the backward needs of x); x (..., d_in)."""
+    dtype = x.dtype
+    if mode == "composed":
+        y = F.linear(x, compose_ref(weight, U, V, core, dtype), None if bias is None else bias.to(dtype))
+        return y, (x @ V.to(dtype) if need_z else None)
+    z = x @ V.to(dtype)
+    base = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+    return base + (z @ core.to(dtype).mT) @ U.to(dtype).mT, z
+
+
+def ssvd_linear_backward_ref(
+    dy: Tensor, z: Tensor | None, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, mode: str, need_dx: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx = dy W' and dcore = U^T (dy^T z) V-projected, i.e. (dy U)^T (x V); dcore is None when z is.
+
+    `composed` rebuilds W' (nothing weight-sized is kept in the graph); `factored` never forms it.
+    """
+    dtype = dy.dtype
+    dx = dcore = None
+    rows, Ud = dy.reshape(-1, dy.shape[-1]), U.to(dtype)
+    if mode == "composed":
+        if need_dx:
+            dx = dy @ compose_ref(weight, U, V, core, dtype)
+        if z is not None:
+            dcore = Ud.mT @ (rows.mT @ z.reshape(-1, z.shape[-1]))
+    else:
+        dyU = rows @ Ud
+        if need_dx:
+            dx = dy @ weight.to(dtype)
+            dx = dx + ((dyU @ core.to(dtype)) @ V.to(dtype).mT).view_as(dx)
+        if z is not None:
+            dcore = dyU.mT @ z.reshape(-1, z.shape[-1])
+    return dx, None if dcore is None else dcore.to(core.dtype)
