@@ -1,0 +1,312 @@
+"""Adapters on disk: what was trained, and what identifies the basis that it refers to.
+
+One safetensors file. Per layer: theta, delta_sigma (theta_out), and a sketch (6, k) of U and V; U, sigma and V
+themselves only where they cannot be recomputed safely, or on request. Metadata: format version, each layer's rank,
+side, rotation, shape and base-weight fingerprint, and a digest over everything. Loading factorises the base weight
+again, compares with the sketch, repairs signs, and refuses anything that does not match, before it changes anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import SSVDConfig
+from .factorize import SAFE_GAP, SKETCH_ROWS, Factorization, fingerprint, match_signs
+from .functional import theta_length
+from .layers import SSVDLinear, check_linear
+from .model import Plan, _require_layers, factorize_all, install, ssvd_layers
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+ROUNDED_BASE = 2e-2  # ||U^T W V - Sigma|| / ||Sigma|| up to which W counts as a rounding of the base that was adapted
+_TRAINED = ("theta", "theta_out", "delta_sigma")
+_BASIS = ("U", "sigma", "V")
+
+
+class AdapterError(ValueError):
+    """An adapter file that cannot be used: damaged, of another format, or made for another base model."""
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], save_bases: bool = False) -> None:
+    """Writes every SSVD layer of `model` to one safetensors file, atomically.
+
+    save_bases=True adds every U, sigma and V: such an adapter also loads on a rounding (fp16, bf16) of its base.
+    Layers whose singular values lie too close together to recompute their basis safely are stored with it anyway,
+    and a log line says so. Raises ValueError if the model has no SSVD layer or a parameter is not finite, and
+    FileNotFoundError if the folder does not exist; nothing is left half-written.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path={str(path)!r}: the folder {str(path.parent)!r} does not exist")
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, dict[str, Any]] = {}
+    unsafe = []
+    for name, layer in _require_layers(model).items():
+        close = layer.basis.gap < SAFE_GAP
+        if close and not save_bases:
+            unsafe.append(name)
+        kept = [key for key in _TRAINED if getattr(layer, key) is not None]
+        kept += _BASIS if save_bases or close else []
+        for key in kept:
+            value = getattr(layer, key).detach().cpu().contiguous()
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{name}.{key} holds NaN or infinity: nothing was saved")
+            tensors[f"{name}.{key}"] = value
+        tensors[f"{name}.sketch"] = layer.basis.sketch
+        layers[name] = {**_describe(layer), "fingerprint": layer.basis.fingerprint}
+    if unsafe:
+        logger.warning(
+            "%d of %d layers have singular values too close to recompute their bases; stored U and V of %s",
+            len(unsafe),
+            len(layers),
+            ", ".join(unsafe[:3]) + (", ..." if len(unsafe) > 3 else ""),
+        )
+    header = {"version": FORMAT_VERSION, "layers": layers}
+    header["digest"] = _digest(header, tensors)
+    _write_atomically(path, tensors, {"format": "pt", "ssvd_kernels": json.dumps(header, separators=(",", ":"))})
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, progress: bool = True) -> list[str]:
+    """Loads an adapter into `model` and returns the names of its layers.
+
+    A model without SSVD layers is injected as the file says (other parameters frozen); one with SSVD layers must have
+    the same ones. Raises FileNotFoundError, or AdapterError for a file that is damaged, altered, of another version,
+    for another base model, whose basis cannot be matched, or whose precision would be lost; the model is then
+    unchanged.
+    """
+    path = Path(path)
+    described, tensors = _read(path)
+    present = ssvd_layers(model)
+    found: dict[str, Factorization] = {}
+    if present:
+        _check_present(path, present, described)
+    else:
+        plan = _plan(path, model, described)
+        for name, (linear, _) in plan.items():
+            if f"{name}.U" not in tensors:
+                _check_fingerprint(path, name, described[name], fingerprint(linear.weight))
+        missing = {name: entry for name, entry in plan.items() if f"{name}.U" not in tensors}
+        found = {**factorize_all(missing, progress), **_stored_bases(path, plan, described, tensors)}
+    signs = {}
+    for name in described:
+        dtype = present[name].theta.dtype if present else torch.promote_types(plan[name][0].weight.dtype, torch.float32)
+        _check_precision(path, name, tensors, dtype)
+        identity = present[name].basis if present else found[name]
+        if f"{name}.U" in tensors:
+            if present:
+                _check_base(path, name, described[name], present[name].base_weight, tensors)
+            continue
+        _check_fingerprint(path, name, described[name], identity.fingerprint)
+        matched = match_signs(tensors[f"{name}.sketch"], identity.sketch)
+        if matched is None:
+            raise AdapterError(
+                f"{path}: the singular vectors of {name} cannot be matched with those that were adapted, although the "
+                "base weight is the same: save the adapter with save_bases=True"
+            )
+        signs[name] = matched
+    if not present:
+        install(model, plan, found)
+        present = ssvd_layers(model)
+    for name in described:
+        _fill(present[name], name, tensors, signs.get(name))
+    return list(described)
+
+
+def _fill(layer: SSVDLinear, name: str, tensors: dict[str, Tensor], signs: Tensor | None) -> None:
+    if signs is None:
+        layer.set_basis(*(tensors[f"{name}.{key}"] for key in _BASIS))
+    elif bool((signs < 0).any()):
+        layer.flip_basis(signs)
+    with torch.no_grad():
+        for key in _TRAINED:
+            parameter = getattr(layer, key)
+            if parameter is not None:
+                parameter.copy_(tensors[f"{name}.{key}"])
+    layer._forget()
+
+
+def _describe(layer: SSVDLinear) -> dict[str, Any]:
+    return {
+        "k": layer.k_in,
+        "k_out": layer.k_out,
+        "side": layer.side,
+        "rotation": layer.rotation,
+        "shape": [layer.out_features, layer.in_features],
+    }
+
+
+def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """(layer name -> description, tensors) of a file that is whole, unaltered and of this version."""
+    if not path.is_file():
+        raise FileNotFoundError(f"path={str(path)!r}: no such adapter file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise AdapterError(f"{path} is damaged or no safetensors file: {error}") from None
+    if "ssvd_kernels" not in metadata:
+        raise AdapterError(f"{path} is not an adapter of ssvd_kernels: its metadata has no 'ssvd_kernels' entry")
+    try:
+        header = json.loads(metadata["ssvd_kernels"])
+        version = header["version"]
+        if version != FORMAT_VERSION:
+            raise AdapterError(f"{path} has format version {version!r}: this package reads version {FORMAT_VERSION}")
+        digest = header.pop("digest")
+        layers = header["layers"]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(f"{path} has a damaged header ({type(error).__name__}: {error})") from None
+    if digest != _digest(header, tensors):
+        raise AdapterError(f"{path} was altered or damaged after it was saved: its digest does not match")
+    expected = {key: shape for name, layer in layers.items() for key, shape in _expected_shapes(name, layer).items()}
+    for key, shape in expected.items():
+        stored = key.rpartition(".")[2] not in _BASIS or f"{key.rpartition('.')[0]}.U" in tensors
+        if stored and (key not in tensors or tuple(tensors[key].shape) != shape):
+            found = tuple(tensors[key].shape) if key in tensors else "missing"
+            raise AdapterError(f"{path}: {key} is {found}: allowed is {shape}")
+    for key, value in tensors.items():
+        if key not in expected:
+            raise AdapterError(f"{path} holds {key!r}, which none of its layers has")
+        if not value.is_floating_point():
+            raise AdapterError(f"{path}: {key} has dtype {value.dtype}: allowed are floating-point dtypes")
+        if not bool(torch.isfinite(value).all()):
+            raise AdapterError(f"{path}: {key} holds NaN or infinity")
+    return layers, tensors
+
+
+def _expected_shapes(name: str, layer: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    (d_out, d_in), k_in, k_out, rotation = layer["shape"], layer["k"], layer["k_out"], layer["rotation"]
+    k = max(k_in, k_out or 0)
+    shapes: dict[str, tuple[int, ...]] = {"theta": (theta_length(k_in, rotation),), "delta_sigma": (k,)}
+    if k_out is not None:
+        shapes["theta_out"] = (theta_length(k_out, rotation),)
+    shapes |= {"sketch": (2 * SKETCH_ROWS, k), "U": (d_out, k), "sigma": (k,), "V": (d_in, k)}
+    return {f"{name}.{key}": shape for key, shape in shapes.items()}
+
+
+def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for key in sorted(tensors):
+        value = tensors[key]
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_present(path: Path, present: dict[str, SSVDLinear], described: dict[str, dict[str, Any]]) -> None:
+    if set(present) != set(described):
+        differing = sorted(set(present) ^ set(described))
+        raise AdapterError(
+            f"{path} adapts {len(described)} layers and the model has {len(present)} SSVD layers; they differ, e.g. in "
+            f"{differing[0]!r}: inject the model as for the adapter, or load into the base model"
+        )
+    for name, layer in present.items():
+        if layer.merged:
+            raise AdapterError(f"{name} is merged: unmerge before loading {path}")
+        mine, theirs = _describe(layer), {key: described[name].get(key) for key in _describe(layer)}
+        if mine != theirs:
+            raise AdapterError(f"{path} was saved for {name} as {theirs}, but the model has {mine}")
+
+
+def _plan(path: Path, model: nn.Module, described: dict[str, dict[str, Any]]) -> Plan:
+    modules = dict(model.named_modules())
+    plan = {}
+    for name, layer in described.items():
+        linear = modules.get(name)
+        if linear is None:
+            raise AdapterError(
+                f"{path} adapts {name!r}, which {type(model).__name__} does not have: another base model?"
+            )
+        try:
+            check_linear(linear, name)
+            assert isinstance(linear, nn.Linear)
+            shape = [linear.out_features, linear.in_features]
+            if shape != layer["shape"]:
+                raise AdapterError(f"{path} was saved for {name} of shape {layer['shape']}, but the model has {shape}")
+            config = SSVDConfig(
+                rank=layer["k"], rank_out=layer["k_out"], side=layer["side"], rotation=layer["rotation"]
+            )
+            config.resolve_ranks(linear.in_features, linear.out_features)
+        except TypeError as error:
+            raise AdapterError(f"{path}: {error}") from None
+        plan[name] = (linear, config)
+    return plan
+
+
+def _check_precision(path: Path, name: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Refuses to round what was trained: theta in the file may not be wider than the layer's."""
+    for key in _TRAINED:
+        value = tensors.get(f"{name}.{key}")
+        if value is not None and torch.promote_types(value.dtype, dtype) != dtype:
+            raise AdapterError(
+                f"{path}: {name}.{key} is {value.dtype} and the model's is {dtype}, which would lose precision: "
+                f"load the adapter before casting the model, or cast the model to {value.dtype}"
+            )
+
+
+def _check_fingerprint(path: Path, name: str, described: dict[str, Any], found: str) -> None:
+    if described["fingerprint"] != found:
+        raise AdapterError(
+            f"{path} was trained on another base model: the weight of {name} differs. If yours is a half-precision "
+            "copy of that base, load the adapter before casting, or save it with save_bases=True"
+        )
+
+
+def _check_base(path: Path, name: str, described: dict[str, Any], weight: Tensor, tensors: dict[str, Tensor]) -> None:
+    """For an adapter with its own bases: the base is the same weight, or a rounding of it."""
+    if described["fingerprint"] == fingerprint(weight):
+        return
+    U, sigma, V = (tensors[f"{name}.{key}"].to(weight.device, torch.float32) for key in _BASIS)
+    error = (U.mT @ weight.detach().float() @ V - torch.diag(sigma)).norm() / sigma.norm()
+    if not bool(error <= ROUNDED_BASE):
+        raise AdapterError(
+            f"{path} was trained on another base model: U^T W V of {name} differs from its singular values by "
+            f"{float(error):.2g} relative (allowed, for a rounded copy: {ROUNDED_BASE})"
+        )
+    logger.warning("%s: the base weight of %s is a rounding of the one that was adapted", path, name)
+
+
+def _stored_bases(
+    path: Path, plan: Plan, described: dict[str, dict[str, Any]], tensors: dict[str, Tensor]
+) -> dict[str, Factorization]:
+    stored = {}
+    for name, (linear, _) in plan.items():
+        if f"{name}.U" not in tensors:
+            continue
+        _check_base(path, name, described[name], linear.weight, tensors)
+        wide = torch.promote_types(linear.weight.dtype, torch.float32)
+        U, sigma, V = (tensors[f"{name}.{key}"].to(linear.weight.device, wide) for key in _BASIS)
+        stored[name] = Factorization(U, sigma, V, fingerprint(linear.weight), 0.0, tensors[f"{name}.sketch"])
+    return stored
+
+
+def _write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,135 @@
+"""What to adapt, how much, on which side and with which rotation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Side = Literal["input", "output", "smaller", "both"]
+Rotation = Literal["cayley", "linear", "free"]
+SIDES, ROTATIONS = get_args(Side), get_args(Rotation)
+
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
+_WAV2VEC2 = [*_ATTENTION, "intermediate_dense", "output_dense"]
+PRESETS: dict[str, list[str]] = {
+    "whisper": [*_ATTENTION, "fc1", "fc2"],
+    "wav2vec2": _WAV2VEC2,
+    "hubert": _WAV2VEC2,
+    "wavlm": _WAV2VEC2,
+}
+
+
+def check_rank(argument: str, rank: int, d_in: int, d_out: int) -> int:
+    """Returns `rank` if 1 <= rank <= min(d_in, d_out); else a ValueError that says so."""
+    if not 1 <= rank <= min(d_in, d_out):
+        raise ValueError(
+            f"{argument}={rank} does not fit a weight of shape ({d_out}, {d_in}): allowed is 1 to {min(d_in, d_out)}"
+        )
+    return rank
+
+
+@dataclass(frozen=True)
+class SSVDConfig:
+    """Configuration of SSVD (arXiv 2509.02830) for `inject` and `SSVDLinear.from_linear`.
+
+    rank, ratio      adapted rank k, or k = int(min(d_in, d_out) * ratio); exactly one of them.
+    side             "input" rotates the right singular vectors (the paper), "output" the left ones, "smaller" the
+                     input side where d_out >= d_in and else the output side (ESPnet's rule), "both" each with its own
+                     rotation (our reading of the abstract of SSVD-O, arXiv 2601.12600).
+    rotation         "cayley" G = (I-K)(I+K)^-1, orthogonal; "linear" I - 2K, its first-order map (not orthogonal);
+                     "free" any k x k matrix (k^2 parameters).
+    rank_out, ratio_out   rank of the output rotation, only for side="both" (default: as rank or ratio).
+    targets          "all-linear" | a preset ("whisper", "wav2vec2", "hubert", "wavlm") | list of module-name suffixes
+                     | regular expression matched against the whole module name.
+    exclude          list of suffixes or a regular expression of modules to leave alone.
+
+    Raises ValueError or TypeError naming the argument, its value and what is allowed.
+    """
+
+    rank: int | None = None
+    ratio: float | None = None
+    side: Side = "input"
+    rotation: Rotation = "cayley"
+    targets: str | Sequence[str] = "all-linear"
+    exclude: str | Sequence[str] = ()
+    rank_out: int | None = None
+    ratio_out: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.rank is None) == (self.ratio is None):
+            raise ValueError(f"give exactly one of rank and ratio (got rank={self.rank}, ratio={self.ratio})")
+        _check_amount("rank", self.rank, "ratio", self.ratio)
+        _check_choice("side", self.side, SIDES)
+        _check_choice("rotation", self.rotation, ROTATIONS)
+        if self.rank_out is not None or self.ratio_out is not None:
+            if self.side != "both":
+                raise ValueError(f"rank_out and ratio_out need side='both' (got side={self.side!r})")
+            if self.rank_out is not None and self.ratio_out is not None:
+                raise ValueError(
+                    f"give one of rank_out and ratio_out (got rank_out={self.rank_out}, ratio_out={self.ratio_out})"
+                )
+            _check_amount("rank_out", self.rank_out, "ratio_out", self.ratio_out)
+        for argument in ("targets", "exclude"):
+            value = getattr(self, argument)
+            if not isinstance(value, str):
+                if not isinstance(value, Sequence) or not all(isinstance(item, str) and item for item in value):
+                    raise TypeError(f"{argument}={value!r}: allowed is a string or a list of module-name suffixes")
+                object.__setattr__(self, argument, tuple(value))
+        if not self.targets:
+            raise ValueError(
+                f"targets={self.targets!r} is empty: give 'all-linear', a preset, suffixes or a regular expression"
+            )
+
+    def resolve_side(self, d_in: int, d_out: int) -> Side:
+        """The side used for a weight of shape (d_out, d_in): "smaller" becomes "input" or "output"."""
+        if self.side == "smaller":
+            return "input" if d_out >= d_in else "output"
+        return self.side
+
+    def resolve_ranks(self, d_in: int, d_out: int) -> tuple[int, int | None]:
+        """(k of the input rotation, k of the output rotation or None) for a weight of shape (d_out, d_in)."""
+        k = _resolve("rank", self.rank, "ratio", self.ratio, d_in, d_out)
+        if self.side != "both":
+            return k, None
+        if self.rank_out is None and self.ratio_out is None:
+            return k, k
+        return k, _resolve("rank_out", self.rank_out, "ratio_out", self.ratio_out, d_in, d_out)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values; `SSVDConfig(**d)` restores it."""
+        fields = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
+def _check_choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{argument}={value!r} is unknown: allowed are {', '.join(map(repr, allowed))}")
+
+
+def _check_amount(rank_name: str, rank: int | None, ratio_name: str, ratio: float | None) -> None:
+    if rank is not None:
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise TypeError(f"{rank_name}={rank!r}: allowed is a whole number >= 1")
+        if rank < 1:
+            raise ValueError(f"{rank_name}={rank}: allowed is a whole number >= 1")
+    if ratio is not None:
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+            raise TypeError(f"{ratio_name}={ratio!r}: allowed is a number in (0, 1]")
+        if not (math.isfinite(ratio) and 0 < ratio <= 1):
+            raise ValueError(f"{ratio_name}={ratio}: allowed is a number in (0, 1]")
+
+
+def _resolve(rank_name: str, rank: int | None, ratio_name: str, ratio: float | None, d_in: int, d_out: int) -> int:
+    if rank is not None:
+        return check_rank(rank_name, rank, d_in, d_out)
+    assert ratio is not None
+    k = int(min(d_in, d_out) * ratio)
+    if k < 1:
+        raise ValueError(
+            f"{ratio_name}={ratio} gives rank 0 for a weight of shape ({d_out}, {d_in}): "
+            f"allowed is at least {1 / min(d_in, d_out):.4g}"
+        )
+    return k

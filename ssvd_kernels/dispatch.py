@@ -1,0 +1,132 @@
+"""Chooses backend and mode for each op, and can say why a backend was refused.
+
+A fallback changes speed, never mathematics. A backend forced by SSVD_BACKEND or `use_backend`, or a mode forced by
+`mode=`, that cannot serve raises.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from . import _ext, reference
+from . import triton as triton_backend
+
+BACKENDS = ("auto", "reference", "ext", "triton")
+MODES = ("auto", "composed", "factored")
+_HALF = (torch.float16, torch.bfloat16)
+_forced = os.environ.get("SSVD_BACKEND", "auto")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces a backend within a `with` block: "reference", "ext" (the C++/CUDA op), "triton", or "auto".
+
+    An op that the named backend does not have at all (Triton has no Cayley, the extension no linear) keeps its own
+    choice; one that it has but cannot serve raises RuntimeError.
+    """
+    global _forced
+    _check_backend("name", name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def refusals(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """For `op` "cayley" or "linear": backend -> why it refuses these inputs (None = it serves), fastest first."""
+    if op == "cayley":
+        return {"ext": _ext.supports(device), "reference": None}
+    return {"triton": triton_backend.unavailable_reason(device, dtype), "reference": None}
+
+
+def backend_for(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that will serve `op` on these inputs. Raises RuntimeError if the forced one cannot."""
+    if _forced != "auto":
+        _check_backend("SSVD_BACKEND", _forced)
+        options = refusals(op, device, dtype)
+        if options.get(_forced) is not None:
+            raise RuntimeError(f"backend {_forced!r} cannot serve {op} on {device} in {dtype}: {options[_forced]}")
+        if _forced in options:
+            return _forced
+    if op == "linear" and not (device.type == "cuda" and dtype in _HALF):
+        return "reference"  # float32 products are the vendor library's; the interpreter is for tests
+    return next(name for name, reason in refusals(op, device, dtype).items() if reason is None)
+
+
+def linear_mode(x: Tensor, weight: Tensor, k: int, mode: str, backward: bool) -> str:
+    """ "composed" (W' is built, then one product) or "factored", for this call.
+
+    Half precision is factored: composing onto a half-precision base by round-to-nearest loses small updates, and a
+    float32 base often holds half-precision values. In float32 and float64 the cheaper one by FLOP count.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is unknown: allowed are {', '.join(map(repr, MODES))}")
+    if mode != "auto":
+        return mode
+    if x.dtype in _HALF:
+        return "factored"
+    d_out, d_in = weight.shape
+    tokens = x.numel() // d_in
+    compose = d_out * k * (k + d_in)
+    composed = compose + (compose + d_out * k * k + tokens * k * (d_in + d_out) if backward else 0)
+    factored = tokens * k * (d_in + k + d_out) * (2 if backward else 1)
+    return "composed" if composed < factored else "factored"
+
+
+def cayley_delta(theta: Tensor, k: int) -> Tensor:
+    """E (B, k, k) from theta (B, m)."""
+    if backend_for("cayley", theta.device, theta.dtype) == "ext":
+        return torch.ops.ssvd_kernels.cayley_delta(theta, k)
+    return reference.cayley_delta_ref(theta, k)
+
+
+def cayley_delta_backward(grad: Tensor, E: Tensor) -> Tensor:
+    """dtheta (B, m) from dE and E (B, k, k)."""
+    if backend_for("cayley", E.device, E.dtype) == "ext":
+        return torch.ops.ssvd_kernels.cayley_delta_backward(grad, E)
+    return reference.cayley_delta_backward_ref(grad, E)
+
+
+def ssvd_linear(
+    x: Tensor, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, bias: Tensor | None, mode: str, need_z: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(y, z = x V if needed); arguments and formula as `reference.ssvd_linear_ref`."""
+    if backend_for("linear", x.device, x.dtype) == "triton":
+        from .triton import compose
+        from .triton import ssvd_linear as kernels
+
+        if mode == "factored":
+            return kernels.ssvd_linear_fwd(x, weight, U, V, core, bias, need_z)
+        composed = compose.compose(weight, U, V, core, x.dtype)
+        y = torch.nn.functional.linear(x, composed, None if bias is None else bias.to(x.dtype))
+        return y, (x @ V.to(x.dtype) if need_z else None)
+    return reference.ssvd_linear_ref(x, weight, U, V, core, bias, mode, need_z)
+
+
+def ssvd_linear_backward(
+    dy: Tensor, z: Tensor | None, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, mode: str, need_dx: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dcore), None where not needed; arguments and formula as `reference.ssvd_linear_backward_ref`."""
+    if backend_for("linear", dy.device, dy.dtype) == "triton":
+        from .triton import compose, core_grad
+        from .triton import ssvd_linear as kernels
+
+        if mode == "factored":
+            return kernels.ssvd_linear_bwd(dy, z, weight, U, V, core, need_dx)
+        dx = dy @ compose.compose(weight, U, V, core, dy.dtype) if need_dx else None
+        if z is None:
+            return dx, None
+        projected = core_grad.core_grad(dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1]))
+        return dx, (U.to(projected.dtype).mT @ projected).to(core.dtype)
+    return reference.ssvd_linear_backward_ref(dy, z, weight, U, V, core, mode, need_dx)
+
+
+def _check_backend(argument: str, name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{argument}={name!r} is unknown: allowed are {', '.join(map(repr, BACKENDS))}")

@@ -1,0 +1,134 @@
+"""Public functions: argument checks, flattening, dtype policy. The convention of theta, K and G is in reference.py."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import dispatch, reference
+from .autograd import CayleyDeltaFunction, SSVDLinearFunction
+
+
+def cayley_delta(theta: Tensor, k: int) -> Tensor:
+    """E = G - I = -2 K (I + K)^-1 without the cancellation of forming G first.
+
+    theta (..., m) with m = k(k-1)/2, any leading shape, batch 0 and k = 1 included -> E (..., k, k).
+    Arithmetic and result are float64 for float64 theta, otherwise float32 (half-precision theta is upcast, also
+    under autocast). Differentiable twice. Relative error about 1e-7 in float32 for any ||K||.
+    Raises TypeError for a non-floating theta, ValueError if theta's last dimension is not k(k-1)/2.
+    Source: Cayley transform as in SSVD, arXiv 2509.02830; backward dK = Z - Z^T, Z = -2 B^T dE B^T, B = I + E/2.
+    """
+    check_theta("theta", theta, k, "cayley")
+    dtype = torch.promote_types(theta.dtype, torch.float32)
+    flat = theta.to(dtype).reshape(math.prod(theta.shape[:-1]), theta.shape[-1])
+    with torch.autocast(theta.device.type, enabled=False):
+        E = CayleyDeltaFunction.apply(flat.contiguous(), k)
+    return E.view(*theta.shape[:-1], k, k)
+
+
+def cayley(theta: Tensor, k: int) -> Tensor:
+    """G = (I - K)(I + K)^-1 = I + E, orthogonal; theta (..., m) -> G (..., k, k). See `cayley_delta` for the rest."""
+    E = cayley_delta(theta, k)
+    return E + torch.eye(k, dtype=E.dtype, device=E.device)
+
+
+def rotation_delta(theta: Tensor, k: int, rotation: str) -> Tensor:
+    """E = G - I (..., k, k) of a rotation "cayley", "linear" (E = -2 K) or "free" (E = theta reshaped)."""
+    if rotation == "cayley":
+        return cayley_delta(theta, k)
+    check_theta("theta", theta, k, rotation)
+    theta = theta.to(torch.promote_types(theta.dtype, torch.float32))
+    if rotation == "free":
+        return theta.view(*theta.shape[:-1], k, k)
+    return -2 * reference.skew(theta, k)
+
+
+def rotation_deltas(thetas: Sequence[Tensor], ks: Sequence[int], rotations: Sequence[str]) -> list[Tensor]:
+    """`rotation_delta` of many thetas: those of one rank, rotation, dtype and device go through one batched call."""
+    buckets: dict[tuple, list[int]] = defaultdict(list)
+    for index, (theta, k, rotation) in enumerate(zip(thetas, ks, rotations, strict=True)):
+        buckets[k, rotation, theta.dtype, theta.device].append(index)
+    result: list[Tensor] = list(thetas)
+    for (k, rotation, _, _), members in buckets.items():
+        stacked = torch.stack([thetas[index] for index in members])
+        for index, E in zip(members, rotation_delta(stacked, k, rotation).unbind(), strict=True):
+            result[index] = E
+    return result
+
+
+def ssvd_linear(
+    x: Tensor, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, bias: Tensor | None = None, mode: str = "auto"
+) -> Tensor:
+    """y = x W'^T + b with W' = weight + U core V^T, i.e. y = x weight^T + ((x V) core^T) U^T + b.
+
+    x (..., d_in), weight (d_out, d_in), U (d_out, k), V (d_in, k), core (k, k), bias (d_out,) -> y (..., d_out).
+    Arithmetic is in x's dtype (autocast's, where that is on) with products accumulated in float32 at least.
+    mode: "composed" builds W' once and multiplies once, "factored" never builds it, "auto" takes factored in half
+    precision (no update is lost to rounding) and else the cheaper one.
+    Gradients reach x, core and bias; weight, U and V are frozen and must not require them. Once differentiable.
+    Raises ValueError naming the argument for shapes, dtypes or devices that do not fit or an unknown mode.
+    Source: SSVD, arXiv 2509.02830, eq. 8-13, written as an update of the frozen weight.
+    """
+    _check_linear(x, weight, U, V, core, bias)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device)) if x.dtype != torch.float64 else x
+    elif x.dtype != weight.dtype:
+        raise ValueError(f"x has dtype {x.dtype} and weight {weight.dtype}: allowed is one dtype, or autocast")
+    need_z = torch.is_grad_enabled() and core.requires_grad
+    backward = need_z or (torch.is_grad_enabled() and x.requires_grad)
+    chosen = dispatch.linear_mode(x, weight, core.shape[0], mode, backward)
+    with torch.autocast(device, enabled=False):
+        y, _ = SSVDLinearFunction.apply(x, weight, U, V, core, bias, chosen, need_z)
+    return y
+
+
+def check_theta(argument: str, theta: Tensor, k: int, rotation: str) -> None:
+    """Raises unless theta is a floating tensor (..., m) of the length that `rotation` needs at rank k."""
+    if not theta.is_floating_point():
+        raise TypeError(f"{argument} has dtype {theta.dtype}: allowed are floating-point dtypes")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"k={k!r}: allowed is a whole number >= 1")
+    if theta.ndim == 0 or theta.shape[-1] != theta_length(k, rotation):
+        formula = "k^2" if rotation == "free" else "k(k-1)/2"
+        raise ValueError(
+            f"{argument} has shape {tuple(theta.shape)}: allowed is (..., {theta_length(k, rotation)}), "
+            f"{formula} numbers for k={k} and rotation={rotation!r}"
+        )
+
+
+def theta_length(k: int, rotation: str) -> int:
+    """Numbers in theta: k^2 for "free", else k(k-1)/2."""
+    return k * k if rotation == "free" else k * (k - 1) // 2
+
+
+def _check_linear(x: Tensor, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, bias: Tensor | None) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}: allowed are floating-point dtypes")
+    if weight.ndim != 2 or U.ndim != 2:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)} and U {tuple(U.shape)}: allowed are (d_out, d_in) and (d_out, k)"
+        )
+    (d_out, d_in), k = weight.shape, U.shape[1]
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "U": (U, (d_out, k)),
+        "V": (V, (d_in, k)),
+        "core": (core, (k, k)),
+        "bias": (bias, (d_out,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: allowed is {shape} for weight {(d_out, d_in)}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: allowed is one device")
+    if x.ndim == 0 or x.shape[-1] != d_in:
+        raise ValueError(f"x has shape {tuple(x.shape)}: allowed is (..., {d_in}) for weight {(d_out, d_in)}")
+    if weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device} and x on {x.device}: allowed is one device")
+    for name, tensor in (("weight", weight), ("U", U), ("V", V)):
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient: allowed is a frozen {name} (SSVD trains the core alone)")

@@ -1,0 +1,346 @@
+"""SSVDLinear: a frozen nn.Linear whose weight is W' = W + U core V^T."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import reference
+from .config import SSVDConfig
+from .factorize import Factorization, factorize, fingerprint, match_signs, sketch
+from .functional import rotation_delta, ssvd_linear, theta_length
+
+logger = logging.getLogger(__name__)
+
+
+class BasisIdentity(NamedTuple):
+    """What recognises a basis again after another factorisation (see factorize.py)."""
+
+    fingerprint: str
+    gap: float
+    sketch: Tensor
+
+
+class RotationScope:
+    """Says whether the forward for which rotations were handed out is still running."""
+
+    def __init__(self) -> None:
+        self.active = False
+
+
+class HandedRotations:
+    """Rotations that the root module computed for one layer in its batched call, and the weight composed from them."""
+
+    def __init__(self, scope: RotationScope, E: Tensor, E_out: Tensor | None) -> None:
+        self.scope, self.E, self.E_out = scope, E, E_out
+        self.weight: Tensor | None = None
+
+
+class SSVDLinear(nn.Module):
+    """Drop-in for nn.Linear: y = x W'^T + b, W' = W + U core V^T; x (..., d_in) -> y (..., d_out).
+
+    Input side: W' = U_k (Sigma + dSigma) G V_k^T + (W - U_k Sigma V_k^T), G = cayley(theta): the top-k input singular
+    vectors are rotated, the singular values shifted, the output vectors kept (SSVD, arXiv 2509.02830, eq. 8-13).
+
+    Trains     theta (k(k-1)/2,), delta_sigma (k,); side="both" adds theta_out; rotation="free" has theta (k^2,)
+    Frozen     U (d_out, k), sigma (k,), V (d_in, k); base weight and bias, under the keys "weight" and "bias" of the
+               state dict, so that base checkpoints load both ways
+    layer.weight   the effective weight (d_out, d_in), differentiable; layer.base_weight the untouched one
+    layer.mode     "auto", "composed" or "factored" (see `ssvd_linear`)
+
+    Before training the output is bit-identical to the base layer's. The Parameters of `linear` are shared and frozen.
+    With gradients off in eval the composed weight is kept; train(), eval(), any forward with gradients, loading,
+    moving and merging drop it, and so does a change of the parameters (on the GPU, where comparing would stall the
+    stream, one made through .data goes unseen until then). Raises as `SSVDConfig` and `factorize` do, and TypeError
+    for anything but an nn.Linear.
+    """
+
+    theta: nn.Parameter
+    theta_out: nn.Parameter | None
+    bias: nn.Parameter | None
+    _merged_weight: Tensor | None
+
+    def __init__(self, linear: nn.Linear, config: SSVDConfig, factorization: Factorization | None = None) -> None:
+        super().__init__()
+        check_linear(linear, "linear")
+        weight = linear.weight
+        d_out, d_in = weight.shape
+        k_in, k_out = config.resolve_ranks(d_in, d_out)
+        self.in_features, self.out_features = d_in, d_out
+        self.k_in, self.k_out, self.k = k_in, k_out, max(k_in, k_out or 0)
+        self.side, self.rotation = config.resolve_side(d_in, d_out), config.rotation
+        self.mode = "auto"
+        found = factorization or factorize(weight, self.k)
+        self.basis = BasisIdentity(found.fingerprint, found.gap, found.sketch)
+        self.__dict__["_original"] = linear  # not a submodule: `original()` gives it back
+        self._parameters["weight"] = weight.requires_grad_(False)  # by hand: the name `weight` is a property
+        self.register_parameter("bias", linear.bias if linear.bias is None else linear.bias.requires_grad_(False))
+        for name, tensor in (("U", found.U), ("sigma", found.sigma), ("V", found.V)):
+            # frozen parameters, not buffers: DDP broadcasts buffers, even non-persistent ones, every step
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        new = {"device": weight.device, "dtype": found.sigma.dtype}
+        self.theta = nn.Parameter(torch.zeros(theta_length(k_in, self.rotation), **new))
+        theta_out = None if k_out is None else nn.Parameter(torch.zeros(theta_length(k_out, self.rotation), **new))
+        self.register_parameter("theta_out", theta_out)
+        self.delta_sigma = nn.Parameter(torch.zeros(self.k, **new))
+        self.register_buffer("_merged_weight", None, persistent=False)
+        self.training = linear.training
+        self._handed: HandedRotations | None = None
+        self._cache: tuple[Any, Tensor, Tensor | None] | None = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: SSVDConfig) -> SSVDLinear:
+        """Factorises `linear` and adapts it as `config` says; see the class."""
+        return cls(linear, config)
+
+    # -- values ------------------------------------------------------------------------------------------------
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The untouched pretrained weight W (d_out, d_in)."""
+        return self._parameters["weight"]
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight W' (d_out, d_in) in the base weight's dtype, differentiable; composed once a forward."""
+        if self._merged_weight is not None:
+            return self._merged_weight
+        if self._may_cache():
+            return self._cached_weight()
+        handed = self._current_handed()
+        if handed is None:
+            return self.compose()
+        if handed.weight is None or (torch.is_grad_enabled() and not handed.weight.requires_grad):
+            handed.weight = self.compose()
+        return handed.weight
+
+    def core(self) -> Tensor:
+        """M (k, k) with W' = W + U M V^T, in float32 at least; exactly zero before training."""
+        handed = self._current_handed()
+        if handed is not None:
+            E, E_out = handed.E, handed.E_out
+            if E.requires_grad and not torch.is_grad_enabled():
+                # first pass of reentrant checkpointing: its recomputation must not meet this graph a second time
+                E, E_out, self._handed = E.detach(), None if E_out is None else E_out.detach(), None
+        else:
+            E = rotation_delta(self.theta, self.k_in, self.rotation)
+            E_out = None
+            if self.theta_out is not None:
+                assert self.k_out is not None
+                E_out = rotation_delta(self.theta_out, self.k_out, self.rotation)
+        if E_out is not None:
+            E, E_out = _pad(E, self.k), _pad(E_out, self.k)
+        side = "input" if self.side == "smaller" else self.side
+        with torch.autocast(E.device.type, enabled=False):
+            return reference.core_ref(E, self.sigma.to(E.dtype), self.delta_sigma.to(E.dtype), side, E_out)
+
+    def compose(self) -> Tensor:
+        """W + U core V^T (d_out, d_in), computed in float32 at least and rounded once to the base weight's dtype."""
+        core = self.core()
+        with torch.autocast(core.device.type, enabled=False):
+            return reference.compose_ref(self.base_weight, self.U, self.V, core)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._merged_weight is not None:
+            if self.training and torch.is_grad_enabled() and self.theta.requires_grad:
+                raise RuntimeError("this SSVDLinear is merged and would not train: call unmerge() first, or eval()")
+            return F.linear(x, self._merged_weight, self.bias)
+        if not self._may_cache():
+            self._cache = None
+            core = self.core()
+        elif self.mode != "factored" and self._compute_dtype(x) == self.base_weight.dtype == self.sigma.dtype:
+            return F.linear(x, self._cached_weight(), self.bias)  # float32 or float64: as good as merged
+        else:
+            core = self._cached()[1]
+        return ssvd_linear(x, self.base_weight, self.U, self.V, core, self.bias, self.mode)
+
+    # -- merging -----------------------------------------------------------------------------------------------
+
+    @property
+    def merged(self) -> bool:
+        """Whether the forward uses a fixed W' composed by `merge`."""
+        return self._merged_weight is not None
+
+    def composed_for_merge(self, name: str = "weight") -> Tensor:
+        """W' as `merge` stores it. Raises ValueError if it is not finite; warns if rounding loses the update."""
+        with torch.no_grad():
+            core = self.core()
+            merged = self.compose()
+            if not bool(torch.isfinite(merged).all()):
+                raise ValueError(f"merging {name} would produce NaN or infinity in {merged.dtype}: nothing was changed")
+            if merged.dtype in (torch.float16, torch.bfloat16) and bool((core != 0).any()):
+                update = self.U.float() @ core.float() @ self.V.float().mT
+                gain = (((merged.float() - self.base_weight.float()) * update).sum() / update.square().sum()).item()
+                if abs(gain - 1) > 0.02:
+                    logger.warning("merging %s into %s keeps %.0f %% of the update", name, merged.dtype, 100 * gain)
+        return merged
+
+    def merge(self, composed: Tensor | None = None) -> None:
+        """Uses W' as a fixed weight from now on; W is kept, so `unmerge` is exact and state dicts never hold W'."""
+        if self._merged_weight is None:
+            self._merged_weight = self.composed_for_merge() if composed is None else composed
+            self._forget()
+
+    def unmerge(self) -> None:
+        """Goes back to W + U core V^T computed at each forward."""
+        self._merged_weight = None
+
+    def original(self) -> nn.Linear:
+        """The nn.Linear that this layer was made from, with the present (base) weight and bias."""
+        linear: nn.Linear = self.__dict__["_original"]
+        self._share_parameters()
+        return linear.train(self.training)
+
+    # -- the basis ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def set_basis(self, U: Tensor, sigma: Tensor, V: Tensor) -> None:
+        """Replaces the basis by another of the same weight, e.g. an adapter's own. Shapes as the present ones."""
+        for name, value in (("U", U), ("sigma", sigma), ("V", V)):
+            present = self._parameters[name]
+            assert present is not None
+            if value.shape != present.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}: allowed is {tuple(present.shape)}, as the layer's own"
+                )
+            present.copy_(value)
+        self._recognise_basis()
+        self._forget()
+
+    @torch.no_grad()
+    def flip_basis(self, signs: Tensor) -> None:
+        """Multiplies each pair (u_i, v_i) by signs[i] = +-1: the same W, and the basis that another theta means."""
+        for tensor in (self.U, self.V):
+            tensor.mul_(signs.to(tensor.device, tensor.dtype))
+        self.basis = self.basis._replace(sketch=self.basis.sketch * signs)
+        self._forget()
+
+    def _recognise_basis(self) -> None:
+        """Brings `basis` up to date with U and V; one that W's own factorisation cannot give gets gap 0 (see save)."""
+        found, known = sketch(self.U, self.V), self.basis
+        same = match_signs(known.sketch, found) is not None
+        self.basis = BasisIdentity(fingerprint(self.base_weight), known.gap if same else 0.0, found)
+
+    # -- caching -----------------------------------------------------------------------------------------------
+
+    def _current_handed(self) -> HandedRotations | None:
+        handed = self._handed
+        if handed is None or handed.scope.active:
+            return handed
+        if torch.compiler.is_compiling():
+            return None
+        # outside the root's forward only a checkpoint's recomputation, within backward, may use what it handed out
+        return handed if torch._C._current_graph_task_id() != -1 else None
+
+    def _may_cache(self) -> bool:
+        return not (
+            self.training
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or type(self.theta) is not nn.Parameter  # functional_call, FSDP
+            or self.theta.is_inference()
+            or torch._C._are_functorch_transforms_active()
+        )
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(tensor.data_ptr(), tensor._version) for tensor in self._parameters.values() if tensor is not None]
+
+    def _cached(self) -> tuple[Any, Tensor, Tensor | None]:
+        """(key, core, composed weight or None), made anew unless everything it was made from is unchanged."""
+        if not self.has_cache():
+            watched = [t for t in (self.theta, self.theta_out, self.delta_sigma) if t is not None and t.is_cpu]
+            key = (self._versions(), [(tensor, tensor.detach().clone()) for tensor in watched])
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache = (key, self.core(), None)
+        assert self._cache is not None
+        return self._cache
+
+    def _cached_weight(self) -> Tensor:
+        key, core, composed = self._cached()
+        if composed is None:
+            with torch.inference_mode(False), torch.no_grad():
+                composed = reference.compose_ref(self.base_weight, self.U, self.V, core)
+            self._cache = (key, core, composed)
+        return composed
+
+    def has_cache(self) -> bool:
+        """Whether the next forward can use a kept core or weight (then it needs no rotation)."""
+        if self._cache is None or not self._may_cache():
+            return False
+        versions, snapshots = self._cache[0]
+        if versions != self._versions():
+            return False
+        # .data writes, half() and fused optimizers leave no trace in the version: on the CPU, look
+        return all(torch.equal(tensor, snapshot) for tensor, snapshot in snapshots)
+
+    def _forget(self) -> None:
+        self._cache = self._handed = None
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            return torch.get_autocast_dtype(device)
+        return x.dtype
+
+    # -- nn.Module ---------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> SSVDLinear:
+        self._forget()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SSVDLinear:
+        self._forget()
+        super()._apply(fn, recurse)
+        self._share_parameters()
+        return self
+
+    def _share_parameters(self) -> None:
+        self.__dict__["_original"]._parameters.update(weight=self._parameters["weight"], bias=self._parameters["bias"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handed": None, "_cache": None}
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Refuses another base weight without its basis, and any load while merged: both would be silently wrong."""
+        self._forget()
+        error_msgs: list[str] = args[-1]
+        weight, basis = state_dict.get(prefix + "weight"), [state_dict.get(prefix + name) for name in ("U", "V")]
+        if self.merged:
+            error_msgs.append(f"{prefix[:-1]} is merged: unmerge before loading")
+            return
+        moved = weight is not None and weight.shape == self.base_weight.shape and not _same(weight, self.base_weight)
+        if moved and any(tensor is None for tensor in basis):
+            error_msgs.append(
+                f"{prefix}weight differs from the base weight whose singular vectors this layer holds, and the state "
+                "dict has no U and V: load base weights before inject"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if any(tensor is not None for tensor in basis):
+            self._recognise_basis()
+
+    def extra_repr(self) -> str:
+        k = self.k if self.k_out is None else f"({self.k_in}, {self.k_out})"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"k={k}, side={self.side}, rotation={self.rotation}{', merged' if self.merged else ''}"
+        )
+
+
+def check_linear(module: object, name: str) -> None:
+    """Raises TypeError unless `module` is an nn.Linear (or a subclass that keeps its forward)."""
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        raise TypeError(f"{name} is a {type(module).__name__}: allowed is torch.nn.Linear")
+
+
+def _pad(E: Tensor, k: int) -> Tensor:
+    extra = k - E.shape[-1]
+    return F.pad(E, (0, extra, 0, extra)) if extra else E
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.to(b.device, b.dtype), b)

@@ -1,0 +1,200 @@
+"""SSVD on a whole model: inject, merge, unmerge, remove; one batched rotation per forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .config import SSVDConfig
+from .factorize import Factorization, check_weight, factorize
+from .functional import rotation_deltas
+from .layers import HandedRotations, RotationScope, SSVDLinear
+from .targets import find_targets
+
+
+@dataclass
+class InjectReport:
+    """What `inject` did: adapted module names, and numbers of trainable and of all (base + trainable) parameters."""
+
+    modules: list[str]
+    trainable: int
+    total: int
+    layers: list[SSVDLinear] = field(repr=False, default_factory=list)
+
+    def __str__(self) -> str:
+        shapes: dict[tuple, int] = {}
+        for layer in self.layers:
+            rank = str(layer.k) if layer.k_out is None else f"{layer.k_in}+{layer.k_out}"
+            key = (layer.out_features, layer.in_features, rank, layer.side, layer.rotation)
+            shapes[key] = shapes.get(key, 0) + 1
+        rows = [f"  {n:4d} x {d_out}x{d_in}, k={k}, {side}, {rot}" for (d_out, d_in, k, side, rot), n in shapes.items()]
+        head = (
+            f"SSVD: {len(self.modules)} layers, {self.trainable:,} trainable of {self.total:,} parameters "
+            f"({100 * self.trainable / self.total:.2f} %)"
+        )
+        return "\n".join([head, *rows])
+
+
+@dataclass
+class _Root:
+    """What `inject` remembers on the module that it was given."""
+
+    scope: RotationScope
+    trainable_before: list[str]
+
+
+def ssvd_layers(model: nn.Module) -> dict[str, SSVDLinear]:
+    """Name -> SSVDLinear for every adapted layer of `model`."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SSVDLinear)}
+
+
+def inject(model: nn.Module, config: SSVDConfig, *, progress: bool = True) -> InjectReport:
+    """Replaces the linear layers that `config` targets by SSVDLinear, in place, and freezes all other parameters.
+
+    The weights are factorised here, in float64 on their own device, with a progress bar. The rotations of all layers
+    are computed in one batched call at the start of each forward of `model`. Nothing changes if anything is refused:
+    ValueError or TypeError name the module, the value and what is allowed (no module matched, a tied weight named
+    explicitly, NaN or infinite weights, a rank that does not fit, a second injection).
+    """
+    if not isinstance(config, SSVDConfig):
+        raise TypeError(f"config={config!r}: allowed is an SSVDConfig")
+    present = ssvd_layers(model)
+    if present:
+        raise ValueError(
+            f"model has {len(present)} SSVD layers already, e.g. {next(iter(present))!r}: remove() them first"
+        )
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "model is itself a linear layer, which cannot be replaced in place: use SSVDLinear.from_linear"
+        )
+    targets = find_targets(model, config)
+    for name, linear in targets.items():
+        check_weight(linear.weight, f"{name}.weight")
+        try:
+            config.resolve_ranks(linear.in_features, linear.out_features)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    plan = {name: (linear, config) for name, linear in targets.items()}
+    return install(model, plan, factorize_all(plan, progress))
+
+
+Plan = Mapping[str, tuple[nn.Linear, SSVDConfig]]  # module name -> the layer and how to adapt it
+
+
+def factorize_all(plan: Plan, progress: bool) -> dict[str, Factorization]:
+    """The factorisation of each planned layer, with a progress bar."""
+    found = {}
+    for name, (linear, config) in tqdm(plan.items(), desc="SSVD: factorising", unit="layer", disable=not progress):
+        k_in, k_out = config.resolve_ranks(linear.in_features, linear.out_features)
+        found[name] = factorize(linear.weight, max(k_in, k_out or 0), f"{name}.weight")
+    return found
+
+
+def install(model: nn.Module, plan: Plan, found: Mapping[str, Factorization]) -> InjectReport:
+    """The part of `inject` that changes the model, given the factorisations."""
+    trainable_before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    model.requires_grad_(False)
+    layers = {name: SSVDLinear(linear, config, found[name]) for name, (linear, config) in plan.items()}
+    for name, layer in layers.items():
+        _replace(model, name, layer)
+    model.__dict__["_ssvd_root"] = _Root(RotationScope(), trainable_before)
+    model.register_forward_pre_hook(_hand_out_rotations)
+    model.register_forward_hook(_end_of_forward, always_call=True)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return InjectReport(list(layers), trainable, total + trainable, list(layers.values()))
+
+
+def merge(model: nn.Module, unload: bool = False) -> None:
+    """Fixes W' = W + U core V^T in every SSVD layer. W is kept, so that `unmerge` is exact.
+
+    unload=True leaves plain nn.Linear layers that hold W' instead (their base weights are gone).
+    Raises ValueError, with nothing changed, if there is no SSVD layer or a W' would not be finite. Warns if a
+    half-precision W' loses the update to rounding.
+    """
+    layers = _require_layers(model)
+    composed = {name: layer.composed_for_merge(name) for name, layer in layers.items() if not layer.merged}
+    for name, weight in composed.items():
+        layers[name].merge(weight)
+    if unload:
+        merged = {name: layer.weight for name, layer in layers.items()}
+        for name, linear in _take_out(model, layers).items():
+            # a new Parameter: the old one may be in use elsewhere, e.g. in a copy of the base model
+            linear.weight = nn.Parameter(merged[name], requires_grad=linear.weight.requires_grad)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undoes `merge` exactly: the untouched base weights were kept. Raises ValueError if there is no SSVD layer."""
+    for layer in _require_layers(model).values():
+        layer.unmerge()
+
+
+def remove(model: nn.Module) -> None:
+    """Puts the original nn.Linear modules back, weights bit for bit, and makes trainable what was so before inject."""
+    _take_out(model, _require_layers(model))
+
+
+def _take_out(model: nn.Module, layers: Mapping[str, SSVDLinear]) -> dict[str, nn.Linear]:
+    originals = {name: layer.original() for name, layer in layers.items()}
+    for name, linear in originals.items():
+        _replace(model, name, linear)
+    for module in list(_roots(model)):
+        parameters = dict(module.named_parameters())
+        for name in module.__dict__.pop("_ssvd_root").trainable_before:
+            if name in parameters:
+                parameters[name].requires_grad_(True)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (_hand_out_rotations, _end_of_forward)]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+    return originals
+
+
+def _roots(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if "_ssvd_root" in module.__dict__)
+
+
+def _require_layers(model: nn.Module) -> dict[str, SSVDLinear]:
+    layers = ssvd_layers(model)
+    if not layers:
+        raise ValueError(f"model ({type(model).__name__}) has no SSVD layer: call inject() first")
+    return layers
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _hand_out_rotations(root: nn.Module, args: Any) -> None:
+    """Forward pre-hook of the root: one batched rotation for all layers, kept until the next forward of the root.
+
+    It must outlive the forward: non-reentrant checkpointing recomputes layers during backward.
+    """
+    scope: RotationScope = root.__dict__["_ssvd_root"].scope
+    layers = [module for module in root.modules() if isinstance(module, SSVDLinear)]
+    layers = [layer for layer in layers if not layer.merged and type(layer.theta) is nn.Parameter]
+    if not torch.is_grad_enabled():
+        layers = [layer for layer in layers if not layer.has_cache()]
+    inputs = [layer.theta for layer in layers]
+    ranks = [layer.k_in for layer in layers]
+    outer = [layer for layer in layers if layer.theta_out is not None]
+    inputs += [layer.theta_out for layer in outer if layer.theta_out is not None]
+    ranks += [layer.k_out for layer in outer if layer.k_out is not None]
+    rotations = [layer.rotation for layer in [*layers, *outer]]
+    deltas = rotation_deltas(inputs, ranks, rotations)
+    E_out = dict(zip(map(id, outer), deltas[len(layers) :], strict=True))
+    for layer, E in zip(layers, deltas):
+        layer._handed = HandedRotations(scope, E, E_out.get(id(layer)))
+    scope.active = True
+
+
+def _end_of_forward(root: nn.Module, args: Any, output: Any) -> None:
+    state = root.__dict__.get("_ssvd_root")
+    if state is not None:
+        state.scope.active = False
