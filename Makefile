@@ -1,0 +1,54 @@
+# Everything is set up in its own virtual environment (VENV); PYTHON names the interpreter that makes it.
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= 2.13.0
+PY     := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+ARGS   ?=
+
+.PHONY: help setup demo test test-all lint bench gpu clean
+
+help:
+	@echo "make setup     virtual environment, CPU build of torch $(TORCH), this package with its C++ op"
+	@echo "make demo      fine-tune the real Whisper tiny.en on child-like speech   (options: ARGS='--help')"
+	@echo "make test      the test suite; test-all adds the slow sweeps"
+	@echo "make lint      ruff and mypy"
+	@echo "make bench     microbenchmarks                                           (options: ARGS='--help')"
+	@echo "make gpu       on a CUDA machine with its own torch, triton, nvcc, pytest: build, test, sanitize, benchmark"
+
+setup: $(READY)
+
+# The local version +cpu names the CPU build where an index has one; elsewhere the default build of the same version.
+$(READY): pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -U pip
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install "torch==$(TORCH)+cpu" || $(PY) -m pip install "torch==$(TORCH)"
+	$(PY) -m pip install -q "setuptools>=77" wheel packaging ninja pybind11
+	SSVD_BUILD=$${SSVD_BUILD:-cpu} $(PY) -m pip install -q --no-build-isolation -e ".[triton,demo,test,lint]"
+	$(PY) -m ssvd_kernels info
+	touch $@
+
+demo: $(READY)
+	$(PY) -m bench.asr.demo $(ARGS)
+
+test: $(READY)
+	$(PY) -m pytest -m "not slow and not gpu" --durations=10 $(ARGS)
+
+test-all: $(READY)
+	$(PY) -m pytest -m "not gpu" --durations=20 $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(READY)
+	$(PY) -m bench.run $(ARGS)
+
+# Uses the machine's own Python and nothing from the network. OUT names the folder of logs and CSV files.
+OUT ?= bench/results
+gpu:
+	PYTHON=$(PYTHON) OUT=$(OUT) bash bench/gpu.sh
+
+clean:
+	rm -rf build dist *.egg-info ssvd_kernels/*.so ssvd_kernels/_build_info.json
