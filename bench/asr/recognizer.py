@@ -1,0 +1,152 @@
+"""A Whisper model with what belongs to it: features, label batches, greedy transcription, word error rate."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jiwer
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+from . import DemoError
+from .audio import RATE, Samples
+from .fetch import MODEL
+from .speech import Speech
+from .whisper_ct2 import is_ct2_whisper, load_whisper_ct2
+
+POSITIONS_PER_SECOND = 50
+IGNORED = -100  # label that cross-entropy skips
+
+
+@dataclass
+class Score:
+    """Word error rate = errors / words, over all utterances together."""
+
+    errors: int
+    words: int
+    utterances: int
+
+    @property
+    def wer(self) -> float:
+        return self.errors / self.words
+
+
+class Recognizer:
+    """`model` (float32, on `device`) hearing `window` seconds at a time."""
+
+    def __init__(self, model, tokenizer, extractor, name: str, device: torch.device, language: str = "en") -> None:
+        self.model, self.tokenizer, self.extractor, self.name = model.to(device).eval(), tokenizer, extractor, name
+        self.device, self.language = device, language
+        self.fingerprint = _fingerprint(model)
+        self.normalise = EnglishTextNormalizer({}) if language == "en" else BasicTextNormalizer()
+        self.prefix = self._prefix()
+        self.window = model.config.max_source_positions / POSITIONS_PER_SECOND
+
+    def _prefix(self) -> list[int]:
+        names = ["<|startoftranscript|>"]
+        if getattr(self.model.generation_config, "is_multilingual", False):
+            names += [f"<|{self.language}|>", "<|transcribe|>"]
+        vocabulary = self.tokenizer.get_vocab()
+        for name in names:
+            if name not in vocabulary:
+                raise DemoError(f"language = {self.language!r}: the model {self.name} has no token {name}")
+        return [vocabulary[name] for name in [*names, "<|notimestamps|>"]]
+
+    def set_window(self, seconds: float) -> None:
+        """Shortens the encoder to `seconds` (whole ones): the first rows of its position table, nothing else."""
+        window = math.ceil(seconds)
+        if not 0 < window <= self.window:
+            raise DemoError(f"window = {seconds} s: more than 0 and at most {self.window:.0f} s are allowed")
+        encoder, positions = self.model.model.encoder, window * POSITIONS_PER_SECOND
+        table = encoder.embed_positions.weight
+        short = nn.Embedding(positions, table.shape[1], device=table.device, dtype=table.dtype)
+        short.weight = nn.Parameter(table.detach()[:positions].clone(), requires_grad=table.requires_grad)
+        encoder.embed_positions = short
+        encoder.max_source_positions = self.model.config.max_source_positions = positions
+        self.extractor = WhisperFeatureExtractor(feature_size=self.model.config.num_mel_bins, chunk_length=window)
+        self.window = window
+
+    def features(self, samples: Sequence[Samples]) -> Tensor:
+        """Log-mel features (B, mels, 100 x window) on the device."""
+        out = self.extractor(list(samples), sampling_rate=RATE, return_tensors="pt")
+        return out.input_features.to(self.device)
+
+    def labels(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(decoder_input_ids, labels), each (B, L): the prompt tokens, the text, the end; only text and end count."""
+        end, limit = self.model.config.eos_token_id, self.model.config.max_target_positions
+        rows = []
+        for text in texts:
+            row = [*self.prefix, *self.tokenizer.encode(f" {text.strip()}", add_special_tokens=False), end]
+            if len(row) > limit:
+                raise DemoError(f"a text of {len(row)} tokens; at most {limit} fit the model: {text[:60]!r} ...")
+            rows.append(row)
+        inputs = torch.full((len(rows), max(map(len, rows)) - 1), end)
+        labels = torch.full_like(inputs, IGNORED)
+        skip = len(self.prefix) - 1
+        for i, row in enumerate(rows):
+            inputs[i, : len(row) - 1] = torch.tensor(row[:-1])
+            labels[i, skip : len(row) - 1] = torch.tensor(row[skip + 1 :])
+        return inputs.to(self.device), labels.to(self.device)
+
+    @torch.inference_mode()
+    def transcribe(self, speech: Speech, desc: str, batch: int = 16, limit: int | None = None) -> list[str]:
+        """Greedy transcripts of the first `limit` clips, in their order; clips of like length share a batch."""
+        self.model.eval()
+        count = len(speech) if limit is None else min(limit, len(speech))
+        order = sorted(range(count), key=lambda i: (speech.seconds[i], i))
+        found: dict[int, str] = {}
+        multilingual = {"language": self.language, "task": "transcribe"} if len(self.prefix) > 2 else {}
+        most = min(self.model.config.max_target_positions - len(self.prefix), 32 + 10 * math.ceil(self.window))
+        with tqdm(total=count, desc=desc, unit="clip", disable=None) as bar:
+            for start in range(0, count, batch):
+                chosen = order[start : start + batch]
+                features = self.features([speech.samples(i) for i in chosen])
+                ids = self.model.generate(input_features=features, max_new_tokens=most, num_beams=1, do_sample=False,
+                                          return_timestamps=False, **multilingual)  # fmt: skip
+                texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+                found.update(zip(chosen, (text.strip() for text in texts), strict=True))
+                bar.update(len(chosen))
+        return [found[i] for i in range(count)]
+
+    def score(self, texts: Sequence[str], transcripts: Sequence[str]) -> Score:
+        """Word errors after Whisper's text normaliser, in both."""
+        pairs = [(self.normalise(t), self.normalise(h)) for t, h in zip(texts, transcripts, strict=True)]
+        pairs = [pair for pair in pairs if pair[0].strip()]
+        if not pairs:
+            raise DemoError("no reference text has a word left after normalising")
+        out = jiwer.process_words([text for text, _ in pairs], [heard for _, heard in pairs])
+        errors = out.substitutions + out.deletions + out.insertions
+        return Score(errors, out.hits + out.substitutions + out.deletions, len(pairs))
+
+
+def _fingerprint(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().contiguous().cpu().numpy())
+    return digest.hexdigest()[:16]
+
+
+def load_recognizer(model: str | None, data: Path, device: torch.device, language: str = "en") -> Recognizer:
+    """The built-in tiny.en (None), a Hugging Face name or folder, or a folder of CTranslate2's."""
+    folder = data / MODEL if model is None else Path(model)
+    if is_ct2_whisper(folder):
+        return Recognizer(*load_whisper_ct2(folder), folder.name, device, language)
+    name = str(model)
+    try:
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind != "whisper":
+            raise DemoError(f"--model {name}: is of type {kind}; only whisper models can be used here")
+        loaded = WhisperForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
+        tokenizer, extractor = AutoTokenizer.from_pretrained(name), WhisperFeatureExtractor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise DemoError(f"--model {name}: neither a folder with a Whisper model nor a name that Hugging Face serves to "
+                        f"this machine ({str(error).splitlines()[0]})") from error  # fmt: skip
+    return Recognizer(loaded, tokenizer, extractor, Path(name).name, device, language)

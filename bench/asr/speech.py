@@ -1,0 +1,178 @@
+"""Which recordings are trained on and which are measured: the built-in corpus, a user's manifest, the split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from . import DemoError
+from .audio import CHILD_FACTOR, RATE, AudioError, Samples, raise_voice, read_audio
+from .fetch import ASTERISK, SPHINX
+from .prompts import read_prompts, read_sphinx
+
+HELD_OUT = 0.25
+MAX_PROMPT_SECONDS = 9.5  # the built-in prompts that fit a 10 s encoder window
+MAX_SECONDS = 30.0  # what Whisper hears at once
+CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One recording: where it is, what is said, by what factor the voice is raised (1 = as recorded)."""
+
+    name: str
+    text: str
+    path: Path
+    factor: float = 1.0
+    where: str = ""  # manifest and line, for error messages
+
+    def read(self) -> Samples:
+        try:
+            samples = read_audio(self.path)
+        except AudioError as error:
+            raise AudioError(f"{self.where}: {error}" if self.where else str(error)) from None
+        return samples if self.factor == 1.0 else raise_voice(samples, self.factor)
+
+
+def words(text: str) -> str:
+    """The text as the split sees it: lower case, letters and digits only."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def held_out(text: str, share: float = HELD_OUT) -> bool:
+    """Whether a text belongs to the test side: a fixed hash of its words, so equal texts are never on both sides."""
+    return int.from_bytes(hashlib.sha256(words(text).encode()).digest()[:4], "big") < share * 2**32
+
+
+def split(clips: Iterable[Clip]) -> tuple[list[Clip], list[Clip]]:
+    """(training side, test side)."""
+    sides: tuple[list[Clip], list[Clip]] = ([], [])
+    for clip in clips:
+        sides[held_out(clip.text)].append(clip)
+    return sides
+
+
+@dataclass
+class Corpus:
+    """What an experiment needs: training and test clips of the target domain, test clips of the source domain."""
+
+    target: str
+    train: list[Clip]
+    test: list[Clip]
+    source: dict[str, list[Clip]] = field(default_factory=dict)
+
+
+def _prompts(data: Path, factor: float) -> list[Clip]:
+    return [Clip(key, text, path, factor) for key, text, path in read_prompts(data / ASTERISK) if path.is_file()]
+
+
+def source_speech(data: Path) -> dict[str, list[Clip]]:
+    """Speech the model knows: the test prompts as recorded, and two sets of other speakers."""
+    sets = {"prompts as recorded": split(_prompts(data, 1.0))[1]}
+    for folder, title in (("librivox", "LibriVox reader"), ("cards", "playing cards")):
+        sets[title] = [Clip(f"{folder}/{k}", text, path) for k, text, path in read_sphinx(data / SPHINX / folder)]
+    return sets
+
+
+def built_in(data: Path) -> Corpus:
+    """Child-like speech made from the real prompts, pitch and formants x1.6; split by text."""
+    train, test = split(_prompts(data, CHILD_FACTOR))
+    return Corpus(f"child-like prompts (x{CHILD_FACTOR})", train, test, source_speech(data))
+
+
+def read_manifest(path: Path) -> list[Clip]:
+    """JSON lines {"audio": path, "text": what is said}; paths relative to the manifest's folder.
+
+    Raises DemoError naming file and line for an empty line, bad JSON, a missing key, a text without words and a
+    missing audio file.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DemoError(f"{path}: the manifest cannot be read ({error})") from None
+    clips = []
+    for number, line in enumerate(content.splitlines(), 1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            raise DemoError(f'{where}: the line is empty; each line is {{"audio": path, "text": words}}')
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DemoError(f"{where}: not JSON ({error})") from None
+        for key in ("audio", "text"):
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
+                raise DemoError(f'{where}: no text under the key "{key}"; each line is {{"audio": path, "text": words}}')
+        if not words(entry["text"]):
+            raise DemoError(f"{where}: the text {entry['text']!r} holds no word")
+        audio = path.parent / entry["audio"]
+        if not audio.is_file():
+            raise DemoError(f"{where}: there is no audio file {audio}")
+        clips.append(Clip(entry["audio"], entry["text"], audio, where=where))
+    if not clips:
+        raise DemoError(f'{path}: the manifest is empty; each line is {{"audio": path, "text": words}}')
+    return clips
+
+
+def from_manifest(manifest: Path, eval_manifest: Path | None) -> Corpus:
+    """A user's speech as the target domain, as it is. Without `eval_manifest` a quarter of the texts is held out."""
+    clips = read_manifest(manifest)
+    if eval_manifest is None:
+        train, test = split(clips)
+        if not train or not test:
+            raise DemoError(f"{manifest}: {len(train)} of its {len(clips)} lines fall on the training side and {len(test)} "
+                            "on the held-out side; give --eval-manifest")  # fmt: skip
+    else:
+        train, test = clips, read_manifest(eval_manifest)
+        known = {words(clip.text) for clip in train}
+        both = [clip for clip in test if words(clip.text) in known]
+        if both:
+            print(f"note: {len(both)} of the {len(test)} texts of {eval_manifest} are also in {manifest} (first: "
+                  f"{both[0].where}); the result will look better than on new texts", file=sys.stderr)  # fmt: skip
+    return Corpus(manifest.stem, train, test)
+
+
+class Speech:
+    """Clips whose audio has been read once and checked. Keeps samples up to `CACHE_BYTES`, reads the rest again."""
+
+    def __init__(self, clips: list[Clip], desc: str, drop_above: float | None = None) -> None:
+        self.clips: list[Clip] = []
+        self.seconds: list[float] = []
+        self.dropped = 0
+        self._cache: OrderedDict[int, Samples] = OrderedDict()
+        self._free = CACHE_BYTES
+        digest = hashlib.sha256()
+        for clip in tqdm(clips, desc=desc, unit="clip", disable=None):
+            samples = clip.read()
+            seconds = len(samples) / RATE
+            if drop_above is not None and seconds > drop_above:
+                self.dropped += 1
+                continue
+            if seconds > MAX_SECONDS:
+                raise DemoError(f"{clip.where or clip.path}: {clip.path} lasts {seconds:.1f} s; at most {MAX_SECONDS:.0f} s "
+                                "fit Whisper's window, so cut it into shorter pieces")  # fmt: skip
+            digest.update(f"{clip.text}\0{clip.factor}\0".encode())
+            digest.update(samples.tobytes())
+            if samples.nbytes <= self._free:
+                self._cache[len(self.clips)] = samples
+                self._free -= samples.nbytes
+            self.clips.append(clip)
+            self.seconds.append(seconds)
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    @property
+    def texts(self) -> list[str]:
+        return [clip.text for clip in self.clips]
+
+    def samples(self, index: int) -> Samples:
+        return self._cache[index] if index in self._cache else self.clips[index].read()
