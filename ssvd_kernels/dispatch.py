@@ -45,6 +45,7 @@ def refusals(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, str
     return {"triton": triton_backend.unavailable_reason(device, dtype), "reference": None}
 
 
+@torch.compiler.assume_constant_result  # not traced: it may load the extension
 def backend_for(op: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that will serve `op` on these inputs. Raises RuntimeError if the forced one cannot."""
     if _forced != "auto":
