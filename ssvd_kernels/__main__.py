@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from . import __version__
 
@@ -49,7 +50,7 @@ def _extension_line() -> str:
     return f"extension    built for torch {build.get('torch')}, cuda {build.get('cuda') or 'none'}"
 
 
-def _triton_line(torch) -> str:  # type: ignore[no-untyped-def]
+def _triton_line(torch: Any) -> str:
     from .triton import unavailable_reason
 
     reason = unavailable_reason(torch.device("cuda"), torch.bfloat16)
@@ -60,7 +61,7 @@ def _triton_line(torch) -> str:  # type: ignore[no-untyped-def]
     return f"triton       {triton.__version__}" + (f", not usable on cuda ({reason})" if reason else "")
 
 
-def _backend_lines(torch) -> list[str]:  # type: ignore[no-untyped-def]
+def _backend_lines(torch: Any) -> list[str]:
     from .dispatch import backend_for, refusals
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

@@ -69,7 +69,7 @@ def factorize(weight: Tensor, k: int, name: str = "weight") -> Factorization:
 def fingerprint(weight: Tensor) -> str:
     """SHA-256 (first 32 hexadecimal digits) of the weight's shape and its values cast to float32."""
     digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
-    digest.update(weight.detach().to("cpu", torch.float32).contiguous().numpy())
+    digest.update(weight.detach().to("cpu", torch.float32).contiguous().numpy().data)
     return digest.hexdigest()[:32]
 
 

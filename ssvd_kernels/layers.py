@@ -59,6 +59,9 @@ class SSVDLinear(nn.Module):
     for anything but an nn.Linear.
     """
 
+    U: nn.Parameter
+    sigma: nn.Parameter
+    V: nn.Parameter
     theta: nn.Parameter
     theta_out: nn.Parameter | None
     bias: nn.Parameter | None
@@ -77,16 +80,17 @@ class SSVDLinear(nn.Module):
         found = factorization or factorize(weight, self.k)
         self.basis = BasisIdentity(found.fingerprint, found.gap, found.sketch)
         self.__dict__["_original"] = linear  # not a submodule: `original()` gives it back
-        self._parameters["weight"] = weight.requires_grad_(False)  # by hand: the name `weight` is a property
-        self.register_parameter("bias", linear.bias if linear.bias is None else linear.bias.requires_grad_(False))
+        linear.requires_grad_(False)
+        self._parameters["weight"] = linear._parameters["weight"]  # by hand: the name `weight` is a property
+        self.register_parameter("bias", linear.bias)
         for name, tensor in (("U", found.U), ("sigma", found.sigma), ("V", found.V)):
             # frozen parameters, not buffers: DDP broadcasts buffers, even non-persistent ones, every step
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        new = {"device": weight.device, "dtype": found.sigma.dtype}
-        self.theta = nn.Parameter(torch.zeros(theta_length(k_in, self.rotation), **new))
-        theta_out = None if k_out is None else nn.Parameter(torch.zeros(theta_length(k_out, self.rotation), **new))
+        zeros = found.sigma.new_zeros  # float32 or float64, on the weight's device
+        self.theta = nn.Parameter(zeros(theta_length(k_in, self.rotation)))
+        theta_out = None if k_out is None else nn.Parameter(zeros(theta_length(k_out, self.rotation)))
         self.register_parameter("theta_out", theta_out)
-        self.delta_sigma = nn.Parameter(torch.zeros(self.k, **new))
+        self.delta_sigma = nn.Parameter(zeros(self.k))
         self.register_buffer("_merged_weight", None, persistent=False)
         self.training = linear.training
         self._handed: HandedRotations | None = None
@@ -102,7 +106,9 @@ class SSVDLinear(nn.Module):
     @property
     def base_weight(self) -> Tensor:
         """The untouched pretrained weight W (d_out, d_in)."""
-        return self._parameters["weight"]
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight
 
     @property
     def weight(self) -> Tensor:
@@ -332,9 +338,16 @@ class SSVDLinear(nn.Module):
 
 
 def check_linear(module: object, name: str) -> None:
-    """Raises TypeError unless `module` is an nn.Linear (or a subclass that keeps its forward)."""
+    """Raises TypeError unless `module` is an nn.Linear (or a subclass that keeps its forward and its weight)."""
+    if not is_linear(module):
+        raise TypeError(f"{name} is a {type(module).__name__}: allowed is torch.nn.Linear with a weight of its own")
+
+
+def is_linear(module: object) -> bool:
+    """Whether `module` computes x W^T + b from a plain parameter W (a parametrized one, say, does not)."""
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-        raise TypeError(f"{name} is a {type(module).__name__}: allowed is torch.nn.Linear")
+        return False
+    return module._parameters.get("weight") is not None
 
 
 def _pad(E: Tensor, k: int) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from .config import PRESETS, SSVDConfig
-from .layers import SSVDLinear, check_linear
+from .layers import SSVDLinear, check_linear, is_linear
 
 
 def find_targets(model: nn.Module, config: SSVDConfig) -> dict[str, nn.Linear]:
@@ -29,7 +29,7 @@ def find_targets(model: nn.Module, config: SSVDConfig) -> dict[str, nn.Linear]:
             continue
         if listed:
             check_linear(module, f"module {name!r}, named by targets,")
-        elif not _is_linear(module):
+        elif not is_linear(module):
             continue
         assert isinstance(module, nn.Linear)
         others = [holder for holder in holders.get(_storage(module.weight), []) if holder != f"{name}.weight"]
@@ -43,7 +43,7 @@ def find_targets(model: nn.Module, config: SSVDConfig) -> dict[str, nn.Linear]:
             continue
         targets[name] = module
     if not targets:
-        linears = [name for name, module in model.named_modules() if _is_linear(module)]
+        linears = [name for name, module in model.named_modules() if is_linear(module)]
         raise ValueError(
             f"targets={_shown(config.targets)} and exclude={_shown(config.exclude)} match no untied linear layer of "
             f"{type(model).__name__}: it has {len(linears)} linear layers, e.g. {', '.join(linears[:4]) or 'none'}"
@@ -111,10 +111,6 @@ def _output_embeddings(model: nn.Module) -> nn.Module | None:
         return getter()
     except NotImplementedError:  # transformers' base class, for models without any
         return None
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _shown(value: str | Sequence[str]) -> str:
