@@ -1,0 +1,99 @@
+"""Loads the optional C++/CUDA extension `_C` on first use, once, and keeps the reason when it cannot be used.
+
+Importing this module imports neither torch nor `_C`. SSVD_DISABLE_EXT=1 keeps `_C` from being loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_INFO_PATH = Path(__file__).with_name("_build_info.json")
+
+
+@functools.cache
+def build_info() -> dict[str, Any]:
+    """What the build recorded: built ("none", "cpu" or "cuda"), reason (why not), archs, torch, cuda; {} if nothing."""
+    try:
+        info = json.loads(_INFO_PATH.read_text())
+    except (OSError, ValueError):
+        return {}
+    return info if isinstance(info, dict) else {}
+
+
+def available() -> bool:
+    """Whether `torch.ops.ssvd_kernels.*` can be called."""
+    return _load()[0] is not None
+
+
+def unavailable_reason() -> str | None:
+    """Why `_C` cannot be used, None if it can."""
+    return _load()[1]
+
+
+def supports(device: torch.device | str) -> str | None:
+    """Why the ops cannot serve tensors on `device`, None if they can."""
+    import torch
+
+    module, reason = _load()
+    if module is None:
+        return reason
+    kind = torch.device(device).type
+    if kind == "cpu" or (kind == "cuda" and module.with_cuda):
+        return None
+    return f"_C is built for {'CPU and CUDA' if module.with_cuda else 'the CPU only'}, not for device type {kind!r}"
+
+
+@functools.cache
+def _load() -> tuple[Any, str | None]:
+    reason = _refusal()
+    if reason is not None:
+        return None, reason
+    try:
+        module = importlib.import_module("ssvd_kernels._C")
+    except ImportError as error:
+        return None, f"_C could not be loaded: {error}"
+    _register_fakes()
+    return module, None
+
+
+def _refusal() -> str | None:
+    """Why `_C` must not even be imported: loading one built for another torch can crash the process."""
+    if os.environ.get("SSVD_DISABLE_EXT", "0") not in ("", "0"):
+        return f"SSVD_DISABLE_EXT={os.environ['SSVD_DISABLE_EXT']}"
+    info = build_info()
+    if info.get("built", "none") == "none":
+        return f"_C was not built: {info.get('reason') or f'{_INFO_PATH.name} is missing or unreadable'}"
+    try:
+        import torch
+        from packaging.version import Version
+    except ImportError as error:
+        return f"torch cannot be imported: {error}"
+    remedy = "reinstall with --no-build-isolation"
+    built, running = Version(info["torch"]), Version(torch.__version__)
+    if built.release[:2] != running.release[:2]:
+        return f"_C was built for torch {built}, this is torch {running}; {remedy}"
+    wanted, cuda = info.get("cuda"), torch.version.cuda
+    if wanted is not None and (cuda is None or Version(wanted).major != Version(cuda).major):
+        return f"_C was built for CUDA {wanted}, this torch is built for CUDA {cuda}; {remedy}"
+    return None
+
+
+def _register_fakes() -> None:
+    import torch
+
+    @torch.library.register_fake("ssvd_kernels::cayley_delta")
+    def _(theta: torch.Tensor, k: int) -> torch.Tensor:
+        return theta.new_empty(theta.shape[0], k, k)
+
+    @torch.library.register_fake("ssvd_kernels::cayley_delta_backward")
+    def _(grad: torch.Tensor, E: torch.Tensor) -> torch.Tensor:
+        k = E.shape[-1]
+        return E.new_empty(E.shape[0], k * (k - 1) // 2)
