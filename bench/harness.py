@@ -99,8 +99,8 @@ class Table:
 class Clock:
     """Times calls on `device`: CUDA events with the L2 cache flushed before each call, or the host's clock."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, quick: bool = False) -> None:
+        self.device, self.quick = device, quick
         self.flush: Tensor | None = None
         if device.type == "cuda":
             size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
@@ -134,8 +134,10 @@ class Clock:
     def ceilings(self, dtype: torch.dtype) -> tuple[float, float]:
         """(FLOP/s of the library's large square product, bytes/s of a large copy, read + write), the best of five."""
         n, size = (8192, 2**31) if self.device.type == "cuda" else (1024, 2**27)
-        if self.device.type == "cuda" and dtype in (torch.float32, torch.float64):
+        if self.device.type == "cuda" and dtype == torch.float32:
             n = 4096
+        if self.quick:
+            n, size = 256, 2**22
         a, b = torch.randn(2, n, n, device=self.device, dtype=dtype)
         source = torch.randn(size // 4, device=self.device)
         target = torch.empty_like(source)
@@ -164,10 +166,10 @@ def measure(case: Case, clock: Clock, seconds: float, common: Row) -> Iterator[R
     common = {**dict.fromkeys(COLUMNS, ""), **common, **shape, "pass": "forward+backward", "dtype": str(case.dtype)[6:]}
     groups: dict[str, list[tuple[Version, Run, Row]]] = {"eager": [], "graph": []}
     for version in case.build(clock.device):
-        row = {**common, "version": version.name, "backend": version.backend, "mode": version.mode}
-        row |= {"flops": f"{version.flops:.6g}", "bytes": f"{version.bytes:.6g}"}
+        base = {**common, "version": version.name, "backend": version.backend, "mode": version.mode}
+        base |= {"flops": f"{version.flops:.6g}", "bytes": f"{version.bytes:.6g}"}
         for timing in ("eager", "graph") if clock.flush is not None and version.capturable else ("eager",):
-            row["timing"] = timing
+            row = {**base, "timing": timing}
             try:
                 run, row = _checked(version, timing, row, clock.device)
             except Exception as error:  # a version that cannot run must not cost the others their numbers
@@ -208,7 +210,7 @@ def _time(case: Case, clock: Clock, seconds: float, group: list[tuple[Version, R
     flops_per_s, bytes_per_s = clock.ceilings(case.dtype)
     for number in range(1, ROUNDS + 1):
         times = [torch.tensor(samples, dtype=torch.float64) for samples in clock.interleaved(runs, repeats)]
-        medians = {version.name: t.median().item() for (version, _, _), t in zip(group, times)}
+        medians = {version.name: t.quantile(0.5).item() for (version, _, _), t in zip(group, times)}
         for (version, _, row), samples in zip(group, times):
             p20, p50, p80 = (samples.quantile(q).item() for q in (0.2, 0.5, 0.8))
             floor = 1e3 * max(version.flops / flops_per_s, version.bytes / bytes_per_s)

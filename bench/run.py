@@ -48,11 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     planned = cases.table(device, options.quick)
     left = [str(case) for case in planned]
-    seconds = 0.01 if options.quick else 0.4 if cuda else 1.5
+    seconds = 0.005 if options.quick else 0.4 if cuda else 1.5
     end = time.monotonic() + options.limit_seconds
     interrupted = False
     try:
-        clock = Clock(device)
+        clock = Clock(device, options.quick)
         for case in (progress := tqdm(planned, unit="case")):
             if time.monotonic() > end:
                 break
