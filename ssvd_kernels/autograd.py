@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import dispatch, reference
 
@@ -34,7 +33,8 @@ class SSVDLinearFunction(torch.autograd.Function):
     """(x, weight, U, V, core, bias) -> y = x (W + U core V^T)^T + b.
 
     Saves z = x V (T, k) and the frozen tensors that the layer holds anyway; nothing weight-sized is added. Gradients
-    reach x, core and bias; weight, U and V are frozen. Second derivatives are refused.
+    reach x, core and bias; weight, U and V are frozen. z is an output of its own, so that second derivatives reach x
+    through it.
     """
 
     @staticmethod
@@ -52,20 +52,22 @@ class SSVDLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor | None]) -> None:
-        _, weight, U, V, core, bias, ctx.mode, need_z = inputs
-        z = output[1] if need_z else None
-        if z is not None:
-            ctx.mark_non_differentiable(z)
+        _, weight, U, V, core, bias, ctx.mode, _ = inputs
         ctx.set_materialize_grads(False)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(z, weight, U, V, core)
+        ctx.save_for_backward(output[1], weight, U, V, core)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, _dz: None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * 8
+    def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
         z, weight, U, V, core = ctx.saved_tensors
-        dx, dcore = dispatch.ssvd_linear_backward(dy, z, weight, U, V, core, ctx.mode, ctx.needs_input_grad[0])
-        dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[5] else None
+        # create_graph: the twin is made of differentiable operations
+        step = reference.ssvd_linear_backward_ref if torch.is_grad_enabled() else dispatch.ssvd_linear_backward
+        need_dx, need_dbias = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
+        dx = dcore = dbias = None
+        if dy is not None:
+            dx, dcore = step(dy, z, weight, U, V, core, ctx.mode, need_dx)
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if need_dbias else None
+        if dz is not None and need_dx:
+            through_z = dz @ V.to(dz.dtype).mT
+            dx = through_z if dx is None else dx + through_z
         return dx, None, None, None, dcore, dbias, None, None

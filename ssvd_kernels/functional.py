@@ -69,7 +69,7 @@ def ssvd_linear(
     Arithmetic is in x's dtype (autocast's, where that is on) with products accumulated in float32 at least.
     mode: "composed" builds W' once and multiplies once, "factored" never builds it, "auto" takes factored in half
     precision (no update is lost to rounding) and else the cheaper one.
-    Gradients reach x, core and bias; weight, U and V are frozen and must not require them. Once differentiable.
+    Gradients reach x, core and bias; weight, U and V are frozen and must not require them. Twice differentiable.
     Raises ValueError naming the argument for shapes, dtypes or devices that do not fit or an unknown mode.
     Source: SSVD, arXiv 2509.02830, eq. 8-13, written as an update of the frozen weight.
     """

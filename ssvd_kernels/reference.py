@@ -104,7 +104,7 @@ def ssvd_linear_ref(
         return y, (x @ V.to(dtype) if need_z else None)
     z = x @ V.to(dtype)
     base = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-    return base + (z @ core.to(dtype).mT) @ U.to(dtype).mT, z
+    return base + (z @ core.to(dtype).mT) @ U.to(dtype).mT, z if need_z else None
 
 
 def ssvd_linear_backward_ref(

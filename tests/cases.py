@@ -52,10 +52,12 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     return float(error / scale) if scale > 0 else float(error)
 
 
-def linear_inputs(shape: tuple[int, int, int, int], dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> dict:
+def linear_inputs(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, weight_dtype: torch.dtype | None = None, seed: int = 0
+) -> dict:
     """x, weight, orthonormal U and V, core, bias, dy for (tokens, d_in, d_out, k), exactly representable in dtype."""
     tokens, d_in, d_out, k = shape
-    generator = torch.Generator().manual_seed(sum(shape))
+    generator = torch.Generator().manual_seed(sum(shape) + seed)
 
     def draw(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float64)

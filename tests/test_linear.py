@@ -14,7 +14,6 @@ from ssvd_kernels import triton as triton_backend
 
 CPU = torch.device("cpu")
 _WHY_NOT = triton_backend.unavailable_reason(CPU, torch.float32)
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT)))
 HALF = [torch.float16, torch.bfloat16]
 
 
@@ -25,25 +24,38 @@ def ours(inputs: dict, mode: str) -> dict[str, torch.Tensor]:
     return {"y": y.detach(), "dx": dx, "dcore": dcore, "dbias": dbias}
 
 
-@pytest.mark.parametrize("backend", ["reference", TRITON])
 @pytest.mark.parametrize("mode", ["composed", "factored", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
 @pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
-def test_errors_are_at_most_twice_those_of_plain_pytorch(backend, mode, dtype, shape):
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("Triton serves no float64: see test_forced_backend_that_cannot_serve_raises")
-    inputs = linear_inputs(shape, dtype)
-    exact, plain = naive_linear(inputs, torch.float64), naive_linear(inputs, dtype)
-    with sk.use_backend(backend):
-        results = ours(inputs, mode)
-    for name, value in results.items():
-        bound = max(2 * relative_error(plain[name], exact[name]), torch.finfo(dtype).eps)
-        assert relative_error(value, exact[name]) <= bound, name
+def test_errors_are_at_most_twice_those_of_plain_pytorch(mode, dtype, shape):
+    check_against_float64("reference", mode, dtype, shape)
+
+
+@pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT))
+@pytest.mark.parametrize("mode", ["composed", "factored"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_triton_through_the_public_function(mode, dtype):
+    check_against_float64("triton", mode, dtype, (40, 130, 67, 33))
+
+
+def check_against_float64(backend, mode, dtype, shape):
+    found, plain, exact = [], [], []
+    for seed in range(1 if min(shape) > 16 else 16):  # few numbers: over one draw the yardstick would be luck
+        inputs = linear_inputs(shape, dtype, seed=1000 * seed)
+        exact.append(naive_linear(inputs, torch.float64))
+        plain.append(naive_linear(inputs, dtype))
+        with sk.use_backend(backend):
+            found.append(ours(inputs, mode))
+    for name in exact[0]:
+        value, yardstick, truth = (torch.cat([r[name].flatten() for r in runs]) for runs in (found, plain, exact))
+        # in float64 the oracle is no better than what it judges
+        bound = 1e-13 if dtype == torch.float64 else max(2 * relative_error(yardstick, truth), torch.finfo(dtype).eps)
+        assert relative_error(value, truth) <= bound, name
 
 
 @pytest.mark.parametrize("mode", ["composed", "factored"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_gradcheck_and_refusal_of_second_derivatives(mode, bias):
+def test_gradcheck_and_gradgradcheck(mode, bias):
     inputs = linear_inputs((4, 6, 5, 3), torch.float64)
     x, core, b = (inputs[name].requires_grad_() for name in ("x", "core", "bias"))
 
@@ -52,8 +64,7 @@ def test_gradcheck_and_refusal_of_second_derivatives(mode, bias):
 
     arguments = (x, core, b) if bias else (x, core, None)
     assert gradcheck(op, arguments)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradgradcheck(op, arguments)
+    assert gradgradcheck(op, arguments)
 
 
 @pytest.mark.parametrize("mode", ["composed", "factored", "auto"])
