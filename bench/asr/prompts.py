@@ -13,14 +13,14 @@ UNSPOKEN = re.compile(r"[\[\](){}*#]")  # stage directions, and signs whose spok
 
 
 def parse_prompts(text: str) -> dict[str, str]:
-    """`key: text` lines, `;` comments -> {key: text}; blanks collapsed."""
+    """`key: text` lines, `;` comments -> {key: text}; blanks collapsed, "..." (more speech follows) dropped."""
     found = {}
     for line in text.splitlines():
         if line.strip() and not line.startswith(";"):
             key, colon, spoken = line.partition(":")
             if not colon:
                 raise DemoError(f"prompts.txt: no colon in the line {line!r}")
-            found[key.strip()] = " ".join(spoken.split())
+            found[key.strip()] = " ".join(spoken.replace("...", " ").split())
     return found
 
 
@@ -40,8 +40,10 @@ def check_prompts(folder: Path) -> None:
     prompts = read_prompts(folder)
     silent = [key for key, _, path in prompts if not path.is_file() or path.stat().st_size < 2000]
     if len(prompts) < MIN_PROMPTS or len(silent) > len(prompts) // 20:
-        raise DemoError(f"the prompt package has changed: {len(prompts)} usable transcripts (at least {MIN_PROMPTS} "
-                        f"wanted), {len(silent)} of them without sound ({', '.join(silent[:5])})")  # fmt: skip
+        raise DemoError(
+            f"the prompt package has changed: {len(prompts)} usable transcripts (at least {MIN_PROMPTS} "
+            f"wanted), {len(silent)} of them without sound ({', '.join(silent[:5])})"
+        )
 
 
 def read_sphinx(folder: Path) -> list[tuple[str, str, Path]]:
@@ -62,5 +64,7 @@ def check_sphinx(folder: Path) -> None:
         found = read_sphinx(folder / name)
         silent = [path.name for _, _, path in found if not path.is_file() or path.stat().st_size < 2000]
         if len(found) < 5 or silent:
-            raise DemoError(f"the test data have changed: {name} has {len(found)} transcripts (5 wanted), "
-                            f"without sound: {', '.join(silent) or 'none'}")  # fmt: skip
+            raise DemoError(
+                f"the test data have changed: {name} has {len(found)} transcripts (5 wanted), "
+                f"without sound: {', '.join(silent) or 'none'}"
+            )

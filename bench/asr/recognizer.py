@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,13 @@ import jiwer
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 from . import DemoError
@@ -22,6 +29,7 @@ from .speech import Speech
 from .whisper_ct2 import is_ct2_whisper, load_whisper_ct2
 
 POSITIONS_PER_SECOND = 50
+ELLIPSIS = re.compile(r"\.{2,}|\u2026")  # the normaliser would make a word of it
 IGNORED = -100  # label that cross-entropy skips
 
 
@@ -41,13 +49,23 @@ class Score:
 class Recognizer:
     """`model` (float32, on `device`) hearing `window` seconds at a time."""
 
-    def __init__(self, model, tokenizer, extractor, name: str, device: torch.device, language: str = "en") -> None:
-        self.model, self.tokenizer, self.extractor, self.name = model.to(device).eval(), tokenizer, extractor, name
+    def __init__(
+        self,
+        model: WhisperForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        extractor: WhisperFeatureExtractor,
+        name: str,
+        device: torch.device,
+        language: str = "en",
+    ) -> None:
+        self.model = nn.Module.to(model, device).eval()  # transformers' own `to` hides its arguments from mypy
+        self.tokenizer, self.extractor, self.name = tokenizer, extractor, name
         self.device, self.language = device, language
         self.fingerprint = _fingerprint(model)
         self.normalise = EnglishTextNormalizer({}) if language == "en" else BasicTextNormalizer()
         self.prefix = self._prefix()
-        self.window = model.config.max_source_positions / POSITIONS_PER_SECOND
+        self._positions = model.model.encoder.embed_positions.weight.detach().clone()
+        self.set_window(len(self._positions) // POSITIONS_PER_SECOND)
 
     def _prefix(self) -> list[int]:
         names = ["<|startoftranscript|>"]
@@ -60,16 +78,14 @@ class Recognizer:
         return [vocabulary[name] for name in [*names, "<|notimestamps|>"]]
 
     def set_window(self, seconds: float) -> None:
-        """Shortens the encoder to `seconds` (whole ones): the first rows of its position table, nothing else."""
+        """Sets the encoder's window (whole seconds): the first rows of its position table, nothing else changes."""
         window = math.ceil(seconds)
-        if not 0 < window <= self.window:
-            raise DemoError(f"window = {seconds} s: more than 0 and at most {self.window:.0f} s are allowed")
-        encoder, positions = self.model.model.encoder, window * POSITIONS_PER_SECOND
-        table = encoder.embed_positions.weight
-        short = nn.Embedding(positions, table.shape[1], device=table.device, dtype=table.dtype)
-        short.weight = nn.Parameter(table.detach()[:positions].clone(), requires_grad=table.requires_grad)
-        encoder.embed_positions = short
-        encoder.max_source_positions = self.model.config.max_source_positions = positions
+        if not 0 < window * POSITIONS_PER_SECOND <= len(self._positions):
+            most = len(self._positions) // POSITIONS_PER_SECOND
+            raise DemoError(f"window = {seconds} s: more than 0 and at most {most} s are allowed")
+        encoder, count = self.model.model.encoder, window * POSITIONS_PER_SECOND
+        encoder.embed_positions = nn.Embedding.from_pretrained(self._positions[:count].to(self.device), freeze=True)
+        encoder.max_source_positions = self.model.config.max_source_positions = count
         self.extractor = WhisperFeatureExtractor(feature_size=self.model.config.num_mel_bins, chunk_length=window)
         self.window = window
 
@@ -96,10 +112,10 @@ class Recognizer:
         return inputs.to(self.device), labels.to(self.device)
 
     @torch.inference_mode()
-    def transcribe(self, speech: Speech, desc: str, batch: int = 16, limit: int | None = None) -> list[str]:
-        """Greedy transcripts of the first `limit` clips, in their order; clips of like length share a batch."""
+    def transcribe(self, speech: Speech, desc: str, batch: int = 16) -> list[str]:
+        """Greedy transcripts in the order of the clips; clips of like length share a batch."""
         self.model.eval()
-        count = len(speech) if limit is None else min(limit, len(speech))
+        count = len(speech)
         order = sorted(range(count), key=lambda i: (speech.seconds[i], i))
         found: dict[int, str] = {}
         multilingual = {"language": self.language, "task": "transcribe"} if len(self.prefix) > 2 else {}
@@ -108,16 +124,25 @@ class Recognizer:
             for start in range(0, count, batch):
                 chosen = order[start : start + batch]
                 features = self.features([speech.samples(i) for i in chosen])
-                ids = self.model.generate(input_features=features, max_new_tokens=most, num_beams=1, do_sample=False,
-                                          return_timestamps=False, **multilingual)  # fmt: skip
+                ids = self.model.generate(
+                    input_features=features,
+                    max_new_tokens=most,
+                    num_beams=1,
+                    do_sample=False,
+                    return_timestamps=False,
+                    **multilingual,
+                )
                 texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
                 found.update(zip(chosen, (text.strip() for text in texts), strict=True))
                 bar.update(len(chosen))
         return [found[i] for i in range(count)]
 
+    def _plain(self, text: str) -> str:
+        return self.normalise(ELLIPSIS.sub(" ", text))
+
     def score(self, texts: Sequence[str], transcripts: Sequence[str]) -> Score:
         """Word errors after Whisper's text normaliser, in both."""
-        pairs = [(self.normalise(t), self.normalise(h)) for t, h in zip(texts, transcripts, strict=True)]
+        pairs = [(self._plain(t), self._plain(h)) for t, h in zip(texts, transcripts, strict=True)]
         pairs = [pair for pair in pairs if pair[0].strip()]
         if not pairs:
             raise DemoError("no reference text has a word left after normalising")
@@ -147,6 +172,8 @@ def load_recognizer(model: str | None, data: Path, device: torch.device, languag
         loaded = WhisperForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
         tokenizer, extractor = AutoTokenizer.from_pretrained(name), WhisperFeatureExtractor.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise DemoError(f"--model {name}: neither a folder with a Whisper model nor a name that Hugging Face serves to "
-                        f"this machine ({str(error).splitlines()[0]})") from error  # fmt: skip
+        raise DemoError(
+            f"--model {name}: neither a folder with a Whisper model nor a name that Hugging Face serves to "
+            f"this machine ({str(error).splitlines()[0]})"
+        ) from error
     return Recognizer(loaded, tokenizer, extractor, Path(name).name, device, language)

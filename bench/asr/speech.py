@@ -91,8 +91,9 @@ def built_in(data: Path) -> Corpus:
 def read_manifest(path: Path) -> list[Clip]:
     """JSON lines {"audio": path, "text": what is said}; paths relative to the manifest's folder.
 
-    Raises DemoError naming file and line for an empty line, bad JSON, a missing key, a text without words and a
-    missing audio file.
+    A line may hold "pitch", a factor by which the voice is raised; without it the recording is used as it is. Raises
+    DemoError naming file and line for an empty line, bad JSON, a missing key, a text without words and a missing
+    audio file.
     """
     try:
         content = path.read_text(encoding="utf-8")
@@ -109,16 +110,27 @@ def read_manifest(path: Path) -> list[Clip]:
             raise DemoError(f"{where}: not JSON ({error})") from None
         for key in ("audio", "text"):
             if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
-                raise DemoError(f'{where}: no text under the key "{key}"; each line is {{"audio": path, "text": words}}')
+                raise DemoError(
+                    f'{where}: no text under the key "{key}"; each line is {{"audio": path, "text": words}}'
+                )
         if not words(entry["text"]):
             raise DemoError(f"{where}: the text {entry['text']!r} holds no word")
         audio = path.parent / entry["audio"]
         if not audio.is_file():
             raise DemoError(f"{where}: there is no audio file {audio}")
-        clips.append(Clip(entry["audio"], entry["text"], audio, where=where))
+        pitch = entry.get("pitch", 1.0)
+        if isinstance(pitch, bool) or not isinstance(pitch, (int, float)) or not 0.5 <= pitch <= 2:
+            raise DemoError(f"{where}: pitch = {pitch!r}; a factor from 0.5 to 2 is allowed (left out: as recorded)")
+        clips.append(Clip(entry["audio"], entry["text"], audio, float(pitch), where))
     if not clips:
         raise DemoError(f'{path}: the manifest is empty; each line is {{"audio": path, "text": words}}')
     return clips
+
+
+def write_manifest(path: Path, clips: Iterable[Clip]) -> None:
+    """The clips as a manifest that `read_manifest` reads."""
+    lines = [{"audio": str(c.path.resolve()), "text": c.text, "pitch": c.factor} for c in clips]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
 def from_manifest(manifest: Path, eval_manifest: Path | None) -> Corpus:
@@ -127,15 +139,20 @@ def from_manifest(manifest: Path, eval_manifest: Path | None) -> Corpus:
     if eval_manifest is None:
         train, test = split(clips)
         if not train or not test:
-            raise DemoError(f"{manifest}: {len(train)} of its {len(clips)} lines fall on the training side and {len(test)} "
-                            "on the held-out side; give --eval-manifest")  # fmt: skip
+            raise DemoError(
+                f"{manifest}: {len(train)} of its {len(clips)} lines fall on the training side and {len(test)} "
+                "on the held-out side; give --eval-manifest"
+            )
     else:
         train, test = clips, read_manifest(eval_manifest)
         known = {words(clip.text) for clip in train}
         both = [clip for clip in test if words(clip.text) in known]
         if both:
-            print(f"note: {len(both)} of the {len(test)} texts of {eval_manifest} are also in {manifest} (first: "
-                  f"{both[0].where}); the result will look better than on new texts", file=sys.stderr)  # fmt: skip
+            print(
+                f"note: {len(both)} of the {len(test)} texts of {eval_manifest} are also in {manifest} (first: "
+                f"{both[0].where}); the result will look better than on new texts",
+                file=sys.stderr,
+            )
     return Corpus(manifest.stem, train, test)
 
 
@@ -156,8 +173,10 @@ class Speech:
                 self.dropped += 1
                 continue
             if seconds > MAX_SECONDS:
-                raise DemoError(f"{clip.where or clip.path}: {clip.path} lasts {seconds:.1f} s; at most {MAX_SECONDS:.0f} s "
-                                "fit Whisper's window, so cut it into shorter pieces")  # fmt: skip
+                raise DemoError(
+                    f"{clip.where or clip.path}: {clip.path} lasts {seconds:.1f} s; at most {MAX_SECONDS:.0f} s "
+                    "fit Whisper's window, so cut it into shorter pieces"
+                )
             digest.update(f"{clip.text}\0{clip.factor}\0".encode())
             digest.update(samples.tobytes())
             if samples.nbytes <= self._free:

@@ -28,7 +28,13 @@ from transformers import (
 from . import DemoError
 
 FORMAT = 6
-DTYPES = {0: np.dtype("<f4"), 1: np.dtype("i1"), 2: np.dtype("<i2"), 3: np.dtype("<i4"), 4: np.dtype("<f2")}
+DTYPES: dict[int, np.dtype] = {
+    0: np.dtype("<f4"),
+    1: np.dtype("i1"),
+    2: np.dtype("<i2"),
+    3: np.dtype("<i4"),
+    4: np.dtype("<f2"),
+}
 
 
 @dataclass
@@ -104,8 +110,13 @@ class _Variables:
         return torch.from_numpy(array.astype(np.float32))
 
     def count_layers(self, side: str) -> int:
-        return len({name.split("/")[1] for name in self.variables if name.startswith(f"{side}/layer_")
-                    and name.split("/")[1].removeprefix("layer_").isdigit()})  # fmt: skip
+        return len(
+            {
+                name.split("/")[1]
+                for name in self.variables
+                if name.startswith(f"{side}/layer_") and name.split("/")[1].removeprefix("layer_").isdigit()
+            }
+        )
 
 
 def _config(v: _Variables, ids: dict[str, int]) -> WhisperConfig:
@@ -187,9 +198,12 @@ def _generation_config(config: WhisperConfig, ids: dict[str, int], settings: dic
         no_timestamps_token_id=ids["<|notimestamps|>"],
         prev_sot_token_id=ids["<|startofprev|>"],
         is_multilingual=multilingual,
-        **({"lang_to_id": languages, "task_to_id": {t: ids[f"<|{t}|>"] for t in ("transcribe", "translate")}}
-           if multilingual else {}),
-    )  # fmt: skip
+        **(
+            {"lang_to_id": languages, "task_to_id": {t: ids[f"<|{t}|>"] for t in ("transcribe", "translate")}}
+            if multilingual
+            else {}
+        ),
+    )
 
 
 def load_whisper_ct2(
