@@ -1,0 +1,24 @@
+"""What every launcher needs on the host."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def current_device(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on CUDA's current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether every matrix can be read 16 elements at a time along one of its axes (what Triton specialises on)."""
+    for tensor in tensors:
+        strides, shape = tensor.stride(), tensor.shape
+        if tensor.data_ptr() % 16 or not any(s == 1 and n % 16 == 0 for s, n in zip(strides, shape, strict=True)):
+            return False
+        if any(s % 16 for s in strides if s != 1):
+            return False
+    return True

@@ -1,0 +1,76 @@
+"""Device functions shared by the kernels: the order of the programs, casts, products and the accumulation loop."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter multiplies bfloat16 tiles as integers and truncates casts to bfloat16: `cast` and `product` do
+# both right there, and cost nothing where the kernels are compiled.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def cast(tile, dtype: tl.constexpr):
+    """tile in `dtype`, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16 and tile.dtype == tl.float32:
+        bits = tile.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        tile = ((bits >> 16) << 16).to(tl.float32, bitcast=True)
+    return tile.to(dtype)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, accumulated in float32."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def grouped_program(n_rows, n_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, GROUP: tl.constexpr):
+    """The tile (row block, column block) of this program: GROUP row blocks share their column tiles in L2."""
+    pid = tl.program_id(0)
+    blocks_r = tl.cdiv(n_rows, BLOCK_ROWS)
+    blocks_c = tl.cdiv(n_cols, BLOCK_COLS)
+    first = pid // (GROUP * blocks_c) * GROUP
+    height = min(blocks_r - first, GROUP)
+    inside = pid % (GROUP * blocks_c)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def accumulate(
+    acc,
+    a_ptr,
+    stride_a_row,
+    stride_a_k,
+    b_ptr,
+    stride_b_col,
+    stride_b_k,
+    offs_row,
+    mask_row,
+    offs_col,
+    mask_col,
+    start,
+    stop,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc[row, col] + sum over start <= j < stop of a[row, j] b[col, j]; b's tiles are cast to a's dtype.
+
+    Offsets and steps are 64-bit: rows times stride passes 2^31 for long batches.
+    """
+    offs_k = start + tl.arange(0, BLOCK_K).to(tl.int64)
+    a_ptrs = a_ptr + offs_row.to(tl.int64)[:, None] * stride_a_row + offs_k[None, :] * stride_a_k
+    b_ptrs = b_ptr + offs_col.to(tl.int64)[None, :] * stride_b_col + offs_k[:, None] * stride_b_k
+    step = tl.full((), BLOCK_K, tl.int64)
+    for j in range(start, stop, BLOCK_K):
+        mask_k = j + tl.arange(0, BLOCK_K) < stop
+        a = tl.load(a_ptrs, mask=mask_row[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_ROWS, BLOCK_K]
+        b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_col[None, :], other=0.0)  # [BLOCK_K, BLOCK_COLS]
+        acc = product(a, cast(b, a.dtype), acc, PRECISION)
+        a_ptrs += step * stride_a_k
+        b_ptrs += step * stride_b_k
+    return acc
