@@ -43,5 +43,7 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"device {device} is not served, only CUDA devices"
     if torch.version.hip is not None:
         return "ROCm builds of torch are not served: the kernels are compiled and checked for CUDA only"
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"CUDA capability {major}.{minor} of {device} is below 8.0"
