@@ -23,13 +23,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 import ssvd_kernels as sk
-from bench.asr import DemoError, fetch, report, runfolder, speech, train
+from bench.asr import DemoError, demo, fetch, report, runfolder, speech, train, transcribe
 from bench.asr.audio import RATE, AudioError, raise_voice, read_audio
 from bench.asr.prompts import check_prompts, parse_prompts, usable
 from bench.asr.recognizer import IGNORED, Recognizer, Score, load_recognizer
 from bench.asr.whisper_ct2 import DTYPES, is_ct2_whisper, load_whisper_ct2, read_ct2
 
 SPECIALS = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|startofprev|>", "<|notimestamps|>"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch):
+    """The models here are so small that threads only wait for each other; in processes that the tests start, too."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 # -- a tiny Whisper, written as CTranslate2 writes it ------------------------------------------------------------
@@ -230,7 +240,15 @@ def test_bad_audio_names_the_file(tmp_path: Path) -> None:
 
 
 def test_prompts_are_parsed_and_chosen() -> None:
-    text = "; comment\n\na/b:  Press  1: to go on...\nbeep: [a simple beep tone]\nhi: Hello there.\nkey: then press the #\n"
+    lines = [
+        "; comment",
+        "",
+        "a/b:  Press  1: to go on...",
+        "beep: [a simple tone]",
+        "hi: Hello there.",
+        "key: press the #",
+    ]
+    text = "".join(f"{line}\n" for line in lines)
     prompts = parse_prompts(text)
     assert prompts["a/b"] == "Press 1: to go on"
     assert [key for key, spoken in prompts.items() if usable(spoken)] == ["a/b"]
@@ -573,6 +591,94 @@ def test_report_shows_all_numbers_and_failed_checks(tmp_path: Path) -> None:
     assert kept["rows"][0]["before"]["wer"] == 0.3 and kept["rows"][1]["merged"] is None
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "report.md").read_text() == text
+
+
+# -- the command -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(ct2_folder: SimpleNamespace, tmp_path: Path) -> list[str]:
+    """The demo's arguments for the tiny model and a manifest of tones."""
+    lines = []
+    for i in range(8):
+        write_wav(tmp_path / f"{i}.wav", tone(150 + 60 * i, 1.2))
+        lines.append({"audio": f"{i}.wav", "text": f"tone number {i}"})
+    speech_given = ["--model", str(ct2_folder.path), "--manifest", str(manifest(tmp_path, *lines)), "--no-source"]
+    recipe = ["--rank", "4", "--steps", "3", "--batch", "2", "--eval-window", "2", "--device", "cpu"]
+    return [*speech_given, *recipe, "--out", str(tmp_path / "run")]
+
+
+def test_demo_on_a_users_speech(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo.main(command) == 0
+    kept = json.loads((tmp_path / "run/report.json").read_text())
+    assert kept["checks"] == {name: True for name in kept["checks"]} and len(kept["checks"]) == 2
+    assert len(kept["losses"]) == 3
+    assert kept["adapter_bytes"] == (tmp_path / "run/adapter.safetensors").stat().st_size
+    assert kept["transcripts"]["reloaded"] == kept["transcripts"]["after"]
+    assert kept["trainable"] == 22 * 10  # k(k+1)/2 = 10 a layer; two encoder layers of 6, one decoder layer of 10
+    assert (tmp_path / "run/report.png").is_file() and "WER merged" in capsys.readouterr().out
+
+    def untouched(*args: object) -> None:
+        raise AssertionError("a finished run trains or transcribes again")
+
+    monkeypatch.setattr(train, "_loss", untouched)
+    monkeypatch.setattr(Recognizer, "transcribe", untouched)
+    monkeypatch.setattr(demo, "transcripts_of_new_process", lambda *args: ["something else"])
+    assert demo.main(command) == 1
+    assert "Adapter reloaded in a new process transcribes the same: NO" in capsys.readouterr().out
+
+
+def test_demo_stops_and_goes_on(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loss = train._loss
+
+    def interrupted(*args: object) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*args)  # type: ignore[arg-type]
+
+    assert demo.main([*command, "--resume"]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+    monkeypatch.setattr(train, "_loss", interrupted)
+    assert demo.main(command) == 130
+    assert "stopped after step 1 of 3" in capsys.readouterr().err
+    monkeypatch.setattr(train, "_loss", loss)
+    assert demo.main([*command, "--resume"]) == 0
+    assert demo.main([*command, "--steps", "4"]) == 2
+    assert "steps: 3 there, 4 now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "17"], "rank=17 does not fit"),
+        (["--side", "left"], "side='left' is unknown"),
+        (["--device", "gpu7"], "--device gpu7: cannot be used here"),
+        (["--manifest", "none.jsonl"], "none.jsonl: the manifest cannot be read"),
+        (["--window", "0.5"], "shorter than the longest clip"),
+        (["--eval-window", "31"], "window = 31.0 s: more than 0 and at most 2 s"),
+    ],
+)
+def test_demo_names_bad_arguments(
+    command: list[str], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo.main([*command, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_transcribe_prints_what_it_hears(
+    ct2_folder: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audio = write_wav(tmp_path / "a.wav", tone(300, 1))
+    base = ["transcribe", "--model", str(ct2_folder.path), "--window", "2"]
+    monkeypatch.setattr("sys.argv", [*base, str(audio)])
+    assert transcribe.main() == 0
+    assert capsys.readouterr().out.startswith(f"{audio}\t")
+    monkeypatch.setattr("sys.argv", [*base, str(audio), "--adapter", str(tmp_path / "none.safetensors")])
+    assert transcribe.main() == 2
+    assert "none.safetensors" in capsys.readouterr().err
 
 
 # -- the real thing ----------------------------------------------------------------------------------------------

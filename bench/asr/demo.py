@@ -63,7 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rotation", default="cayley", help="cayley, linear or free (default: cayley)")
     add("--seed", type=int, default=0, help="order of the training clips (default: 0)")
     add("--window", type=float, help="seconds that the encoder hears in training (default: the longest clip)")
-    add("--eval-window", type=float, default=20.0, help="the same in evaluation, at most 30 (default: %(default)s)")
+    add("--eval-window", type=float, default=30.0, help="the same in evaluation, at most 30 (default: %(default)s)")
     add("--eval-limit", type=int, help="measure only the first N recordings of each set")
     add("--device", default="auto", help="auto, cpu or cuda (default: the GPU if there is one)")
     add("--amp", action="store_true", help="train under bfloat16 autocast")
@@ -181,6 +181,12 @@ def run(args: argparse.Namespace) -> bool:
     recognizer = load_recognizer(args.model, args.data, device, args.language)
     recipe = Recipe(args.steps, args.batch, args.lr, seed=args.seed, amp=args.amp)
     window = args.window or max(training.seconds)
+    for option, value, longest in (
+        ("--window", window, max(training.seconds)),
+        ("--eval-window", args.eval_window, max(max(data.seconds) for data in sets.values())),
+    ):
+        if value < longest:
+            raise DemoError(f"{option} {value}: is shorter than the longest clip, which lasts {longest:.2f} s")
     settings: dict[str, Any] = {
         "model": recognizer.name,
         "model weights": recognizer.fingerprint,
@@ -236,7 +242,9 @@ def run(args: argparse.Namespace) -> bool:
         },
     )
     print(f"\n{report.write(result, out)}")
-    print(f"{CREDITS}\nadapter: {adapter}\ntable:   {out / 'report.md'}\npicture: {out / 'report.png'}")
+    if not (args.no_source and args.model):
+        print(CREDITS)
+    print(f"adapter: {adapter}\ntable:   {out / 'report.md'}\npicture: {out / 'report.png'}")
     return result.passed
 
 
