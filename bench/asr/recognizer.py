@@ -12,7 +12,6 @@ from pathlib import Path
 import jiwer
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -22,7 +21,7 @@ from transformers import (
 )
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
-from . import DemoError
+from . import DemoError, progress
 from .audio import RATE, Samples
 from .fetch import MODEL
 from .speech import Speech
@@ -120,7 +119,7 @@ class Recognizer:
         found: dict[int, str] = {}
         multilingual = {"language": self.language, "task": "transcribe"} if len(self.prefix) > 2 else {}
         most = min(self.model.config.max_target_positions - len(self.prefix), 32 + 10 * math.ceil(self.window))
-        with tqdm(total=count, desc=desc, unit="clip", disable=None) as bar:
+        with progress(total=count, desc=desc, unit="clip") as bar:
             for start in range(0, count, batch):
                 chosen = order[start : start + batch]
                 features = self.features([speech.samples(i) for i in chosen])

@@ -11,9 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
-from . import DemoError
+from . import DemoError, progress
 from .audio import CHILD_FACTOR, RATE, AudioError, Samples, raise_voice, read_audio
 from .fetch import ASTERISK, SPHINX
 from .prompts import read_prompts, read_sphinx
@@ -166,7 +164,7 @@ class Speech:
         self._cache: OrderedDict[int, Samples] = OrderedDict()
         self._free = CACHE_BYTES
         digest = hashlib.sha256()
-        for clip in tqdm(clips, desc=desc, unit="clip", disable=None):
+        for clip in progress(clips, desc=desc, unit="clip"):
             samples = clip.read()
             seconds = len(samples) / RATE
             if drop_above is not None and seconds > drop_above:

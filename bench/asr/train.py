@@ -11,9 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from . import DemoError
+from . import DemoError, progress
 from .recognizer import IGNORED, Recognizer
 from .runfolder import RunFolder
 from .speech import Speech
@@ -119,7 +118,7 @@ def train(recognizer: Recognizer, speech: Speech, recipe: Recipe, folder: RunFol
         )
 
     model.train()
-    bar = tqdm(total=recipe.steps, initial=start, desc="fine-tuning", unit="step", disable=None)
+    bar = progress(total=recipe.steps, initial=start, desc="fine-tuning", unit="step")
     with bar, _StopFlag() as stop:
         for step in range(start, recipe.steps):
             began = time.perf_counter()
