@@ -92,8 +92,10 @@ def linear_passes(inputs: dict, mode: str) -> dict[str, Tensor]:
     return {"y": y.detach(), "dx": dx, "dcore": dcore, "dbias": dbias}
 
 
-def on_device(shape: tuple[int, int, int, int], dtype: torch.dtype, bases: torch.dtype | None = None) -> dict:
-    inputs = {name: t.to(DEVICE) for name, t in linear_inputs(shape, dtype).items()}
+def on_device(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, bases: torch.dtype | None = None, seed: int = 0
+) -> dict:
+    inputs = {name: t.to(DEVICE) for name, t in linear_inputs(shape, dtype, seed=seed).items()}
     return inputs | {name: inputs[name].to(bases or dtype) for name in ("U", "V")}
 
 
@@ -150,11 +152,19 @@ def test_cayley_does_not_wait_for_the_device(cayley_backend, as_trained, no_sync
 # -- the linear op -------------------------------------------------------------------------------------------------
 
 
-def linear_is_accurate(inputs: dict, dtype: torch.dtype, mode: str) -> None:
-    exact, plain = naive_linear(inputs, torch.float64), naive_linear(inputs, dtype)
-    for name, result in linear_passes(inputs, mode).items():
-        assert result.shape == exact[name].shape
-        assert relative_error(result, exact[name]) <= bound(plain[name], exact[name]), name
+def linear_is_accurate(draws: list[dict], dtype: torch.dtype, mode: str) -> None:
+    """Output and gradients, those of all draws taken together."""
+    found = [linear_passes(inputs, mode) for inputs in draws]
+    plain, exact = ([naive_linear(inputs, kind) for inputs in draws] for kind in (dtype, torch.float64))
+    for name in exact[0]:
+        assert all(f[name].shape == e[name].shape for f, e in zip(found, exact)), name
+        value, twin, truth = (torch.cat([run[name].flatten() for run in runs]) for runs in (found, plain, exact))
+        assert relative_error(value, truth) <= bound(twin, truth), name
+
+
+def draws_of(shape: tuple[int, int, int, int], dtype: torch.dtype, bases: torch.dtype | None = None) -> list[dict]:
+    """Many where a draw has few numbers: over one of them the yardstick would be luck."""
+    return [on_device(shape, dtype, bases, 1000 * seed) for seed in range(1 if min(shape) > 16 else 16)]
 
 
 @pytest.mark.parametrize("mode", ["factored", "composed"])
@@ -162,7 +172,7 @@ def linear_is_accurate(inputs: dict, dtype: torch.dtype, mode: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_triton_linear_error(shape, dtype, mode):
     with sk.use_backend("triton"):
-        linear_is_accurate(on_device(shape, dtype), dtype, mode)
+        linear_is_accurate(draws_of(shape, dtype), dtype, mode)
 
 
 @pytest.mark.parametrize("mode", ["factored", "composed"])
@@ -170,7 +180,7 @@ def test_triton_linear_error(shape, dtype, mode):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_triton_linear_error_with_float32_bases(shape, dtype, mode):
     with sk.use_backend("triton"):
-        linear_is_accurate(on_device(shape, dtype, torch.float32), dtype, mode)
+        linear_is_accurate(draws_of(shape, dtype, torch.float32), dtype, mode)
 
 
 @pytest.mark.parametrize("mode", ["factored", "composed"])
@@ -181,7 +191,7 @@ def test_triton_linear_takes_any_strides(dtype, mode):
         expected = linear_passes(inputs, mode)
         strided = {name: torch.stack([t, t], -1)[..., 0] for name, t in inputs.items()}
         strided |= {name: inputs[name].mT.contiguous().mT for name in ("weight", "core", "dy")}
-        linear_is_accurate(strided, dtype, mode)
+        linear_is_accurate([strided], dtype, mode)
         deep = {**inputs, "x": inputs["x"].view(5, 18, 96), "dy": inputs["dy"].view(5, 18, 130)}
         deep = linear_passes({**deep, "x": deep["x"].transpose(0, 1), "dy": deep["dy"].transpose(0, 1)}, mode)
     for name in ("y", "dx"):
@@ -189,7 +199,7 @@ def test_triton_linear_takes_any_strides(dtype, mode):
         assert relative_error(again, expected[name]) <= 4 * torch.finfo(dtype).eps
     expanded = {**inputs, "dy": inputs["dy"][:1, :1].expand_as(inputs["dy"])}  # what sum().backward() hands over
     with sk.use_backend("triton"):
-        linear_is_accurate(expanded, dtype, mode)
+        linear_is_accurate([expanded], dtype, mode)
 
 
 @pytest.mark.parametrize("mode", ["factored", "composed"])
@@ -357,7 +367,7 @@ def small_pass() -> None:
         for shape in ((37, 70, 130, 33), (300, 128, 96, 64)):
             for dtype in (torch.float32, torch.bfloat16):
                 for mode in ("factored", "composed"):
-                    linear_is_accurate(on_device(shape, dtype), dtype, mode)
+                    linear_is_accurate([on_device(shape, dtype)], dtype, mode)
     torch.cuda.synchronize()
     print("small pass: results agree with float64")
 
