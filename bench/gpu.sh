@@ -5,7 +5,7 @@
 #
 #   PYTHON=python3 OUT=bench/results bash bench/gpu.sh
 #
-# Logs, CSV and table go to OUT (seven files). A failed stage does not stop the later ones; the exit code is 0 only if
+# Logs, CSV and table go to OUT (seven files; relative names are from the repository). A failed stage does not stop the later ones; the exit code is 0 only if
 # every stage that was required passed. The last lines, and OUT/summary.txt, say which did.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -84,9 +84,9 @@ else
     missing "build for sm_$arch" nvcc
 fi
 stage info 30 setup.log "$PYTHON" -m ssvd_kernels info
-workers=()
-"$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 4)
-stage "GPU tests" 140 tests.log "$PYTHON" -m pytest -rfEs -m "gpu and not slow" "${workers[@]}" tests
+pytest=(env OMP_NUM_THREADS=2 "$PYTHON" -m pytest) # with several processes, most of the time is compilation
+"$PYTHON" -c 'import xdist' 2>/dev/null && pytest+=(-n 8)
+stage "GPU tests" 140 tests.log "${pytest[@]}" -rfEs -m "gpu and not slow" tests
 
 # Without torch's caching allocator every tensor has its own allocation, so that a step outside it is seen.
 sanitize() { # tool, limit
@@ -96,12 +96,8 @@ sanitize() { # tool, limit
 if command -v compute-sanitizer >/dev/null; then sanitize memcheck 75; else missing compute-sanitizer compute-sanitizer; fi
 
 stage benchmark 150 bench.log "$PYTHON" -m bench.run --device cuda --limit-seconds 100 --out "$OUT/gpu.csv"
-kernel_tests=()
-for file in tests/test_ext.py tests/test_cayley.py tests/test_linear.py tests/test_triton*.py; do
-    [[ -f $file ]] && kernel_tests+=("$file")
-done
-stage "op and kernel tests" 120 tests.log \
-    "$PYTHON" -m pytest -rfE -m "not gpu and not slow and not data" "${workers[@]}" "${kernel_tests[@]}"
+stage "op and kernel tests" 120 tests.log "${pytest[@]}" -rfE -m "not gpu and not slow and not data" \
+    tests/test_triton.py tests/test_ext.py tests/test_cayley.py tests/test_linear.py
 if command -v compute-sanitizer >/dev/null; then
     OPTIONAL=1 sanitize racecheck 60
     OPTIONAL=1 sanitize initcheck 60
