@@ -30,11 +30,6 @@ __attribute__((weak)) void dgemm_(const char*, const char*, const int64_t*, cons
 #else
 #define SSVD_CLONES
 #endif
-#if defined(__GNUC__)
-#define SSVD_INLINE inline __attribute__((always_inline))
-#else
-#define SSVD_INLINE inline
-#endif
 
 namespace ssvd {
 namespace {
@@ -96,18 +91,18 @@ void multiply_add(const Matrix<T>& out, double beta, const Matrix<T>& c, double 
 }
 
 // Gauss-Jordan without pivoting on A = I + N, storing A - I and A^-1 - I: a[i, j] is N before the sweeps and F after.
-// Rows are padded with zeros to kLeaf columns, so that the inner loop has a fixed length.
-template <class T>
-SSVD_INLINE void sweep_leaf(T* __restrict__ a, int64_t n) {
-  alignas(64) T pivot_row[kLeaf];
+// Rows are padded with zeros to kLeaf columns, so that the inner loop has a fixed length. In float64 for every dtype:
+// in float32 each of the 64 sweeps would round all elements, which for small N is several times the error of a solve.
+SSVD_CLONES void sweep(double* __restrict__ a, int64_t n) {
+  alignas(64) double pivot_row[kLeaf];
   for (int64_t p = 0; p < n; ++p) {
-    T* row_p = a + p * kLeaf;
-    const T inv = 1 / (1 + row_p[p]);
-    const T diagonal = -row_p[p] * inv;
+    double* row_p = a + p * kLeaf;
+    const double inv = 1 / (1 + row_p[p]);
+    const double diagonal = -row_p[p] * inv;
     for (int64_t j = 0; j < kLeaf; ++j) pivot_row[j] = row_p[j] * inv;
     for (int64_t i = 0; i < n; ++i) {
-      T* row = a + i * kLeaf;
-      const T f = row[p];
+      double* row = a + i * kLeaf;
+      const double f = row[p];
       for (int64_t j = 0; j < kLeaf; ++j) row[j] -= f * pivot_row[j];
       row[p] = -f * inv;
     }
@@ -116,20 +111,17 @@ SSVD_INLINE void sweep_leaf(T* __restrict__ a, int64_t n) {
   }
 }
 
-SSVD_CLONES void sweep(float* a, int64_t n) { sweep_leaf(a, n); }
-SSVD_CLONES void sweep(double* a, int64_t n) { sweep_leaf(a, n); }
-
 template <class T>
 void leaf_(const Matrix<T>& N) {
-  alignas(64) T a[kLeaf * kLeaf];
+  alignas(64) double a[kLeaf * kLeaf];
   const int64_t n = N.n_rows;
   for (int64_t i = 0; i < n; ++i) {
     std::copy_n(N.data + i * N.ld, n, a + i * kLeaf);
-    std::fill(a + i * kLeaf + n, a + (i + 1) * kLeaf, T(0));
+    std::fill(a + i * kLeaf + n, a + (i + 1) * kLeaf, 0.0);
   }
   sweep(a, n);
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j < n; ++j) N.data[i * N.ld + j] = 2 * a[i * kLeaf + j];
+    for (int64_t j = 0; j < n; ++j) N.data[i * N.ld + j] = static_cast<T>(2 * a[i * kLeaf + j]);
   }
 }
 

@@ -71,20 +71,20 @@ __global__ void __launch_bounds__(kTile* kTileRows) unskew_kernel(const T* __res
 
 // Gauss-Jordan without pivoting on A = I + N, one matrix a block, storing A - I and at the end 2 (A^-1 - I).
 // Elements stay in registers; pivot row and column travel through shared memory, in two buffers so that one barrier a
-// pivot is enough. Padding with zeros is exact.
+// pivot is enough. Padding with zeros is exact. In float64 for every dtype, as on the CPU.
 template <class T>
 __global__ void __launch_bounds__(kSide* kSide) leaf_kernel(T* __restrict__ N, int n, int64_t stride_b,
                                                             int64_t stride_row) {
-  __shared__ T pivot_row[2][kLeaf], pivot_col[2][kLeaf];
+  __shared__ double pivot_row[2][kLeaf], pivot_col[2][kLeaf];
   const int x = threadIdx.x, y = threadIdx.y;
   T* base = N + int64_t(blockIdx.x) * stride_b;
-  T own[kOwn][kOwn];
+  double own[kOwn][kOwn];
 #pragma unroll
   for (int a = 0; a < kOwn; ++a) {
 #pragma unroll
     for (int b = 0; b < kOwn; ++b) {
       const int i = y + kSide * a, j = x + kSide * b;
-      own[a][b] = i < n && j < n ? base[i * stride_row + j] : T(0);
+      own[a][b] = i < n && j < n ? double(base[i * stride_row + j]) : 0.0;
     }
   }
 #pragma unroll
@@ -100,19 +100,19 @@ __global__ void __launch_bounds__(kSide* kSide) leaf_kernel(T* __restrict__ N, i
         for (int a = 0; a < kOwn; ++a) pivot_col[buffer][y + kSide * a] = own[a][q];
       }
       __syncthreads();
-      const T pivot = pivot_row[buffer][kSide * q + s], inv = 1 / (1 + pivot);
-      T scaled[kOwn];
+      const double pivot = pivot_row[buffer][kSide * q + s], inv = 1 / (1 + pivot);
+      double scaled[kOwn];
 #pragma unroll
       for (int b = 0; b < kOwn; ++b) scaled[b] = pivot_row[buffer][x + kSide * b] * inv;
       if (x == s) scaled[q] = inv;
 #pragma unroll
       for (int a = 0; a < kOwn; ++a) {
-        const T f = pivot_col[buffer][y + kSide * a];
+        const double f = pivot_col[buffer][y + kSide * a];
         const bool row_p = a == q && y == s;
 #pragma unroll
         for (int b = 0; b < kOwn; ++b) {
           const bool col_p = b == q && x == s;
-          const T rest = col_p ? T(0) : own[a][b];
+          const double rest = col_p ? 0.0 : own[a][b];
           own[a][b] = !row_p ? rest - f * scaled[b] : col_p ? -pivot * inv : scaled[b];
         }
       }
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kSide* kSide) leaf_kernel(T* __restrict__ N, i
 #pragma unroll
     for (int b = 0; b < kOwn; ++b) {
       const int i = y + kSide * a, j = x + kSide * b;
-      if (i < n && j < n) base[i * stride_row + j] = 2 * own[a][b];
+      if (i < n && j < n) base[i * stride_row + j] = static_cast<T>(2 * own[a][b]);
     }
   }
 }

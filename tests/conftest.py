@@ -17,11 +17,8 @@ def _seeded():
 
 
 @pytest.fixture(autouse=True)
-def _poisoned(request: pytest.FixtureRequest):
-    """torch.empty gives NaN, so that an element that nobody writes cannot pass; not where torch has no such kernel."""
-    if request.node.get_closest_marker("unpoisoned") is not None:
-        yield
-        return
+def _poisoned():
+    """torch.empty gives NaN, so that an element that nobody writes cannot pass."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
