@@ -5,8 +5,9 @@
 #
 #   PYTHON=python3 OUT=bench/results bash bench/gpu.sh
 #
-# Logs, CSV and table go to OUT (seven files; relative names are from the repository). A failed stage does not stop the later ones; the exit code is 0 only if
-# every stage that was required passed. The last lines, and OUT/summary.txt, say which did.
+# Logs, CSV and table go to OUT: seven files; a relative name is taken from the repository. A failed stage does not
+# stop the later ones; the exit code is 0 only if every stage that was required passed. The last lines, and
+# OUT/summary.txt, say which did.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
