@@ -52,7 +52,7 @@ LINEAR = {
         Config(128, 128, 32, 8, 3),
     ),
     "mixed_odd": (Config(16, 32, 64, 4, 3), Config(32, 64, 32, 4, 3), Config(64, 128, 32, 8, 3)),
-    "float32": (Config(16, 32, 32, 4, 3), Config(32, 32, 16, 4, 3), Config(64, 64, 16, 4, 3)),
+    "float32": (Config(16, 32, 32, 4, 3), Config(32, 32, 16, 4, 3), Config(32, 64, 16, 4, 3)),
     "float32_odd": (Config(16, 32, 32, 4, 3), Config(32, 32, 16, 4, 3)),
 }
 ONE_PASS = {
@@ -60,8 +60,8 @@ ONE_PASS = {
     "half_odd": (Config(16, 32, 32, 4, 2, 64), Config(32, 32, 32, 4, 2, 64)),
     "mixed": (Config(16, 32, 64, 4, 3, 128), Config(32, 64, 64, 4, 3, 64)),
     "mixed_odd": (Config(16, 32, 32, 4, 3, 64), Config(32, 32, 32, 4, 3, 64)),
-    "float32": (Config(16, 16, 32, 4, 3, 64), Config(32, 32, 16, 8, 3, 64)),
-    "float32_odd": (Config(16, 16, 32, 4, 3, 64),),
+    "float32": (Config(16, 16, 32, 4, 3, 32), Config(32, 32, 16, 8, 3, 32)),
+    "float32_odd": (Config(16, 16, 32, 4, 3, 32),),
 }
 COMPOSE = {
     "half": (Config(64, 64, 32, 4, 3), Config(128, 128, 32, 8, 3)),
