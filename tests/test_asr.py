@@ -284,9 +284,9 @@ def manifest(folder: Path, *lines: object) -> Path:
 
 def test_manifest_is_read_as_it_is(tmp_path: Path) -> None:
     write_wav(tmp_path / "a.wav", tone(300, 1))
-    line = {"audio": "a.wav", "text": "three short words"}
+    line = {"audio": "a.wav", "text": "three short\u2028words"}
     plain, raised = speech.read_manifest(manifest(tmp_path, line, {**line, "pitch": 1.6}))
-    assert (plain.text, plain.factor, plain.path) == ("three short words", 1.0, tmp_path / "a.wav")
+    assert (plain.text, plain.factor, plain.path) == (line["text"], 1.0, tmp_path / "a.wav")
     data = speech.Speech([plain, raised], "test")
     assert pitch(data.samples(0)) == pytest.approx(300, abs=2)
     assert pitch(data.samples(1)) == pytest.approx(480, abs=3)
@@ -464,10 +464,10 @@ def test_unknown_model_and_language_are_refused(ct2_folder: SimpleNamespace, tmp
     (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(DemoError, match="of type bert; only whisper"):
         load_recognizer(str(tmp_path / "bert"), tmp_path, torch.device("cpu"))
-    model, tokenizer, extractor = load_whisper_ct2(ct2_folder.path)
+    model, tokenizer, _ = load_whisper_ct2(ct2_folder.path)
     model.generation_config.is_multilingual = True
     with pytest.raises(DemoError, match=r"language = 'xx': .*no token <\|xx\|>"):
-        Recognizer(model, tokenizer, extractor, "tiny", torch.device("cpu"), "xx")
+        Recognizer(model, tokenizer, "tiny", torch.device("cpu"), "xx")
 
 
 def test_hugging_face_folder_loads_the_same(ct2_folder: SimpleNamespace, tiny: Recognizer, tmp_path: Path) -> None:
@@ -478,6 +478,31 @@ def test_hugging_face_folder_loads_the_same(ct2_folder: SimpleNamespace, tiny: R
     other = load_recognizer(str(folder), tmp_path, torch.device("cpu"))
     assert other.fingerprint == tiny.fingerprint
     assert other.prefix == tiny.prefix
+
+
+@pytest.mark.parametrize("multilingual", [False, True])
+def test_training_and_transcribing_share_the_prompt(
+    multilingual: bool, ct2_folder: SimpleNamespace, clips: speech.Speech, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer, _ = load_whisper_ct2(ct2_folder.path)
+    ids = tokenizer.get_vocab()
+    if multilingual:
+        model.generation_config.is_multilingual = True
+        model.generation_config.lang_to_id = {"<|en|>": ids["<|en|>"]}
+        model.generation_config.task_to_id = {"transcribe": ids["<|transcribe|>"]}
+    recognizer = Recognizer(model, tokenizer, "tiny", torch.device("cpu"))
+    names = ["<|startoftranscript|>", *(["<|en|>", "<|transcribe|>"] if multilingual else []), "<|notimestamps|>"]
+    assert recognizer.prefix == [ids[name] for name in names]
+    prompts: list[list[int]] = []
+    decoder = type(model.model.decoder).forward
+
+    def watched(self: torch.nn.Module, *args: object, **options: object) -> object:
+        prompts.append(options["input_ids"][0].tolist())  # type: ignore[index]
+        return decoder(self, *args, **options)
+
+    monkeypatch.setattr(type(model.model.decoder), "forward", watched)
+    assert len(recognizer.transcribe(clips, "test", batch=2)) == len(clips)
+    assert prompts[0] == recognizer.prefix
 
 
 # -- training ----------------------------------------------------------------------------------------------------

@@ -187,6 +187,8 @@ def run(args: argparse.Namespace) -> bool:
     ):
         if value < longest:
             raise DemoError(f"{option} {value}: is shorter than the longest clip, which lasts {longest:.2f} s")
+    for text in training.texts:
+        recognizer.labels([text])  # one that is too long for the model is refused now, not in the middle
     settings: dict[str, Any] = {
         "model": recognizer.name,
         "model weights": recognizer.fingerprint,

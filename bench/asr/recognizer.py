@@ -52,14 +52,12 @@ class Recognizer:
         self,
         model: WhisperForConditionalGeneration,
         tokenizer: PreTrainedTokenizerBase,
-        extractor: WhisperFeatureExtractor,
         name: str,
         device: torch.device,
         language: str = "en",
     ) -> None:
         self.model = nn.Module.to(model, device).eval()  # transformers' own `to` hides its arguments from mypy
-        self.tokenizer, self.extractor, self.name = tokenizer, extractor, name
-        self.device, self.language = device, language
+        self.tokenizer, self.name, self.device, self.language = tokenizer, name, device, language
         self.fingerprint = _fingerprint(model)
         self.normalise = EnglishTextNormalizer({}) if language == "en" else BasicTextNormalizer()
         self.prefix = self._prefix()
@@ -162,17 +160,18 @@ def load_recognizer(model: str | None, data: Path, device: torch.device, languag
     """The built-in tiny.en (None), a Hugging Face name or folder, or a folder of CTranslate2's."""
     folder = data / MODEL if model is None else Path(model)
     if is_ct2_whisper(folder):
-        return Recognizer(*load_whisper_ct2(folder), folder.name, device, language)
+        converted, own_tokenizer, _ = load_whisper_ct2(folder)
+        return Recognizer(converted, own_tokenizer, folder.name, device, language)
     name = str(model)
     try:
         kind = AutoConfig.from_pretrained(name).model_type
         if kind != "whisper":
             raise DemoError(f"--model {name}: is of type {kind}; only whisper models can be used here")
         loaded = WhisperForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
-        tokenizer, extractor = AutoTokenizer.from_pretrained(name), WhisperFeatureExtractor.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise DemoError(
             f"--model {name}: neither a folder with a Whisper model nor a name that Hugging Face serves to "
             f"this machine ({str(error).splitlines()[0]})"
         ) from error
-    return Recognizer(loaded, tokenizer, extractor, Path(name).name, device, language)
+    return Recognizer(loaded, tokenizer, Path(name).name, device, language)

@@ -94,11 +94,13 @@ def read_manifest(path: Path) -> list[Clip]:
     audio file.
     """
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DemoError(f"{path}: the manifest cannot be read ({error})") from None
+    if not content.strip():
+        raise DemoError(f'{path}: the manifest is empty; each line is {{"audio": path, "text": words}}')
     clips = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.removesuffix("\n").split("\n"), 1):  # splitlines() would split texts, too
         where = f"{path}:{number}"
         if not line.strip():
             raise DemoError(f'{where}: the line is empty; each line is {{"audio": path, "text": words}}')
@@ -120,8 +122,6 @@ def read_manifest(path: Path) -> list[Clip]:
         if isinstance(pitch, bool) or not isinstance(pitch, (int, float)) or not 0.5 <= pitch <= 2:
             raise DemoError(f"{where}: pitch = {pitch!r}; a factor from 0.5 to 2 is allowed (left out: as recorded)")
         clips.append(Clip(entry["audio"], entry["text"], audio, float(pitch), where))
-    if not clips:
-        raise DemoError(f'{path}: the manifest is empty; each line is {{"audio": path, "text": words}}')
     return clips
 
 
