@@ -45,8 +45,9 @@ def table(device: torch.device, quick: bool) -> list[Case]:
     linear = [linear_case(dtype, *shape) for shape in (LINEAR_CUDA if cuda else LINEAR_CPU)]
     layer = [layer_case(dtype, *shape) for shape in (LAYER_CUDA if cuda else LINEAR_CPU)]
     cayley = [cayley_case(*shape) for shape in (CAYLEY_CUDA if cuda else CAYLEY_CPU)]
-    extra = [linear_case(torch.float32, 4096, 1024, 1024, 409)] if cuda else []
-    return [*cayley, *linear, *layer, *extra]
+    if not cuda:
+        return [*cayley, *layer, *linear]
+    return [*cayley, *linear, *layer, linear_case(torch.float32, 4096, 1024, 1024, 409)]
 
 
 # -- the counterparts, in plain PyTorch under autograd -------------------------------------------------------------
