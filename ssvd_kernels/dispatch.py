@@ -84,14 +84,16 @@ def cayley_delta(theta: Tensor, k: int) -> Tensor:
     """E (B, k, k) from theta (B, m)."""
     if backend_for("cayley", theta.device, theta.dtype) == "ext":
         return torch.ops.ssvd_kernels.cayley_delta(theta, k)
-    return reference.cayley_delta_ref(theta, k)
+    with _full_precision():
+        return reference.cayley_delta_ref(theta, k)
 
 
 def cayley_delta_backward(grad: Tensor, E: Tensor) -> Tensor:
     """dtheta (B, m) from dE and E (B, k, k)."""
     if backend_for("cayley", E.device, E.dtype) == "ext":
         return torch.ops.ssvd_kernels.cayley_delta_backward(grad, E)
-    return reference.cayley_delta_backward_ref(grad, E)
+    with _full_precision():
+        return reference.cayley_delta_backward_ref(grad, E)
 
 
 def ssvd_linear(
@@ -126,6 +128,20 @@ def ssvd_linear_backward(
         projected = core_grad.core_grad(dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1]))
         return dx, (U.to(projected.dtype).mT @ projected).to(core.dtype)
     return reference.ssvd_linear_backward_ref(dy, z, weight, U, V, core, mode, need_dx)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 products in float32: tf32 or bf16, where the user allows them, would cost the rotation 3e-4."""
+    allowed = torch.get_float32_matmul_precision()
+    if allowed == "highest" or torch.compiler.is_compiling():
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
 
 
 def _check_backend(argument: str, name: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -25,19 +27,26 @@ class BasisIdentity(NamedTuple):
     sketch: Tensor
 
 
-class RotationScope:
-    """Says whether the forward for which rotations were handed out is still running."""
-
-    def __init__(self) -> None:
-        self.active = False
-
-
 class HandedRotations:
     """Rotations that the root module computed for one layer in its batched call, and the weight composed from them."""
 
-    def __init__(self, scope: RotationScope, E: Tensor, E_out: Tensor | None) -> None:
-        self.scope, self.E, self.E_out = scope, E, E_out
+    def __init__(self, E: Tensor, E_out: Tensor | None) -> None:
+        self.E, self.E_out = E, E_out
         self.weight: Tensor | None = None
+
+
+@contextmanager
+def unseen_by_checkpoints() -> Iterator[None]:
+    """Saves tensors for backward as if no checkpoint were there.
+
+    Non-reentrant checkpointing wants its recomputation to save as many tensors as its forward did. A layer that was
+    handed its rotation in the forward computes it itself in the recomputation: neither may count.
+    """
+    if torch.compiler.is_compiling() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        yield
 
 
 class SSVDLinear(nn.Module):
@@ -117,7 +126,7 @@ class SSVDLinear(nn.Module):
             return self._merged_weight
         if self._may_cache():
             return self._cached_weight()
-        handed = self._current_handed()
+        handed = self._handed
         if handed is None:
             return self.compose()
         if handed.weight is None or (torch.is_grad_enabled() and not handed.weight.requires_grad):
@@ -126,18 +135,14 @@ class SSVDLinear(nn.Module):
 
     def core(self) -> Tensor:
         """M (k, k) with W' = W + U M V^T, in float32 at least; exactly zero before training."""
-        handed = self._current_handed()
-        if handed is not None:
-            E, E_out = handed.E, handed.E_out
-            if E.requires_grad and not torch.is_grad_enabled():
-                # first pass of reentrant checkpointing: its recomputation must not meet this graph a second time
-                E, E_out, self._handed = E.detach(), None if E_out is None else E_out.detach(), None
+        if self._handed is not None:
+            E, E_out = self._handed.E, self._handed.E_out
         else:
-            E = rotation_delta(self.theta, self.k_in, self.rotation)
-            E_out = None
-            if self.theta_out is not None:
-                assert self.k_out is not None
-                E_out = rotation_delta(self.theta_out, self.k_out, self.rotation)
+            with unseen_by_checkpoints():
+                E, E_out = rotation_delta(self.theta, self.k_in, self.rotation), None
+                if self.theta_out is not None:
+                    assert self.k_out is not None
+                    E_out = rotation_delta(self.theta_out, self.k_out, self.rotation)
         if E_out is not None:
             E, E_out = _pad(E, self.k), _pad(E_out, self.k)
         side = "input" if self.side == "smaller" else self.side
@@ -146,9 +151,8 @@ class SSVDLinear(nn.Module):
 
     def compose(self) -> Tensor:
         """W + U core V^T (d_out, d_in), computed in float32 at least and rounded once to the base weight's dtype."""
-        core = self.core()
-        with torch.autocast(core.device.type, enabled=False):
-            return reference.compose_ref(self.base_weight, self.U, self.V, core)
+        with unseen_by_checkpoints(), torch.autocast(self.sigma.device.type, enabled=False):
+            return reference.compose_ref(self.base_weight, self.U, self.V, self.core())
 
     def forward(self, x: Tensor) -> Tensor:
         if self._merged_weight is not None:
@@ -232,15 +236,6 @@ class SSVDLinear(nn.Module):
         self.basis = BasisIdentity(fingerprint(self.base_weight), known.gap if same else 0.0, found)
 
     # -- caching -----------------------------------------------------------------------------------------------
-
-    def _current_handed(self) -> HandedRotations | None:
-        handed = self._handed
-        if handed is None or handed.scope.active:
-            return handed
-        if torch.compiler.is_compiling():
-            return None
-        # outside the root's forward only a checkpoint's recomputation, within backward, may use what it handed out
-        return handed if torch._C._current_graph_task_id() != -1 else None
 
     def _may_cache(self) -> bool:
         return not (

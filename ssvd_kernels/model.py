@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from .config import SSVDConfig
 from .factorize import Factorization, check_weight, factorize
 from .functional import rotation_deltas
-from .layers import HandedRotations, RotationScope, SSVDLinear
+from .layers import HandedRotations, SSVDLinear
 from .targets import find_targets
 
 
@@ -44,7 +44,6 @@ class InjectReport:
 class _Root:
     """What `inject` remembers on the module that it was given."""
 
-    scope: RotationScope
     trainable_before: list[str]
 
 
@@ -103,7 +102,7 @@ def install(model: nn.Module, plan: Plan, found: Mapping[str, Factorization]) ->
     layers = {name: SSVDLinear(linear, config, found[name]) for name, (linear, config) in plan.items()}
     for name, layer in layers.items():
         _replace(model, name, layer)
-    model.__dict__["_ssvd_root"] = _Root(RotationScope(), trainable_before)
+    model.__dict__["_ssvd_root"] = _Root(trainable_before)
     model.register_forward_pre_hook(_hand_out_rotations)
     model.register_forward_hook(_end_of_forward, always_call=True)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -172,11 +171,10 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _hand_out_rotations(root: nn.Module, args: Any) -> None:
-    """Forward pre-hook of the root: one batched rotation for all layers, kept until the next forward of the root.
+    """Forward pre-hook of the root: one batched rotation for all layers, which they use until the forward ends.
 
-    It must outlive the forward: non-reentrant checkpointing recomputes layers during backward.
+    A layer that runs outside of it (alone, or recomputed by a checkpoint during backward) computes its own.
     """
-    scope: RotationScope = root.__dict__["_ssvd_root"].scope
     layers = [module for module in root.modules() if isinstance(module, SSVDLinear)]
     layers = [layer for layer in layers if not layer.merged and type(layer.theta) is nn.Parameter]
     if not torch.is_grad_enabled():
@@ -190,11 +188,10 @@ def _hand_out_rotations(root: nn.Module, args: Any) -> None:
     deltas = rotation_deltas(inputs, ranks, rotations)
     E_out = dict(zip(map(id, outer), deltas[len(layers) :], strict=True))
     for layer, E in zip(layers, deltas):
-        layer._handed = HandedRotations(scope, E, E_out.get(id(layer)))
-    scope.active = True
+        layer._handed = HandedRotations(E, E_out.get(id(layer)))
 
 
 def _end_of_forward(root: nn.Module, args: Any, output: Any) -> None:
-    state = root.__dict__.get("_ssvd_root")
-    if state is not None:
-        state.scope.active = False
+    for module in root.modules():
+        if isinstance(module, SSVDLinear):
+            module._handed = None

@@ -145,6 +145,20 @@ def test_reference_is_right_with_two_threads_where_a_batched_lu_is_not():
     assert max((g.mT @ g - torch.eye(384)).abs().max() for g in G) <= 5e-6
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reduced_precision_products_are_not_used(backend):
+    theta = theta_of_norm(97, 0.5, dtype=torch.float32)
+    with sk.use_backend(backend):
+        expected = sk.cayley_delta(theta, 97)
+        torch.set_float32_matmul_precision("medium")
+        try:
+            found = sk.cayley_delta(theta, 97)
+            assert torch.get_float32_matmul_precision() == "medium"
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("theta", "k", "message"),
     [
