@@ -60,7 +60,7 @@ ONE_PASS = {
     "half_odd": (Config(16, 32, 32, 4, 2, 64), Config(32, 32, 32, 4, 2, 64)),
     "mixed": (Config(16, 32, 64, 4, 3, 128), Config(32, 64, 64, 4, 3, 64)),
     "mixed_odd": (Config(16, 32, 32, 4, 3, 64), Config(32, 32, 32, 4, 3, 64)),
-    "float32": (Config(16, 16, 32, 4, 3, 32), Config(32, 32, 16, 8, 3, 32)),
+    "float32": (Config(16, 16, 32, 4, 3, 32), Config(32, 32, 16, 4, 3, 32)),
     "float32_odd": (Config(16, 16, 32, 4, 3, 32),),
 }
 COMPOSE = {
