@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import SSVDConfig
+from .config import ROTATIONS, SIDES, SSVDConfig
 from .factorize import SAFE_GAP, SKETCH_ROWS, Factorization, fingerprint, match_signs
 from .functional import theta_length
 from .layers import SSVDLinear, check_linear
@@ -30,7 +31,6 @@ from .model import Plan, _require_layers, factorize_all, install, ssvd_layers
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-ROUNDED_BASE = 2e-2  # ||U^T W V - Sigma|| / ||Sigma|| up to which W counts as a rounding of the base that was adapted
 _TRAINED = ("theta", "theta_out", "delta_sigma")
 _BASIS = ("U", "sigma", "V")
 
@@ -166,6 +166,10 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
             raise AdapterError(f"{path} has format version {version!r}: this package reads version {FORMAT_VERSION}")
         digest = header.pop("digest")
         layers = header["layers"]
+        if not isinstance(layers, dict):
+            raise AdapterError(f"{path} has a damaged header: layers={layers!r} is no table")
+        for name, layer in layers.items():
+            _check_description(path, name, layer)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{path} has a damaged header ({type(error).__name__}: {error})") from None
     if digest != _digest(header, tensors):
@@ -184,6 +188,26 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
         if not bool(torch.isfinite(value).all()):
             raise AdapterError(f"{path}: {key} holds NaN or infinity")
     return layers, tensors
+
+
+def _check_description(path: Path, name: str, layer: dict[str, Any]) -> None:
+    allowed: dict[str, Callable[[Any], bool]] = {
+        "k": _is_rank,
+        "k_out": lambda value: value is None or _is_rank(value),
+        "side": lambda value: value in SIDES,
+        "rotation": lambda value: value in ROTATIONS,
+        "shape": lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_rank, value)),
+        "fingerprint": lambda value: isinstance(value, str),
+    }
+    for key, check in allowed.items():
+        if not isinstance(layer, dict) or key not in layer:
+            raise AdapterError(f"{path}: its description of {name} has no {key!r}: {layer!r}")
+        if not check(layer[key]):
+            raise AdapterError(f"{path}: its description of {name} makes no sense: {key}={layer[key]!r}")
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value >= 1
 
 
 def _expected_shapes(name: str, layer: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -239,8 +263,8 @@ def _plan(path: Path, model: nn.Module, described: dict[str, dict[str, Any]]) ->
                 rank=layer["k"], rank_out=layer["k_out"], side=layer["side"], rotation=layer["rotation"]
             )
             config.resolve_ranks(linear.in_features, linear.out_features)
-        except TypeError as error:
-            raise AdapterError(f"{path}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise error if isinstance(error, AdapterError) else AdapterError(f"{path}: {name}: {error}") from None
         plan[name] = (linear, config)
     return plan
 
@@ -269,11 +293,14 @@ def _check_base(path: Path, name: str, described: dict[str, Any], weight: Tensor
     if described["fingerprint"] == fingerprint(weight):
         return
     U, sigma, V = (tensors[f"{name}.{key}"].to(weight.device, torch.float32) for key in _BASIS)
-    error = (U.mT @ weight.detach().float() @ V - torch.diag(sigma)).norm() / sigma.norm()
-    if not bool(error <= ROUNDED_BASE):
+    W = weight.detach().float()
+    error = float((U.mT @ W @ V - torch.diag(sigma)).norm() / W.norm())
+    roundings = [dtype for dtype in (torch.float16, torch.bfloat16) if torch.equal(W, W.to(dtype).float())]
+    allowed = max((torch.finfo(dtype).eps / 2 for dtype in roundings), default=0.0)
+    if not error <= allowed:
         raise AdapterError(
-            f"{path} was trained on another base model: U^T W V of {name} differs from its singular values by "
-            f"{float(error):.2g} relative (allowed, for a rounded copy: {ROUNDED_BASE})"
+            f"{path} was trained on another base model: U^T W V of {name} differs from the singular values by "
+            f"{error:.2g} of ||W|| (allowed is {allowed:.2g}, the rounding of a half-precision copy)"
         )
     logger.warning("%s: the base weight of %s is a rounding of the one that was adapted", path, name)
 

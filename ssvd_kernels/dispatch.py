@@ -30,7 +30,7 @@ def use_backend(name: str) -> Iterator[None]:
     choice; one that it has but cannot serve raises RuntimeError.
     """
     global _forced
-    _check_backend("name", name)
+    _check_choice("name", name, BACKENDS)
     before, _forced = _forced, name
     try:
         yield
@@ -49,7 +49,7 @@ def refusals(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, str
 def backend_for(op: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that will serve `op` on these inputs. Raises RuntimeError if the forced one cannot."""
     if _forced != "auto":
-        _check_backend("SSVD_BACKEND", _forced)
+        _check_choice("SSVD_BACKEND", _forced, BACKENDS)
         options = refusals(op, device, dtype)
         if options.get(_forced) is not None:
             raise RuntimeError(f"backend {_forced!r} cannot serve {op} on {device} in {dtype}: {options[_forced]}")
@@ -60,24 +60,24 @@ def backend_for(op: str, device: torch.device, dtype: torch.dtype) -> str:
     return next(name for name, reason in refusals(op, device, dtype).items() if reason is None)
 
 
-def linear_mode(x: Tensor, weight: Tensor, k: int, mode: str, backward: bool) -> str:
+def linear_mode(x: Tensor, weight: Tensor, k: int, mode: str, backward: bool, reused: bool = False) -> str:
     """ "composed" (W' is built, then one product) or "factored", for this call.
 
     Half precision is factored: composing onto a half-precision base by round-to-nearest loses small updates, and a
-    float32 base often holds half-precision values. In float32 and float64 the cheaper one by FLOP count.
+    float32 base often holds half-precision values. In float32 and float64 the cheaper one by FLOP count; a W' that is
+    `reused` over many calls costs nothing to compose.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r} is unknown: allowed are {', '.join(map(repr, MODES))}")
+    _check_choice("mode", mode, MODES)
     if mode != "auto":
         return mode
     if x.dtype in _HALF:
         return "factored"
     d_out, d_in = weight.shape
     tokens = x.numel() // d_in
-    compose = d_out * k * (k + d_in)
+    compose = 0 if reused else d_out * k * (k + d_in)
     composed = compose + (compose + d_out * k * k + tokens * k * (d_in + d_out) if backward else 0)
     factored = tokens * k * (d_in + k + d_out) * (2 if backward else 1)
-    return "composed" if composed < factored else "factored"
+    return "composed" if composed <= factored else "factored"
 
 
 def cayley_delta(theta: Tensor, k: int) -> Tensor:
@@ -144,6 +144,6 @@ def _full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(allowed)
 
 
-def _check_backend(argument: str, name: str) -> None:
-    if name not in BACKENDS:
-        raise ValueError(f"{argument}={name!r} is unknown: allowed are {', '.join(map(repr, BACKENDS))}")
+def _check_choice(argument: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{argument}={value!r} is unknown: allowed are {', '.join(map(repr, allowed))}")

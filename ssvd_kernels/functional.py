@@ -123,6 +123,8 @@ def _check_linear(x: Tensor, weight: Tensor, U: Tensor, V: Tensor, core: Tensor,
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: allowed is {shape} for weight {(d_out, d_in)}")
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}: allowed are floating-point dtypes")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: allowed is one device")
     if x.ndim == 0 or x.shape[-1] != d_in:

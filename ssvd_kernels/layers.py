@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import reference
+from . import dispatch, reference
 from .config import SSVDConfig
 from .factorize import Factorization, factorize, fingerprint, match_signs, sketch
 from .functional import rotation_delta, ssvd_linear, theta_length
@@ -42,7 +42,7 @@ def unseen_by_checkpoints() -> Iterator[None]:
     Non-reentrant checkpointing wants its recomputation to save as many tensors as its forward did. A layer that was
     handed its rotation in the forward computes it itself in the recomputation: neither may count.
     """
-    if torch.compiler.is_compiling() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if torch.compiler.is_compiling() or not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         yield
         return
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
@@ -162,8 +162,8 @@ class SSVDLinear(nn.Module):
         if not self._may_cache():
             self._cache = None
             core = self.core()
-        elif self.mode != "factored" and self._compute_dtype(x) == self.base_weight.dtype == self.sigma.dtype:
-            return F.linear(x, self._cached_weight(), self.bias)  # float32 or float64: as good as merged
+        elif self._as_if_merged(x):
+            return F.linear(x, self._cached_weight(), self.bias)
         else:
             core = self._cached()[1]
         return ssvd_linear(x, self.base_weight, self.U, self.V, core, self.bias, self.mode)
@@ -281,11 +281,13 @@ class SSVDLinear(nn.Module):
     def _forget(self) -> None:
         self._cache = self._handed = None
 
-    def _compute_dtype(self, x: Tensor) -> torch.dtype:
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            return torch.get_autocast_dtype(device)
-        return x.dtype
+    def _as_if_merged(self, x: Tensor) -> bool:
+        """Whether a kept W' serves x: in float32 and float64, where composing loses nothing and T does not matter."""
+        if not x.dtype == self.base_weight.dtype == self.sigma.dtype or torch.is_autocast_enabled(x.device.type):
+            return False
+        if dispatch.backend_for("linear", x.device, x.dtype) != "reference":
+            return False
+        return dispatch.linear_mode(x, self.base_weight, self.k, self.mode, backward=False, reused=True) == "composed"
 
     # -- nn.Module ---------------------------------------------------------------------------------------------
 
