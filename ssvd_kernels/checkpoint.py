@@ -314,8 +314,9 @@ def _stored_bases(
             continue
         _check_base(path, name, described[name], linear.weight, tensors)
         wide = torch.promote_types(linear.weight.dtype, torch.float32)
-        U, sigma, V = (tensors[f"{name}.{key}"].to(linear.weight.device, wide) for key in _BASIS)
-        stored[name] = Factorization(U, sigma, V, fingerprint(linear.weight), 0.0, tensors[f"{name}.sketch"])
+        # copies: the file's tensors are views of a mapped file, and aligned as the file is
+        U, sigma, V = (tensors[f"{name}.{key}"].to(linear.weight.device, wide, copy=True) for key in _BASIS)
+        stored[name] = Factorization(U, sigma, V, fingerprint(linear.weight), 0.0, tensors[f"{name}.sketch"].clone())
     return stored
 
 

@@ -100,7 +100,7 @@ def ssvd_linear(
     x: Tensor, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, bias: Tensor | None, mode: str, need_z: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(y, z = x V if needed); arguments and formula as `reference.ssvd_linear_ref`."""
-    if backend_for("linear", x.device, x.dtype) == "triton":
+    if _linear_backend(x) == "triton":
         from .triton import compose
         from .triton import ssvd_linear as kernels
 
@@ -116,7 +116,7 @@ def ssvd_linear_backward(
     dy: Tensor, z: Tensor | None, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, mode: str, need_dx: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dcore), None where not needed; arguments and formula as `reference.ssvd_linear_backward_ref`."""
-    if backend_for("linear", dy.device, dy.dtype) == "triton":
+    if _linear_backend(dy) == "triton":
         from .triton import compose, core_grad
         from .triton import ssvd_linear as kernels
 
@@ -128,6 +128,12 @@ def ssvd_linear_backward(
         projected = core_grad.core_grad(dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1]))
         return dx, (U.to(projected.dtype).mT @ projected).to(core.dtype)
     return reference.ssvd_linear_backward_ref(dy, z, weight, U, V, core, mode, need_dx)
+
+
+def _linear_backend(x: Tensor) -> str:
+    if _forced == "auto" and torch.compiler.is_compiling():
+        return "reference"  # its products are fused by the compiler; the launchers' host code cannot be traced
+    return backend_for("linear", x.device, x.dtype)
 
 
 @contextmanager

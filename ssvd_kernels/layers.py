@@ -122,16 +122,10 @@ class SSVDLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The effective weight W' (d_out, d_in) in the base weight's dtype, differentiable; composed once a forward."""
-        if self._merged_weight is not None:
-            return self._merged_weight
-        if self._may_cache():
-            return self._cached_weight()
-        handed = self._handed
-        if handed is None:
-            return self.compose()
-        if handed.weight is None or (torch.is_grad_enabled() and not handed.weight.requires_grad):
-            handed.weight = self.compose()
-        return handed.weight
+        try:
+            return self._effective_weight()
+        except AttributeError as error:  # nn.Module would take it for a missing property and give the base weight
+            raise RuntimeError(f"the effective weight could not be composed: {error}") from error
 
     def core(self) -> Tensor:
         """M (k, k) with W' = W + U M V^T, in float32 at least; exactly zero before training."""
@@ -153,6 +147,18 @@ class SSVDLinear(nn.Module):
         """W + U core V^T (d_out, d_in), computed in float32 at least and rounded once to the base weight's dtype."""
         with unseen_by_checkpoints(), torch.autocast(self.sigma.device.type, enabled=False):
             return reference.compose_ref(self.base_weight, self.U, self.V, self.core())
+
+    def _effective_weight(self) -> Tensor:
+        if self._merged_weight is not None:
+            return self._merged_weight
+        if self._may_cache():
+            return self._cached_weight()
+        handed = self._handed
+        if handed is None:
+            return self.compose()
+        if handed.weight is None or (torch.is_grad_enabled() and not handed.weight.requires_grad):
+            handed.weight = self.compose()
+        return handed.weight
 
     def forward(self, x: Tensor) -> Tensor:
         if self._merged_weight is not None:
