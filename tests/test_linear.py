@@ -144,7 +144,8 @@ def test_auto_is_factored_in_half_precision_and_the_cheaper_mode_else():
 def test_forced_backend_that_cannot_serve_raises():
     inputs = linear_inputs((4, 6, 5, 3), torch.float64)
     arguments = [inputs[name] for name in ("x", "weight", "U", "V", "core")]
-    with sk.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot serve linear on cpu in .*float64"):
+    refusal = r"'triton' cannot serve linear on cpu in .*float64"
+    with sk.use_backend("triton"), pytest.raises(RuntimeError, match=refusal):
         sk.ssvd_linear(*arguments)
     with pytest.raises(ValueError, match="name='cuda' is unknown: allowed are 'auto'"), sk.use_backend("cuda"):
         pass
