@@ -75,7 +75,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], save_bases: boo
         )
     header = {"version": FORMAT_VERSION, "layers": layers}
     header["digest"] = _digest(header, tensors)
-    _write_atomically(path, tensors, {"format": "pt", "ssvd_kernels": json.dumps(header, separators=(",", ":"))})
+    # one entry only: safetensors writes several in random order, and equal adapters should be equal files
+    _write_atomically(path, tensors, {"ssvd_kernels": json.dumps(header, separators=(",", ":"))})
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, progress: bool = True) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -23,6 +25,15 @@ transformers = pytest.importorskip("transformers")
 
 RANK = 5
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny tensors: a second thread only spins."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def whisper(**options) -> nn.Module:
@@ -460,6 +471,14 @@ def _encoder_alone_between_forward_and_backward(model: Stack, x: Tensor) -> None
     (loss + model.encoder(x.flip(0)).sin().mean()).backward()
 
 
+def _checkpoint_the_whole_model(model: Stack, x: Tensor) -> None:
+    if model.encoder.use_reentrant is None:
+        model(x).square().mean().backward()
+    else:
+        use_reentrant, model.encoder.use_reentrant = model.encoder.use_reentrant, None
+        checkpoint(model, x, use_reentrant=use_reentrant).square().mean().backward()
+
+
 def _backward_after_the_model_went_to_eval(model: Stack, x: Tensor) -> None:
     loss = model(x).square().mean()
     model.eval()
@@ -478,6 +497,7 @@ def _backward_after_the_model_went_to_eval(model: Stack, x: Tensor) -> None:
         _evaluate_between_forward_and_backward,
         _encoder_alone_between_forward_and_backward,
         _backward_after_the_model_went_to_eval,
+        _checkpoint_the_whole_model,
     ],
 )
 def test_checkpointing_with_other_forwards_in_between(use, use_reentrant):
@@ -676,6 +696,28 @@ def test_functional_call_uses_the_parameters_it_is_given():
         expected = run(model)
     assert relative_error(ours, expected) <= 1e-6
     assert relative_error(unchanged, expected) > 1e-3
+
+
+def test_threads_share_a_model(monkeypatch):
+    """A server's threads call one model: a forward that ends must not pull the rotation from under another one."""
+    model = adapted("wav2vec2").eval()
+    monkeypatch.setattr(layers_module.SSVDLinear, "_may_cache", lambda self: False)  # every forward hands out
+    with torch.no_grad():
+        expected = [run(model, seed) for seed in range(4)]
+
+    def serve(seed: int) -> list[Tensor]:
+        with torch.no_grad():
+            return [model(**inputs(model, seed))[0] for _ in range(15)]
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(serve, range(4)))
+    finally:
+        sys.setswitchinterval(before)
+    for seed, results in enumerate(found):
+        assert all(relative_error(result, expected[seed]) <= 1e-6 for result in results)
 
 
 # -- frameworks --------------------------------------------------------------------------------------------------------

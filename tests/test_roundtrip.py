@@ -28,6 +28,15 @@ MERGED_BOUND = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 4 * t
 PROPERTY = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny tensors: a second thread only spins."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Net(nn.Module):
     """Linear layers of given shapes, one nested and without bias, beside parameters that are not linear layers."""
 
@@ -590,3 +599,14 @@ def test_resumed_training_is_bit_equal_to_uninterrupted_training(tmp_path, monke
     assert steps(resumed, optimizer, range(4, 8)) == expected
     for (name, a), (_, b) in zip(resumed.named_parameters(), net.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_equal_adapters_are_equal_files(tmp_path):
+    files = set()
+    for index in range(8):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 7))
+        sk.inject(model, sk.SSVDConfig(rank=3), progress=False)
+        sk.save_adapter(model, tmp_path / f"{index}.safetensors")
+        files.add((tmp_path / f"{index}.safetensors").read_bytes())
+    assert len(files) == 1
