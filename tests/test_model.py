@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -696,28 +694,6 @@ def test_functional_call_uses_the_parameters_it_is_given():
         expected = run(model)
     assert relative_error(ours, expected) <= 1e-6
     assert relative_error(unchanged, expected) > 1e-3
-
-
-def test_threads_share_a_model(monkeypatch):
-    """A server's threads call one model: a forward that ends must not pull the rotation from under another one."""
-    model = adapted("wav2vec2").eval()
-    monkeypatch.setattr(layers_module.SSVDLinear, "_may_cache", lambda self: False)  # every forward hands out
-    with torch.no_grad():
-        expected = [run(model, seed) for seed in range(4)]
-
-    def serve(seed: int) -> list[Tensor]:
-        with torch.no_grad():
-            return [model(**inputs(model, seed))[0] for _ in range(15)]
-
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(serve, range(4)))
-    finally:
-        sys.setswitchinterval(before)
-    for seed, results in enumerate(found):
-        assert all(relative_error(result, expected[seed]) <= 1e-6 for result in results)
 
 
 # -- frameworks --------------------------------------------------------------------------------------------------------
