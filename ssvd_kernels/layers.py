@@ -129,8 +129,9 @@ class SSVDLinear(nn.Module):
 
     def core(self) -> Tensor:
         """M (k, k) with W' = W + U M V^T, in float32 at least; exactly zero before training."""
-        if self._handed is not None:
-            E, E_out = self._handed.E, self._handed.E_out
+        handed = self._handed
+        if handed is not None:
+            E, E_out = handed.E, handed.E_out
         else:
             with unseen_by_checkpoints():
                 E, E_out = rotation_delta(self.theta, self.k_in, self.rotation), None
@@ -139,9 +140,8 @@ class SSVDLinear(nn.Module):
                     E_out = rotation_delta(self.theta_out, self.k_out, self.rotation)
         if E_out is not None:
             E, E_out = _pad(E, self.k), _pad(E_out, self.k)
-        side = "input" if self.side == "smaller" else self.side
         with torch.autocast(E.device.type, enabled=False):
-            return reference.core_ref(E, self.sigma.to(E.dtype), self.delta_sigma.to(E.dtype), side, E_out)
+            return reference.core_ref(E, self.sigma.to(E.dtype), self.delta_sigma.to(E.dtype), self.side, E_out)
 
     def compose(self) -> Tensor:
         """W + U core V^T (d_out, d_in), computed in float32 at least and rounded once to the base weight's dtype."""
