@@ -1,4 +1,4 @@
-"""Shared set-up: Triton's interpreter where there is no GPU, fixed seeds, and NaN in uninitialised memory."""
+"""Shared set-up: Triton's interpreter where there is no GPU, fixed seeds, NaN in uninitialised memory, one thread."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+pytest.register_assert_rewrite("models", "refusals", "roundtrip", "speech_models")
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +27,16 @@ def _poisoned():
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch):
+    """For models so small that threads only wait for each other; in processes that the tests start, too."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

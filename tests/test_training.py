@@ -15,15 +15,7 @@ import ssvd_kernels as sk
 from ssvd_kernels import dispatch
 from ssvd_kernels.functional import theta_length
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny tensors: a second thread only spins."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # -- recovering a known rotation ---------------------------------------------------------------------------------------
 

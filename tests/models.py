@@ -1,0 +1,120 @@
+"""A tiny model with an encoder and a head, and what the tests do to whole models: adapt, train, compare, count."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from cases import relative_error
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import ssvd_kernels as sk
+from ssvd_kernels import dispatch, reference
+
+RANK = 5
+
+
+class Stack(nn.Module):
+    """An encoder and a head; each block can be checkpointed. The smallest model with a part that is called alone."""
+
+    def __init__(self, use_reentrant: bool | None, block: Callable[[], nn.Module] | None = None) -> None:
+        super().__init__()
+        self.encoder = Encoder(use_reentrant, block or FeedForward)
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x))
+
+
+class FeedForward(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
+
+
+class Encoder(nn.Module):
+    def __init__(self, use_reentrant: bool | None, block: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.use_reentrant = use_reentrant
+        self.blocks = nn.ModuleList(block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if self.use_reentrant is None else checkpoint(block, x, use_reentrant=self.use_reentrant)
+        return x
+
+
+def inject(model: nn.Module, **options) -> sk.InjectReport:
+    return sk.inject(model, sk.SSVDConfig(**{"rank": RANK, **options}), progress=False)
+
+
+def train_randomly(model: nn.Module, seed: int = 1) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def step(model: nn.Module) -> None:
+    with torch.no_grad():
+        for index, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            parameter += 0.3 * torch.sin(torch.arange(parameter.numel()) + index)
+    model.zero_grad()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(grad is not None for grad in found.values()), [n for n, g in found.items() if g is None]
+    model.zero_grad()
+    return {name: grad.clone() for name, grad in found.items() if grad is not None}
+
+
+def assert_close_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-5) -> None:
+    assert list(ours) == list(expected)
+    assert all(grad.abs().max() > 0 for grad in expected.values())
+    for name, grad in expected.items():
+        assert relative_error(ours[name], grad) <= bound, name
+
+
+def plain_twin(model: nn.Module) -> nn.Module:
+    """The same model with nn.Linear layers that hold W', by float64 arithmetic of this test's own."""
+    twin = copy.deepcopy(model)
+    weights = {}
+    for name, layer in sk.ssvd_layers(twin).items():
+        assert layer.side == "input" and layer.rotation == "cayley"
+        K = reference.skew(layer.theta.detach().double(), layer.k)
+        eye = torch.eye(layer.k, dtype=torch.float64)
+        G = torch.linalg.solve(eye + K, eye - K)
+        sigma, delta = layer.sigma.double(), layer.delta_sigma.detach().double()
+        core = torch.diag(sigma + delta) @ G - torch.diag(sigma)
+        weights[name] = layer.base_weight.double() + layer.U.double() @ core @ layer.V.double().T
+    sk.remove(twin)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            twin.get_submodule(name).weight.copy_(weight)
+    return twin
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[int]]]:
+    """Batch sizes of every call of the Cayley op, forward and backward."""
+    calls: dict[str, list[int]] = {"cayley_delta": [], "cayley_delta_backward": []}
+
+    def spy(name: str) -> Callable:
+        original = getattr(dispatch, name)
+
+        def call(tensor: Tensor, other: object) -> Tensor:
+            calls[name].append(tensor.shape[0])
+            return original(tensor, other)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in calls:
+            patch.setattr(dispatch, name, spy(name))
+        yield calls

@@ -1,0 +1,81 @@
+"""Tiny models of the speech families that have a preset. A test file that imports this is skipped without
+transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from models import gradients, inject, train_randomly
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers")
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def whisper(**options) -> nn.Module:
+    config = transformers.WhisperConfig(
+        vocab_size=51, num_mel_bins=8, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_source_positions=20,
+        max_target_positions=24, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        suppress_tokens=None, begin_suppress_tokens=None, **options,
+    )  # fmt: skip
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+def _wav2vec2_like(config_class: str, model_class: str) -> Callable[..., nn.Module]:
+    def make(**options) -> nn.Module:
+        config = getattr(transformers, config_class)(
+            vocab_size=12, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24,
+            conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2,
+            num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, mask_time_prob=0.0,
+            **{"layerdrop": 0.0, **options},
+        )  # fmt: skip
+        return getattr(transformers, model_class)(config)
+
+    return make
+
+
+# name -> (constructor, preset, transformer layers x adapted linear layers in each)
+MODELS = {
+    "whisper": (whisper, "whisper", 2 * 6 + 2 * 10),
+    "wav2vec2": (_wav2vec2_like("Wav2Vec2Config", "Wav2Vec2Model"), "wav2vec2", 3 * 6),
+    "wav2vec2-ctc": (_wav2vec2_like("Wav2Vec2Config", "Wav2Vec2ForCTC"), "wav2vec2", 3 * 6),
+    "hubert": (_wav2vec2_like("HubertConfig", "HubertModel"), "hubert", 3 * 6),
+    "wavlm": (_wav2vec2_like("WavLMConfig", "WavLMModel"), "wavlm", 3 * 6),
+}
+
+
+def adapted(name: str, seed: int = 1, **options) -> nn.Module:
+    make, preset, _ = MODELS[name]
+    model = make()
+    inject(model, targets=preset, **options)
+    return train_randomly(model, seed)
+
+
+def inputs(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    if model.config.model_type == "whisper":
+        return {
+            "input_features": torch.randn(2, 8, 40, generator=generator),
+            "decoder_input_ids": torch.randint(3, 50, (2, 6), generator=generator),
+        }
+    return {"input_values": torch.randn(2, 200, generator=generator)}
+
+
+def run(model: nn.Module, seed: int = 0) -> Tensor:
+    torch.manual_seed(100 + seed)  # dropout
+    return model(**inputs(model, seed))[0]
+
+
+def loss_of(output: Tensor) -> Tensor:
+    """Not a norm: a final layer norm would make that constant."""
+    return (output * torch.sin(1.7 * torch.arange(output.numel(), dtype=output.dtype)).view_as(output)).mean()
+
+
+def loss_gradients(model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss_of(run(model)).backward()
+    return gradients(model)

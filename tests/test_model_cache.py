@@ -1,0 +1,144 @@
+"""What a whole model keeps between forwards follows every change of its parameters, and belongs to it alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cases import relative_error
+from models import assert_close_gradients, counted, plain_twin, step
+from speech_models import adapted, inputs, loss_gradients, loss_of, run
+from torch import nn
+
+import ssvd_kernels as sk
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def _fused_step(model: nn.Module) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, fused=True)
+    model.train()
+    loss_of(run(model)).backward()
+    optimizer.step()
+    model.eval()
+
+
+def _fused_step_in_eval(model: nn.Module) -> None:
+    """Nobody calls train() or eval(): an optimizer step on gradients that are there already."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(parameters, lr=0.05, fused=True).step()
+
+
+def _data_write(model: nn.Module) -> None:
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data.mul_(-0.5)
+
+
+def _one_data_write(model: nn.Module) -> None:
+    layer = list(sk.ssvd_layers(model).values())[1]
+    layer.delta_sigma.data[0] += 5
+
+
+def _data_replaced(model: nn.Module) -> None:
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data = parameter.data * -0.5
+
+
+def _parameter_replaced(model: nn.Module) -> None:
+    for layer in sk.ssvd_layers(model).values():
+        layer.theta = nn.Parameter(layer.theta.detach() * -0.5)
+
+
+def _state_loaded(model: nn.Module) -> None:
+    model.load_state_dict({k: -v if "theta" in k else v for k, v in model.state_dict().items()})
+
+
+def _state_assigned(model: nn.Module) -> None:
+    model.load_state_dict({k: -v if "theta" in k else v for k, v in model.state_dict().items()}, assign=True)
+
+
+def _numpy_write(model: nn.Module) -> None:
+    for layer in sk.ssvd_layers(model).values():
+        layer.theta.detach().numpy()[:] *= -0.5
+
+
+CHANGES = [
+    _fused_step, _fused_step_in_eval, _data_write, _one_data_write, _data_replaced, _parameter_replaced, _state_loaded,
+    _state_assigned, _numpy_write,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["weight kept", "core kept"])
+def test_eval_sees_every_change_of_the_parameters(change, dtype):
+    model = adapted("wav2vec2").eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        before = run(model)
+        assert torch.equal(run(model), before)
+    change(model)
+    fresh = copy.deepcopy(model)  # copies carry no cache
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        after = run(model)
+        assert torch.equal(after, run(fresh))
+        assert relative_error(after, before) > 1e-3
+
+
+def test_two_evals_around_fused_training_steps():
+    model = adapted("whisper")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, fused=True)
+    for _ in range(3):
+        with torch.no_grad():
+            ours, expected = run(model.eval()), run(plain_twin(model))
+        assert relative_error(ours, expected) <= 2e-6
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss_of(run(model.train())).backward()
+            optimizer.step()
+
+
+def test_generate_is_the_same_after_merging_and_follows_theta():
+    model = adapted("whisper", seed=4).eval()
+    features = inputs(model)["input_features"]
+    options = {"max_new_tokens": 8, "do_sample": False}
+    with torch.no_grad():
+        expected = plain_twin(model).generate(features, **options)
+        ours = model.generate(features, **options)
+        sk.merge(model)
+        merged = model.generate(features, **options)
+        sk.unmerge(model)
+        again = model.generate(features, **options)
+    assert ours.shape[1] > 2
+    assert torch.equal(ours, expected) and torch.equal(merged, ours) and torch.equal(again, ours)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data.mul_(-3)
+    with torch.no_grad():
+        assert torch.equal(model.generate(features, **options), plain_twin(model).generate(features, **options))
+
+
+def test_deepcopy_of_an_injected_model_trains_on_its_own(monkeypatch):
+    model = adapted("wavlm").train()
+    run(model).sum().backward()
+    model.zero_grad()
+    twin = copy.deepcopy(model)
+    expected = loss_gradients(model)
+    with counted(monkeypatch) as calls:
+        assert_close_gradients(loss_gradients(twin), expected, 0.0)
+    assert calls["cayley_delta"] == [18]
+    step(twin)
+    assert_close_gradients(loss_gradients(model), expected, 0.0)
+
+
+def test_functional_call_uses_the_parameters_it_is_given():
+    model = adapted("wav2vec2").eval()
+    other = {name: -p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        run(model)  # cached
+        ours = torch.func.functional_call(model, other, kwargs=inputs(model))[0]
+        unchanged = run(model)
+        model.load_state_dict({**model.state_dict(), **other})
+        expected = run(model)
+    assert relative_error(ours, expected) <= 1e-6
+    assert relative_error(unchanged, expected) > 1e-3

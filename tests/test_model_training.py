@@ -1,0 +1,128 @@
+"""Whole models in training: effective weights, gradients, one batched rotation, autocast."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import relative_error
+from models import counted, gradients, inject, plain_twin, train_randomly
+from speech_models import MODELS, adapted, inputs, loss_gradients, loss_of, run, whisper
+from torch import Tensor
+
+import ssvd_kernels as sk
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_trained_model_computes_with_the_effective_weights(name):
+    model = adapted(name)
+    twin = plain_twin(model)
+    for training in (True, False):
+        expected = run(twin.train(training)).detach()
+        assert relative_error(run(model.train(training)).detach(), expected) <= 2e-6
+        with torch.no_grad():
+            assert relative_error(run(model), expected) <= 2e-6
+    model.eval()
+    unmerged = run(model).detach()
+    sk.merge(model)
+    assert relative_error(run(model).detach(), unmerged) <= 1e-5
+    sk.unmerge(model)
+    assert torch.equal(run(model).detach(), unmerged)
+
+
+@pytest.mark.parametrize("rotation", ["cayley", "linear", "free"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_reach_every_parameter_and_are_right(name, rotation):
+    """Directional derivative in float64 along a random direction through every trained parameter."""
+    model = adapted(name, rotation=rotation).double().eval()
+    batch = {key: v.double() if v.is_floating_point() else v for key, v in inputs(model).items()}
+
+    def loss() -> Tensor:
+        return loss_of(model(**batch)[0])
+
+    loss().backward()
+    grads = gradients(model)
+    assert all(grad.abs().max() > 0 for grad in grads.values())
+    direction = {key: torch.randn_like(grad) for key, grad in grads.items()}
+    slope = sum((grads[key] * direction[key]).sum() for key in grads)
+    step, values = 1e-5, []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if key in direction:
+                    parameter += sign * step * direction[key]
+        values.append(loss().item())
+    assert math.isclose((values[0] - values[1]) / (2 * step), float(slope), rel_tol=1e-6, abs_tol=1e-9)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_batched_rotation_per_forward(monkeypatch, name):
+    model, count = adapted(name), MODELS[name][2]
+    with counted(monkeypatch) as calls:
+        loss = loss_of(run(model.train()))
+        assert calls["cayley_delta"] == [count]
+        loss.backward()
+        assert calls == {"cayley_delta": [count], "cayley_delta_backward": [count]}
+        with torch.no_grad():
+            run(model)
+        assert calls["cayley_delta"] == [count, count]
+        model.eval()
+        with torch.no_grad():
+            for seed in range(3):
+                run(model, seed)  # the first needs them, the others use what is kept
+        assert calls["cayley_delta"] == [count, count, count]
+
+
+def test_two_ranks_and_both_sides_are_two_calls(monkeypatch):
+    model = whisper()
+    inject(model, targets="whisper", side="both", rank=5, rank_out=3)
+    with counted(monkeypatch) as calls:
+        run(model.train()).sum().backward()
+    assert sorted(calls["cayley_delta"]) == sorted(calls["cayley_delta_backward"]) == [32, 32]
+
+
+def test_dropped_layers_get_no_gradient_and_the_others_do(monkeypatch):
+    make, preset, count = MODELS["wav2vec2"]
+    model = make(layerdrop=0.5).train()
+    inject(model, targets=preset)
+    train_randomly(model)
+    layers = sk.ssvd_layers(model)
+    ran: set[str] = set()
+    for key, layer in layers.items():
+        layer.register_forward_hook(lambda *_, key=key: ran.add(key))
+    some = False
+    for seed in range(6):
+        ran.clear()
+        model.zero_grad()
+        with counted(monkeypatch) as calls:
+            loss_of(run(model, seed)).backward()
+        assert calls["cayley_delta"] == [count]
+        for key, layer in layers.items():
+            for parameter in (layer.theta, layer.delta_sigma):
+                assert (parameter.grad is not None and bool(parameter.grad.any())) == (key in ran)
+        some |= 0 < len(ran) < count
+    assert some, "no seed dropped a layer"
+
+
+@pytest.mark.parametrize("name", ["whisper", "wav2vec2", "wavlm"])
+def test_autocast_bf16_trains_and_evaluates(name):
+    model = adapted(name).train()
+    twin = plain_twin(model)
+    full = loss_gradients(model.eval())
+    with torch.autocast("cpu", torch.bfloat16):
+        output = run(model)
+        loss = loss_of(output.float())
+        plain = run(twin.eval())
+    loss.backward()
+    grads = gradients(model)
+    assert all(grad.dtype == torch.float32 for grad in grads.values())
+    exact = run(model).detach()
+    bound = 2 * relative_error(plain.detach(), exact)
+    assert relative_error(output.detach(), exact) <= bound
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert relative_error(run(model), exact) <= bound
+    ours, expected = (torch.cat([grad.flatten() for grad in g.values()]) for g in (grads, full))
+    assert torch.cosine_similarity(ours, expected, dim=0) > 0.99

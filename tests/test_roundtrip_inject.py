@@ -1,0 +1,202 @@
+"""inject, merge, unmerge, remove, copies and base checkpoints: what comes back is what went in."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from cases import relative_error
+from hypothesis import given
+from roundtrip import (
+    PROPERTY,
+    SIDES,
+    Net,
+    assert_equal_state,
+    assert_same_outputs,
+    base_net,
+    cases,
+    example,
+    injected,
+    outputs,
+    train_randomly,
+)
+from torch import Tensor, nn
+
+import ssvd_kernels as sk
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MERGED_BOUND = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps}
+
+
+def snapshot(net: nn.Module) -> dict:
+    return {
+        "modules": [(name, id(module), type(module), module.training) for name, module in net.named_modules()],
+        "hooks": [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in net.modules()],
+        "attributes": [sorted(module.__dict__) for module in net.modules()],
+        "parameters": [(name, id(p), p.dtype, p.requires_grad) for name, p in net.named_parameters()],
+        "buffers": [name for name, _ in net.named_buffers()],
+    }
+
+
+def clone_state(net: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+@PROPERTY
+@given(cases())
+def test_remove_gives_back_the_very_modules_weights_and_flags(case):
+    net = base_net(case)
+    before, state, expected = snapshot(net), clone_state(net), net(example(net)).detach()
+    report = sk.inject(net, case.config, progress=False)
+    assert report.modules == ["first", "block.inner", "last.1"] == list(sk.ssvd_layers(net))
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".")[2] for name in trained} <= {"theta", "theta_out", "delta_sigma"}
+    assert report.trainable == sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert torch.equal(net(example(net)).detach(), expected)  # bit-identical before training
+    train_randomly(net, case.seed)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    net(example(net)).square().sum().backward()
+    optimizer.step()
+    sk.merge(net)
+    sk.remove(net)
+    assert snapshot(net) == before
+    assert_equal_state(net, state)
+    assert torch.equal(net(example(net)).detach(), expected)
+
+
+@PROPERTY
+@given(cases())
+def test_merged_equals_unmerged_and_unmerge_is_exact(case):
+    net = injected(case)
+    state, (trained, inferred) = clone_state(net), outputs(net)
+    sk.merge(net)
+    assert all(layer.merged for layer in sk.ssvd_layers(net).values())
+    assert_equal_state(net, state)  # a merged model's state dict still holds the base weights
+    with torch.no_grad():
+        merged = net(example(net))
+    assert relative_error(merged, trained) <= MERGED_BOUND[case.dtype]
+    sk.merge(net)
+    with torch.no_grad():
+        assert torch.equal(net(example(net)), merged)
+    sk.unmerge(net)
+    assert_equal_state(net, state)
+    again = outputs(net)
+    assert torch.equal(again[0], trained) and torch.equal(again[1], inferred)
+
+
+@PROPERTY
+@given(cases())
+def test_merge_with_unload_leaves_plain_layers_that_hold_the_effective_weight(case):
+    net = injected(case)
+    weights = {name: layer.weight.detach().clone() for name, layer in sk.ssvd_layers(net).items()}
+    sk.merge(net)
+    with torch.no_grad():
+        merged = net.eval()(example(net))
+    base_weights = {name: layer.base_weight for name, layer in sk.ssvd_layers(net).items()}
+    untouched = {name: weight.clone() for name, weight in base_weights.items()}
+    sk.merge(net, unload=True)
+    assert not sk.ssvd_layers(net)
+    assert [type(net.get_submodule(name)) for name in weights] == [nn.Linear] * 3
+    assert list(net.state_dict()) == list(Net(*case.dims).state_dict())
+    with torch.no_grad():
+        assert torch.equal(net(example(net)), merged)
+    for name, weight in weights.items():
+        assert torch.equal(net.get_submodule(name).weight, weight)
+        assert torch.equal(base_weights[name], untouched[name])  # shared, perhaps, with another copy of the model
+    assert net.first.weight.requires_grad and not net.block["inner"].weight.requires_grad
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(("d_out", "d_in", "k", "k_out"), [(9, 6, 4, 5), (5, 8, 5, 2), (7, 7, 3, 3)])
+def test_effective_weight_is_the_formula(side, d_out, d_in, k, k_out):
+    """W' = U H (Sigma + dSigma) G V^T + rest, written out in float64 with none of the package's algebra."""
+    linear = nn.Linear(d_in, d_out, dtype=torch.float64)
+    W = linear.weight.detach().clone()
+    extra = {"rank_out": k_out} if side == "both" else {}
+    layer = sk.SSVDLinear.from_linear(linear, sk.SSVDConfig(rank=k, side=side, **extra))
+    train_randomly(nn.Sequential(layer))
+    rotate_in = side in ("input", "both") or (side == "smaller" and d_out >= d_in)
+    theta_left = layer.theta_out if side == "both" else None if rotate_in else layer.theta
+    n = layer.k
+    eye = torch.eye(n, dtype=torch.float64)
+    G = _cayley_by_hand(layer.theta, n) if rotate_in else eye
+    H = eye if theta_left is None else _cayley_by_hand(theta_left, n).T
+    U, V, sigma = layer.U, layer.V, layer.sigma
+    shifted = torch.diag(sigma + layer.delta_sigma.detach())
+    expected = U @ H @ shifted @ G @ V.T + W - U @ torch.diag(sigma) @ V.T
+    assert relative_error(layer.weight.detach(), expected) <= 1e-13
+
+
+def _cayley_by_hand(theta: Tensor, n: int) -> Tensor:
+    """(I - K)(I + K)^-1 on the top-left corner, identity elsewhere; K[i < j] = +theta row by row."""
+    k = next(k for k in range(1, n + 1) if k * (k - 1) // 2 == theta.numel())
+    K = torch.zeros(n, n, dtype=torch.float64)
+    values = iter(theta.tolist())
+    for i in range(k):
+        for j in range(i + 1, k):
+            K[i, j] = next(values)
+            K[j, i] = -K[i, j]
+    eye = torch.eye(n, dtype=torch.float64)
+    return torch.linalg.solve(eye + K, eye - K)  # the two factors commute
+
+
+# -- copies and base checkpoints ---------------------------------------------------------------------------------------
+
+
+def _pickled(net: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(net))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled])
+@pytest.mark.parametrize("state", ["fresh", "after training forward", "after cached eval", "merged"])
+@pytest.mark.parametrize("side", ["input", "both"])
+def test_copies_are_equal_and_independent(duplicate, state, side):
+    base = Net(12, 16, 9)
+    net = copy.deepcopy(base)
+    sk.inject(net, sk.SSVDConfig(rank=5, side=side), progress=False)
+    train_randomly(net)
+    if state == "after training forward":
+        net.train()(example(net)).sum().backward()
+        net.zero_grad()
+    elif state == "after cached eval":
+        with torch.no_grad():
+            net.eval()(example(net))
+    elif state == "merged":
+        sk.merge(net.eval())
+    with torch.no_grad():
+        expected = net(example(net))
+        twin = duplicate(net)
+        assert torch.equal(twin(example(net)), expected)
+        if state == "merged":
+            sk.unmerge(twin)
+    ours = {p.data_ptr() for p in net.parameters() if p.numel()}
+    assert not ours & {p.data_ptr() for p in twin.parameters() if p.numel()}
+    twin.train()(example(net)).square().sum().backward()
+    assert all(p.grad is None for p in net.parameters())
+    train_randomly(twin, 5)
+    with torch.no_grad():
+        assert not torch.equal(twin.eval()(example(net)), expected)
+        assert torch.equal(net(example(net)), expected)
+    sk.remove(twin)
+    assert_equal_state(twin, base.state_dict())
+    with torch.no_grad():
+        assert torch.equal(net(example(net)), expected)
+
+
+def test_base_checkpoints_load_both_ways():
+    base = Net(12, 16, 9)
+    net = copy.deepcopy(base)
+    sk.inject(net, sk.SSVDConfig(rank=5), progress=False)
+    train_randomly(net)
+    expected = outputs(net)
+    result = net.load_state_dict(base.state_dict(), strict=False)
+    assert not result.unexpected_keys
+    names = {"theta", "delta_sigma", "U", "sigma", "V"}
+    assert {key.rpartition(".")[2] for key in result.missing_keys} == names
+    assert all(torch.equal(a, b) for a, b in zip(outputs(net), expected, strict=True))
+    plain = Net(12, 16, 9)
+    assert not plain.load_state_dict(net.state_dict(), strict=False).missing_keys
+    assert_same_outputs(plain, base)
