@@ -26,7 +26,7 @@ from .config import ROTATIONS, SIDES, SSVDConfig
 from .factorize import SAFE_GAP, SKETCH_ROWS, Factorization, fingerprint, match_signs
 from .functional import theta_length
 from .layers import SSVDLinear, check_linear
-from .model import Plan, _require_layers, factorize_all, install, ssvd_layers
+from .model import Plan, factorize_all, install, require_layers, ssvd_layers
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], save_bases: boo
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
     unsafe = []
-    for name, layer in _require_layers(model).items():
+    for name, layer in require_layers(model).items():
         close = layer.basis.gap < SAFE_GAP
         if close and not save_bases:
             unsafe.append(name)

@@ -61,7 +61,7 @@ def backend_for(op: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def linear_mode(x: Tensor, weight: Tensor, k: int, mode: str, backward: bool, reused: bool = False) -> str:
-    """ "composed" (W' is built, then one product) or "factored", for this call.
+    """The mode of this call: "composed" (W' is built, then one product) or "factored".
 
     Half precision is factored: composing onto a half-precision base by round-to-nearest loses small updates, and a
     float32 base often holds half-precision values. In float32 and float64 the cheaper one by FLOP count; a W' that is

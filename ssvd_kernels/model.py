@@ -116,7 +116,7 @@ def merge(model: nn.Module, unload: bool = False) -> None:
     Raises ValueError, with nothing changed, if there is no SSVD layer or a W' would not be finite. Warns if a
     half-precision W' loses the update to rounding.
     """
-    layers = _require_layers(model)
+    layers = require_layers(model)
     composed = {name: layer.composed_for_merge(name) for name, layer in layers.items() if not layer.merged}
     for name, weight in composed.items():
         layers[name].merge(weight)
@@ -129,13 +129,13 @@ def merge(model: nn.Module, unload: bool = False) -> None:
 
 def unmerge(model: nn.Module) -> None:
     """Undoes `merge` exactly: the untouched base weights were kept. Raises ValueError if there is no SSVD layer."""
-    for layer in _require_layers(model).values():
+    for layer in require_layers(model).values():
         layer.unmerge()
 
 
 def remove(model: nn.Module) -> None:
     """Puts the original nn.Linear modules back, weights bit for bit, and makes trainable what was so before inject."""
-    _take_out(model, _require_layers(model))
+    _take_out(model, require_layers(model))
 
 
 def _take_out(model: nn.Module, layers: Mapping[str, SSVDLinear]) -> dict[str, nn.Linear]:
@@ -158,7 +158,8 @@ def _roots(model: nn.Module) -> Iterator[nn.Module]:
     return (module for module in model.modules() if "_ssvd_root" in module.__dict__)
 
 
-def _require_layers(model: nn.Module) -> dict[str, SSVDLinear]:
+def require_layers(model: nn.Module) -> dict[str, SSVDLinear]:
+    """`ssvd_layers`, or ValueError if there is none."""
     layers = ssvd_layers(model)
     if not layers:
         raise ValueError(f"model ({type(model).__name__}) has no SSVD layer: call inject() first")
