@@ -110,7 +110,7 @@ def ssvd_linear_ref(
 def ssvd_linear_backward_ref(
     dy: Tensor, z: Tensor | None, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, mode: str, need_dx: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx = dy W' and dcore = U^T (dy^T z) V-projected, i.e. (dy U)^T (x V); dcore is None when z is.
+    """dx = dy W' and dcore = U^T dy^T z = (dy U)^T (x V); dcore is None when z is.
 
     `composed` rebuilds W' (nothing weight-sized is kept in the graph); `factored` never forms it.
     """
