@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference
+from .workspace import Workspace
 
 
 class CayleyDeltaFunction(torch.autograd.Function):
@@ -30,11 +31,12 @@ class CayleyDeltaFunction(torch.autograd.Function):
 
 
 class SSVDLinearFunction(torch.autograd.Function):
-    """(x, weight, U, V, core, bias) -> y = x (W + U core V^T)^T + b.
+    """(x, weight, U, V, core, bias) -> y = x (W + U core V^T)^T + b, computed in `dtype`.
 
-    Saves z = x V (T, k) and the frozen tensors that the layer holds anyway; nothing weight-sized is added. Gradients
-    reach x, core and bias; weight, U and V are frozen. z is an output of its own, so that second derivatives reach x
-    through it.
+    Besides the frozen tensors that the layer holds anyway it saves what dcore needs of x: `saves` is "z" for
+    z = x V (T, k), "x" for x itself, of which z is computed again, or "" for nothing. Nothing weight-sized is added.
+    Gradients reach x, core and bias; weight, U and V are frozen. z is an output of its own, so that second derivatives
+    reach x through it.
     """
 
     @staticmethod
@@ -46,28 +48,36 @@ class SSVDLinearFunction(torch.autograd.Function):
         core: Tensor,
         bias: Tensor | None,
         mode: str,
-        need_z: bool,
+        dtype: torch.dtype,
+        saves: str,
+        workspace: Workspace | None,
     ) -> tuple[Tensor, Tensor | None]:
-        return dispatch.ssvd_linear(x, weight, U, V, core, bias, mode, need_z)
+        return dispatch.ssvd_linear(x.to(dtype), weight, U, V, core, bias, mode, saves == "z", workspace)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor | None]) -> None:
-        _, weight, U, V, core, bias, ctx.mode, _ = inputs
+        x, weight, U, V, core, bias, ctx.mode, ctx.dtype, ctx.saves, ctx.workspace = inputs
         ctx.set_materialize_grads(False)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(output[1], weight, U, V, core)
+        ctx.inputs = None if ctx.workspace is None else ctx.workspace.inputs
+        ctx.save_for_backward({"z": output[1], "x": x, "": None}[ctx.saves], weight, U, V, core)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
         z, weight, U, V, core = ctx.saved_tensors
-        # create_graph: the twin is made of differentiable operations
-        step = reference.ssvd_linear_backward_ref if torch.is_grad_enabled() else dispatch.ssvd_linear_backward
+        ctx.inputs = None  # what was saved has been read, or recomputed
+        if ctx.saves == "x" and dy is not None:
+            z = z.to(ctx.dtype) @ V.to(ctx.dtype)
         need_dx, need_dbias = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         dx = dcore = dbias = None
         if dy is not None:
-            dx, dcore = step(dy, z, weight, U, V, core, ctx.mode, need_dx)
+            if torch.is_grad_enabled():  # create_graph: the twin is made of differentiable operations
+                dx, dcore = reference.ssvd_linear_backward_ref(dy, z, weight, U, V, core, None, need_dx)
+            else:
+                rest = (ctx.mode, need_dx, ctx.workspace)
+                dx, dcore = dispatch.ssvd_linear_backward(dy, z, weight, U, V, core, *rest)
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if need_dbias else None
         if dz is not None and need_dx:
             through_z = dz @ V.to(dz.dtype).mT
             dx = through_z if dx is None else dx + through_z
-        return dx, None, None, None, dcore, dbias, None, None
+        return dx, None, None, None, dcore, dbias, None, None, None, None

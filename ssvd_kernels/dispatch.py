@@ -15,6 +15,8 @@ from torch import Tensor
 
 from . import _ext, reference
 from . import triton as triton_backend
+from .costs import linear_flops
+from .workspace import Compose, Workspace
 
 BACKENDS = ("auto", "reference", "ext", "triton")
 MODES = ("auto", "composed", "factored")
@@ -60,23 +62,22 @@ def backend_for(op: str, device: torch.device, dtype: torch.dtype) -> str:
     return next(name for name, reason in refusals(op, device, dtype).items() if reason is None)
 
 
-def linear_mode(x: Tensor, weight: Tensor, k: int, mode: str, backward: bool, reused: bool = False) -> str:
-    """The mode of this call: "composed" (W' is built, then one product) or "factored".
+def linear_mode(
+    dtype: torch.dtype, T: int, weight_shape: tuple[int, ...], k: int, mode: str, backward: bool, compositions: int
+) -> str:
+    """The mode of a call in `dtype` on T tokens: "composed" (W' is built, then one product) or "factored".
 
     Half precision is factored: composing onto a half-precision base by round-to-nearest loses small updates, and a
-    float32 base often holds half-precision values. In float32 and float64 the cheaper one by FLOP count; a W' that is
-    `reused` over many calls costs nothing to compose.
+    float32 base often holds half-precision values. In float32 and float64 the cheaper one by FLOP count, where W' has
+    to be built `compositions` times (0 where it is kept).
     """
     _check_choice("mode", mode, MODES)
     if mode != "auto":
         return mode
-    if x.dtype in _HALF:
+    if dtype in _HALF:
         return "factored"
-    d_out, d_in = weight.shape
-    tokens = x.numel() // d_in
-    compose = 0 if reused else d_out * k * (k + d_in)
-    composed = compose + (compose + d_out * k * k + tokens * k * (d_in + d_out) if backward else 0)
-    factored = tokens * k * (d_in + k + d_out) * (2 if backward else 1)
+    d_out, d_in = weight_shape
+    composed, factored = (linear_flops(m, T, d_in, d_out, k, backward, compositions) for m in ("composed", "factored"))
     return "composed" if composed <= factored else "factored"
 
 
@@ -97,37 +98,61 @@ def cayley_delta_backward(grad: Tensor, E: Tensor) -> Tensor:
 
 
 def ssvd_linear(
-    x: Tensor, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, bias: Tensor | None, mode: str, need_z: bool
+    x: Tensor,
+    weight: Tensor,
+    U: Tensor,
+    V: Tensor,
+    core: Tensor,
+    bias: Tensor | None,
+    mode: str,
+    need_z: bool,
+    workspace: Workspace | None,
 ) -> tuple[Tensor, Tensor | None]:
     """(y, z = x V if needed); arguments and formula as `reference.ssvd_linear_ref`."""
-    if _linear_backend(x) == "triton":
-        from .triton import compose
+    if mode == "factored" and _linear_backend(x) == "triton":
         from .triton import ssvd_linear as kernels
 
-        if mode == "factored":
-            return kernels.ssvd_linear_fwd(x, weight, U, V, core, bias, need_z)
-        composed = compose.compose(weight, U, V, core, x.dtype)
-        y = torch.nn.functional.linear(x, composed, None if bias is None else bias.to(x.dtype))
-        return y, (x @ V.to(x.dtype) if need_z else None)
-    return reference.ssvd_linear_ref(x, weight, U, V, core, bias, mode, need_z)
+        return kernels.ssvd_linear_fwd(x, weight, U, V, core, bias, need_z)
+    composed = _composed(x, weight, U, V, core, workspace) if mode == "composed" else None
+    return reference.ssvd_linear_ref(x, weight, U, V, core, bias, composed, need_z)
 
 
 def ssvd_linear_backward(
-    dy: Tensor, z: Tensor | None, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, mode: str, need_dx: bool
+    dy: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    U: Tensor,
+    V: Tensor,
+    core: Tensor,
+    mode: str,
+    need_dx: bool,
+    workspace: Workspace | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dcore), None where not needed; arguments and formula as `reference.ssvd_linear_backward_ref`."""
-    if _linear_backend(dy) == "triton":
-        from .triton import compose, core_grad
+    on_triton = _linear_backend(dy) == "triton"
+    if mode == "factored" and on_triton:
         from .triton import ssvd_linear as kernels
 
-        if mode == "factored":
-            return kernels.ssvd_linear_bwd(dy, z, weight, U, V, core, need_dx)
-        dx = dy @ compose.compose(weight, U, V, core, dy.dtype) if need_dx else None
+        return kernels.ssvd_linear_bwd(dy, z, weight, U, V, core, need_dx)
+    composed = _composed(dy, weight, U, V, core, workspace) if mode == "composed" and need_dx else None
+    if on_triton:
+        from .triton import core_grad
+
+        dx = None if composed is None else dy @ composed
         if z is None:
             return dx, None
         projected = core_grad.core_grad(dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1]))
         return dx, (U.to(projected.dtype).mT @ projected).to(core.dtype)
-    return reference.ssvd_linear_backward_ref(dy, z, weight, U, V, core, mode, need_dx)
+    return reference.ssvd_linear_backward_ref(dy, z, weight, U, V, core, composed, need_dx)
+
+
+def _composed(x: Tensor, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, workspace: Workspace | None) -> Tensor:
+    make: Compose = reference.compose_ref
+    if _linear_backend(x) == "triton":
+        from .triton.compose import compose as make
+    if workspace is None:
+        return make(weight, U, V, core, x.dtype)
+    return workspace.composed(weight, U, V, core, x.dtype, make)
 
 
 def _linear_backend(x: Tensor) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import dispatch, reference
 from .autograd import CayleyDeltaFunction, SSVDLinearFunction
+from .workspace import Workspace
 
 
 def cayley_delta(theta: Tensor, k: int) -> Tensor:
@@ -61,7 +62,15 @@ def rotation_deltas(thetas: Sequence[Tensor], ks: Sequence[int], rotations: Sequ
 
 
 def ssvd_linear(
-    x: Tensor, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, bias: Tensor | None = None, mode: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    U: Tensor,
+    V: Tensor,
+    core: Tensor,
+    bias: Tensor | None = None,
+    mode: str = "auto",
+    *,
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """y = x W'^T + b with W' = weight + U core V^T, i.e. y = x weight^T + ((x V) core^T) U^T + b.
 
@@ -69,22 +78,36 @@ def ssvd_linear(
     Arithmetic is in x's dtype (autocast's, where that is on) with products accumulated in float32 at least.
     mode: "composed" builds W' once and multiplies once, "factored" never builds it, "auto" takes factored in half
     precision (no update is lost to rounding) and else the cheaper one.
+    workspace: keeps a composed W' from forward to backward and until core changes (`SSVDLinear` has one each).
     Gradients reach x, core and bias; weight, U and V are frozen and must not require them. Twice differentiable.
     Raises ValueError naming the argument for shapes, dtypes or devices that do not fit or an unknown mode.
     Source: SSVD, arXiv 2509.02830, eq. 8-13, written as an update of the frozen weight.
     """
     _check_linear(x, weight, U, V, core, bias)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device)) if x.dtype != torch.float64 else x
-    elif x.dtype != weight.dtype:
+    dtype = compute_dtype(x)
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise ValueError(f"x has dtype {x.dtype} and weight {weight.dtype}: allowed is one dtype, or autocast")
-    need_z = torch.is_grad_enabled() and core.requires_grad
-    backward = need_z or (torch.is_grad_enabled() and x.requires_grad)
-    chosen = dispatch.linear_mode(x, weight, core.shape[0], mode, backward)
-    with torch.autocast(device, enabled=False):
-        y, _ = SSVDLinearFunction.apply(x, weight, U, V, core, bias, chosen, need_z)
+    if torch.compiler.is_compiling():
+        workspace = None
+    saves = ""
+    if torch.is_grad_enabled() and core.requires_grad:
+        saves = "x" if workspace is not None and workspace.save_input else "z"
+    backward = saves != "" or (torch.is_grad_enabled() and x.requires_grad)
+    # not whether W' is there already: the mode, and with it the last bit, must not depend on what went before
+    compositions = 2 if workspace is None and backward else 1
+    T = x.numel() // x.shape[-1]
+    chosen = dispatch.linear_mode(dtype, T, weight.shape, core.shape[0], mode, backward, compositions)
+    with torch.autocast(x.device.type, enabled=False):
+        y, _ = SSVDLinearFunction.apply(x, weight, U, V, core, bias, chosen, dtype, saves, workspace)
     return y
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which the op computes on x: autocast's where that is on (float64 stays), else x's."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def check_theta(argument: str, theta: Tensor, k: int, rotation: str) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from . import dispatch, reference
 from .config import SSVDConfig
 from .factorize import Factorization, factorize, fingerprint, match_signs, sketch
-from .functional import rotation_delta, ssvd_linear, theta_length
+from .functional import compute_dtype, rotation_delta, ssvd_linear, theta_length
+from .workspace import SharedInputs, Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,8 @@ class BasisIdentity(NamedTuple):
 class HandedRotations:
     """Rotations that the root module computed for one layer in its batched call, and the weight composed from them."""
 
-    def __init__(self, E: Tensor, E_out: Tensor | None) -> None:
-        self.E, self.E_out = E, E_out
+    def __init__(self, E: Tensor, E_out: Tensor | None, inputs: SharedInputs | None) -> None:
+        self.E, self.E_out, self.inputs = E, E_out, inputs
         self.weight: Tensor | None = None
 
 
@@ -103,7 +104,8 @@ class SSVDLinear(nn.Module):
         self.register_buffer("_merged_weight", None, persistent=False)
         self.training = linear.training
         self._handed: HandedRotations | None = None
-        self._cache: tuple[Any, Tensor, Tensor | None] | None = None
+        self._cache: tuple[Any, Tensor] | None = None
+        self._workspace = Workspace()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: SSVDConfig) -> SSVDLinear:
@@ -171,8 +173,12 @@ class SSVDLinear(nn.Module):
         elif self._as_if_merged(x):
             return F.linear(x, self._cached_weight(), self.bias)
         else:
-            core = self._cached()[1]
-        return ssvd_linear(x, self.base_weight, self.U, self.V, core, self.bias, self.mode)
+            core = self._cached_core()
+        inputs = None if self._handed is None else self._handed.inputs
+        if inputs is not None and torch.is_grad_enabled():
+            inputs.note(x, self._workspace, self.k, compute_dtype(x))
+        frozen = (self.base_weight, self.U, self.V)
+        return ssvd_linear(x, *frozen, core, self.bias, self.mode, workspace=self._workspace)
 
     # -- merging -----------------------------------------------------------------------------------------------
 
@@ -256,23 +262,21 @@ class SSVDLinear(nn.Module):
     def _versions(self) -> list[tuple[int, int]]:
         return [(tensor.data_ptr(), tensor._version) for tensor in self._parameters.values() if tensor is not None]
 
-    def _cached(self) -> tuple[Any, Tensor, Tensor | None]:
-        """(key, core, composed weight or None), made anew unless everything it was made from is unchanged."""
+    def _cached_core(self) -> Tensor:
+        """The kept core, made anew unless everything it was made from is unchanged."""
         if not self.has_cache():
             watched = [t for t in (self.theta, self.theta_out, self.delta_sigma) if t is not None and t.is_cpu]
             key = (self._versions(), [(tensor, tensor.detach().clone()) for tensor in watched])
             with torch.inference_mode(False), torch.no_grad():
-                self._cache = (key, self.core(), None)
+                self._cache = (key, self.core())
         assert self._cache is not None
-        return self._cache
+        return self._cache[1]
 
     def _cached_weight(self) -> Tensor:
-        key, core, composed = self._cached()
-        if composed is None:
-            with torch.inference_mode(False), torch.no_grad():
-                composed = reference.compose_ref(self.base_weight, self.U, self.V, core)
-            self._cache = (key, core, composed)
-        return composed
+        core, dtype = self._cached_core(), self.base_weight.dtype
+        with torch.inference_mode(False), torch.no_grad():
+            frozen = (self.base_weight, self.U, self.V)
+            return self._workspace.composed(*frozen, core, dtype, reference.compose_ref)
 
     def has_cache(self) -> bool:
         """Whether the next forward can use a kept core or weight (then it needs no rotation)."""
@@ -286,6 +290,7 @@ class SSVDLinear(nn.Module):
 
     def _forget(self) -> None:
         self._cache = self._handed = None
+        self._workspace.forget()
 
     def _as_if_merged(self, x: Tensor) -> bool:
         """Whether a kept W' serves x: in float32 and float64, where composing loses nothing and T does not matter."""
@@ -293,7 +298,9 @@ class SSVDLinear(nn.Module):
             return False
         if dispatch.backend_for("linear", x.device, x.dtype) != "reference":
             return False
-        return dispatch.linear_mode(x, self.base_weight, self.k, self.mode, backward=False, reused=True) == "composed"
+        shape = self.base_weight.shape
+        mode = dispatch.linear_mode(x.dtype, 1, shape, self.k, self.mode, backward=False, compositions=0)
+        return mode == "composed"
 
     # -- nn.Module ---------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from .factorize import Factorization, check_weight, factorize
 from .functional import rotation_deltas
 from .layers import HandedRotations, SSVDLinear
 from .targets import find_targets
+from .workspace import InputSharing
 
 
 @dataclass
@@ -45,6 +46,7 @@ class _Root:
     """What `inject` remembers on the module that it was given."""
 
     trainable_before: list[str]
+    sharing: InputSharing = field(default_factory=InputSharing)
 
 
 def ssvd_layers(model: nn.Module) -> dict[str, SSVDLinear]:
@@ -180,19 +182,28 @@ def _hand_out_rotations(root: nn.Module, args: Any) -> None:
     layers = [layer for layer in layers if not layer.merged and type(layer.theta) is nn.Parameter]
     if not torch.is_grad_enabled():
         layers = [layer for layer in layers if not layer.has_cache()]
-    inputs = [layer.theta for layer in layers]
+    thetas = [layer.theta for layer in layers]
     ranks = [layer.k_in for layer in layers]
     outer = [layer for layer in layers if layer.theta_out is not None]
-    inputs += [layer.theta_out for layer in outer if layer.theta_out is not None]
+    thetas += [layer.theta_out for layer in outer if layer.theta_out is not None]
     ranks += [layer.k_out for layer in outer if layer.k_out is not None]
     rotations = [layer.rotation for layer in [*layers, *outer]]
-    deltas = rotation_deltas(inputs, ranks, rotations)
+    deltas = rotation_deltas(thetas, ranks, rotations)
     E_out = dict(zip(map(id, outer), deltas[len(layers) :], strict=True))
+    # compiled, the partitioner chooses what is saved
+    inputs = None if torch.compiler.is_compiling() else _sharing(root).begin()
     for layer, E in zip(layers, deltas):
-        layer._handed = HandedRotations(E, E_out.get(id(layer)))
+        layer._handed = HandedRotations(E, E_out.get(id(layer)), inputs)
 
 
 def _end_of_forward(root: nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _sharing(root).end()
     for module in root.modules():
         if isinstance(module, SSVDLinear):
             module._handed = None
+
+
+def _sharing(root: nn.Module) -> InputSharing:
+    sharing: InputSharing = root.__dict__["_ssvd_root"].sharing
+    return sharing

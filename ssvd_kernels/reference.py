@@ -95,33 +95,49 @@ def compose_ref(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch
 
 
 def ssvd_linear_ref(
-    x: Tensor, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, bias: Tensor | None, mode: str, need_z: bool
+    x: Tensor,
+    weight: Tensor,
+    U: Tensor,
+    V: Tensor,
+    core: Tensor,
+    bias: Tensor | None,
+    composed: Tensor | None,
+    need_z: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """y = x W^T + ((x V) core^T) U^T + b and z = x V (what the backward needs of x); x (..., d_in)."""
+    """y = x W^T + ((x V) core^T) U^T + b and z = x V (what the backward needs of x); x (..., d_in).
+
+    `composed` is W' in x's dtype, or None: then y is computed from the factors and W' never formed.
+    """
     dtype = x.dtype
-    if mode == "composed":
-        y = F.linear(x, compose_ref(weight, U, V, core, dtype), None if bias is None else bias.to(dtype))
-        return y, (x @ V.to(dtype) if need_z else None)
-    z = x @ V.to(dtype)
-    base = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+    bias = None if bias is None else bias.to(dtype)
+    z = x @ V.to(dtype) if need_z or composed is None else None
+    if composed is not None:
+        return F.linear(x, composed, bias), z
+    assert z is not None
+    base = F.linear(x, weight.to(dtype), bias)
     return base + (z @ core.to(dtype).mT) @ U.to(dtype).mT, z if need_z else None
 
 
 def ssvd_linear_backward_ref(
-    dy: Tensor, z: Tensor | None, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, mode: str, need_dx: bool
+    dy: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    U: Tensor,
+    V: Tensor,
+    core: Tensor,
+    composed: Tensor | None,
+    need_dx: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx = dy W' and dcore = U^T dy^T z = (dy U)^T (x V); dcore is None when z is.
-
-    `composed` rebuilds W' (nothing weight-sized is kept in the graph); `factored` never forms it.
-    """
+    """dx = dy W' and dcore = U^T dy^T z = (dy U)^T (x V); dcore is None when z is. `composed` as in the forward."""
     dtype = dy.dtype
     dx = dcore = None
     rows, Ud = dy.reshape(-1, dy.shape[-1]), U.to(dtype)
-    if mode == "composed":
+    if composed is not None:
         if need_dx:
-            dx = dy @ compose_ref(weight, U, V, core, dtype)
+            dx = dy @ composed
         if z is not None:
-            dcore = Ud.mT @ (rows.mT @ z.reshape(-1, z.shape[-1]))
+            flat = z.reshape(-1, z.shape[-1])  # the cheaper order of the three
+            dcore = (rows @ Ud).mT @ flat if len(rows) < len(U) else Ud.mT @ (rows.mT @ flat)
     else:
         dyU = rows @ Ud
         if need_dx:

@@ -108,7 +108,7 @@ def test_gradients_that_nobody_needs_are_not_computed(monkeypatch):
     original = dispatch.ssvd_linear_backward
 
     def spy(dy, z, *rest):
-        seen.append((z is not None, rest[-1]))
+        seen.append((z is not None, rest[-2]))
         return original(dy, z, *rest)
 
     monkeypatch.setattr(dispatch, "ssvd_linear_backward", spy)
@@ -133,12 +133,13 @@ def test_nothing_weight_sized_is_saved(mode):
 
 
 def test_auto_is_factored_in_half_precision_and_the_cheaper_mode_else():
-    weight = torch.empty(1024, 1024)
+    square = (1024, 1024)
     choose = dispatch.linear_mode
-    assert choose(torch.empty(4096, 1024, dtype=torch.bfloat16), weight, 409, "auto", True) == "factored"
-    assert choose(torch.empty(64, 1024), weight, 409, "auto", True) == "factored"
-    assert choose(torch.empty(4096, 1024), weight, 409, "auto", True) == "composed"
-    assert choose(torch.empty(64, 1024), weight, 409, "composed", True) == "composed"
+    assert choose(torch.bfloat16, 4096, square, 409, "auto", True, 1) == "factored"
+    assert choose(torch.float32, 64, square, 409, "auto", True, 1) == "factored"
+    assert choose(torch.float32, 4096, square, 409, "auto", True, 2) == "composed"
+    assert choose(torch.float32, 64, square, 409, "auto", True, 0) == "composed"  # nothing to compose
+    assert choose(torch.float32, 64, square, 409, "composed", True, 2) == "composed"
 
 
 def test_forced_backend_that_cannot_serve_raises():

@@ -203,15 +203,15 @@ def test_bf16_update_survives_as_dispatched(large, rotations, monkeypatch, kappa
     x = torch.randn(256, D).bfloat16()
     case.run(case.adapted, x.to(base), training)
     assert len(calls) == 1, "the dispatcher was not asked"
-    x, weight, U, V, core, _, mode, need_z = calls[0]
+    x, weight, U, V, core, _, mode, need_z, _ = calls[0]
     core = core.detach()
     assert x.dtype == torch.bfloat16 and need_z == training
     if mode == "factored":
-        realised = original(x, torch.zeros_like(weight), U, V, core, None, mode, need_z)[0].double()
+        realised = original(x, torch.zeros_like(weight), U, V, core, None, mode, need_z, None)[0].double()
         true = F.linear(x.double(), case.update)
     else:
         eye = torch.eye(D, dtype=x.dtype)
-        realised = original(eye, weight, U, V, core, None, mode, False)[0].double().T - weight.double()
+        realised = original(eye, weight, U, V, core, None, mode, False, None)[0].double().T - weight.double()
         true = case.update
     assert abs(gain(realised, true) - 1) <= GAIN
 

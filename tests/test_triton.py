@@ -72,10 +72,10 @@ def check_linear(case: dict[str, Tensor], bias: bool = True) -> None:
     b, x, dy = case["bias"] if bias else None, case["x"], case["dy"]
     y, z = ssvd_linear_fwd(x, *params, b, True)
     dx, dcore = ssvd_linear_bwd(dy, z, *params, True)
-    twin_y, twin_z = ssvd_linear_ref(x, *params, b, "factored", True)
-    twin_dx, twin_dcore = ssvd_linear_backward_ref(dy, twin_z, *params, "factored", True)
-    exact_y, exact_z = ssvd_linear_ref(x.double(), *wide, None if b is None else b.double(), "factored", True)
-    exact_dx, exact_dcore = ssvd_linear_backward_ref(dy.double(), exact_z, *wide, "factored", True)
+    twin_y, twin_z = ssvd_linear_ref(x, *params, b, None, True)
+    twin_dx, twin_dcore = ssvd_linear_backward_ref(dy, twin_z, *params, None, True)
+    exact_y, exact_z = ssvd_linear_ref(x.double(), *wide, None if b is None else b.double(), None, True)
+    exact_dx, exact_dcore = ssvd_linear_backward_ref(dy.double(), exact_z, *wide, None, True)
     assert z is not None and dx is not None and dcore is not None
     assert y.dtype == z.dtype == dx.dtype == dtype and dcore.dtype == case["core"].dtype
     assert_bounded("y", y, twin_y, exact_y)
