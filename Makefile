@@ -24,7 +24,7 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	$(PY) -m pip install -q -U pip
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install "torch==$(TORCH)+cpu" || $(PY) -m pip install "torch==$(TORCH)"
 	$(PY) -m pip install -q "setuptools>=77" wheel packaging ninja pybind11
-	SSVD_BUILD=$${SSVD_BUILD:-cpu} $(PY) -m pip install -q --no-build-isolation -e ".[triton,demo,test,lint]"
+	SSVD_BUILD=$${SSVD_BUILD:-cpu} $(PY) -m pip install -q --no-build-isolation -e ".[triton,demo,test,bench,lint]"
 	$(PY) -m ssvd_kernels info
 	touch $@
 
@@ -42,6 +42,7 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# Draws the figures of what it measured; --list and --help print and stop.
 bench: $(READY)
 	$(PY) -m bench.run $(ARGS)
 

@@ -1,4 +1,4 @@
-"""Correctness gate, interleaved timing and CSV rows of the benchmarks; knows nothing of SSVD.
+"""Correctness gate and interleaved timing of the benchmarks; knows nothing of SSVD.
 
 A version of an operation is first compared with float64: one whose error is above its bound is refused, and no time
 is reported for it. The versions of a case are then timed in turn, repeat by repeat, in two rounds, so that what
@@ -7,34 +7,72 @@ disturbs one disturbs all; the two rounds of one version show how far a differen
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-import os
-import platform
-import re
-import subprocess
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-SHAPE = ("T", "d_in", "d_out", "k", "batch")
-COLUMNS = (
-    *("run", "operation", "version", "backend", "mode", "pass", "timing", "round", "repeats", "dtype", *SHAPE),
-    *("p20_ms", "p50_ms", "p80_ms", "flops", "bytes", "floor_ms", "over_floor", "baseline", "over_baseline"),
-    *("error", "error_bound", "peak_bytes", "note", "device", "threads", "torch", "triton", "commit"),
-)
+from bench.memory import saved_bytes, static_bytes
+from bench.records import COLUMNS, SHAPE, Row
+
+WHOLE, FORWARD, BACKWARD = "forward+backward", "forward", "backward"
 ROUNDS = 2
-Row = dict[str, Any]
+MIN_REPEATS = 5
 Run = Callable[[], tuple[Tensor, ...]]
+
+
+def nothing() -> None:
+    """What happens before a forward whose module keeps nothing from call to call."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """y = forward(*leaves) and the gradients of `leaves` for dy, together (a call) or apart.
+
+    begin    before every forward: drops what a change of the parameters would invalidate
+    within   the context of every pass
+    """
+
+    forward: Callable[..., Tensor]
+    leaves: Sequence[Tensor]  # the input first
+    dy: Tensor
+    begin: Callable[[], object] = nothing
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        with self.within():
+            (y,) = self.only_forward()
+            return y.detach(), *torch.autograd.grad(y, self.leaves, self.dy)
+
+    def only_forward(self) -> tuple[Tensor, ...]:
+        """(y,), with its graph."""
+        with self.within():
+            self.begin()
+            return (self.forward(*self.leaves),)
+
+    def only_backward(self) -> Run:
+        """The gradients, from a graph that is built once and kept."""
+        (y,) = self.only_forward()
+
+        def run() -> tuple[Tensor, ...]:
+            with self.within():
+                return torch.autograd.grad(y, self.leaves, self.dy, retain_graph=True)
+
+        return run
+
+    def of_input(self, x: Tensor) -> Tensor:
+        """y of another input."""
+        with self.within():
+            self.begin()
+            return self.forward(x, *self.leaves[1:])
 
 
 @dataclass(frozen=True)
@@ -45,11 +83,16 @@ class Version:
     run: Run
     exact: Sequence[Tensor]
     bound: Sequence[float]  # largest allowed |result - exact| / |exact| of each
-    flops: float
-    bytes: float
+    flops: float = 0  # 0: not counted, so no floor
+    bytes: float = 0
     backend: str = "torch"
     mode: str = ""
+    held: Sequence[Tensor] = ()  # parameters, buffers and frozen inputs
+    check: Run | None = None  # what the gate looks at, where that is not `run` itself
+    saves: Callable[[], tuple[int, int]] | None = None  # `memory.saved_bytes`, where `run` is not `Passes`
     capturable: bool = True  # False: it synchronises with the host, so no CUDA graph can hold it
+    compiled: bool = False  # by torch.compile, which guards on the poison and allocates past it
+    absent: str = ""  # why there is nothing to run
 
 
 @dataclass(frozen=True)
@@ -65,35 +108,20 @@ class Case:
     d_out: int | str = ""
     k: int | str = ""
     batch: int | str = ""
+    model: str = ""
+    base: torch.dtype | None = None  # of the frozen weights, where that is not `dtype`
+    passes: tuple[str, ...] = (WHOLE,)
+
+    def row(self) -> Row:
+        """What identifies the case, and its baseline."""
+        names = ("operation", *SHAPE, "baseline")
+        shape = {name: str(getattr(self, name)) for name in names}
+        return {**shape, "dtype": _name(self.dtype), "base": _name(self.base or self.dtype)}
 
     def __str__(self) -> str:
-        shape = [f"{name}={getattr(self, name)}" for name in SHAPE if getattr(self, name)]
-        return f"{self.operation} {str(self.dtype).removeprefix('torch.')} {' '.join(shape)}"
-
-
-class Table:
-    """A CSV file that grows by one row in one write: whatever was measured survives an interruption."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        header = _csv_line(COLUMNS)
-        present = path.read_text().partition("\n")[0] + "\n" if path.exists() else ""
-        if present.strip() and present != header:
-            raise ValueError(f"out={str(path)!r} has other columns: allowed is a new file, or one of this version")
-        if not present.strip():
-            self._write(header)
-
-    def append(self, row: Row) -> None:
-        self._write(_csv_line([row[name] for name in COLUMNS]))
-
-    def _write(self, line: str) -> None:
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(file, line.encode())
-            os.fsync(file)
-        finally:
-            os.close(file)
+        row = self.row()
+        dtype = row["dtype"] if row["dtype"] == row["base"] else f"{row['dtype']} on {row['base']}"
+        return " ".join([self.operation, dtype, *(f"{name}={row[name]}" for name in SHAPE if row[name])])
 
 
 class Clock:
@@ -107,11 +135,13 @@ class Clock:
             self.flush = torch.empty(max(size, 2**26), dtype=torch.int8, device=device)
 
     def interleaved(self, runs: Sequence[Run], repeats: int) -> list[list[float]]:
-        """Milliseconds of each call: `repeats` of every run, taking turns, beginning with another one each time."""
+        """Milliseconds of each call: `repeats` of every run, taking turns in another order each time.
+
+        A fixed order would always give a version the caches that the same predecessor leaves.
+        """
         spans: list[list[Any]] = [[] for _ in runs]
         for repeat in range(repeats):
-            for turn in range(len(runs)):
-                index = (turn + repeat) % len(runs)
+            for index in random.Random(repeat).sample(range(len(runs)), len(runs)):
                 spans[index].append(self._one(runs[index]))
         if self.flush is None:
             return spans
@@ -132,8 +162,8 @@ class Clock:
 
     @cache  # noqa: B019 - one clock a run
     def ceilings(self, dtype: torch.dtype) -> tuple[float, float]:
-        """(FLOP/s of the library's large square product, bytes/s of a large copy, read + write), the best of five."""
-        n, size = (8192, 2**31) if self.device.type == "cuda" else (1024, 2**27)
+        """(FLOP/s of the library's large square product, bytes/s of a large copy, read + write), the best of ten."""
+        n, size = (8192, 2**31) if self.device.type == "cuda" else (2048, 2**27)
         if self.device.type == "cuda" and dtype == torch.float32:
             n = 4096
         if self.quick:
@@ -141,7 +171,7 @@ class Clock:
         a, b = torch.randn(2, n, n, device=self.device, dtype=dtype)
         source = torch.randn(size // 4, device=self.device)
         target = torch.empty_like(source)
-        product, copy = self.interleaved([lambda: (a @ b,), lambda: (target.copy_(source),)], 6)
+        product, copy = self.interleaved([lambda: (a @ b,), lambda: (target.copy_(source),)], 11)
         return 2 * n**3 / (1e-3 * min(product[1:])), 2 * size / (1e-3 * min(copy[1:]))
 
 
@@ -153,107 +183,129 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def gate(version: Version, results: Sequence[Tensor]) -> tuple[float, float, bool]:
+def gate(results: Sequence[Tensor], exact: Sequence[Tensor], bound: Sequence[float]) -> tuple[float, float, bool]:
     """(error, bound) of the result nearest to, or furthest beyond, its bound, and whether all are within theirs."""
-    pairs = [(relative_error(r, e), bound) for r, e, bound in zip(results, version.exact, version.bound, strict=True)]
-    error, bound = max(pairs, key=lambda pair: pair[0] / pair[1])
-    return error, bound, error <= bound
+    pairs = [(relative_error(r, e), allowed) for r, e, allowed in zip(results, exact, bound, strict=True)]
+    error, allowed = max(pairs, key=lambda pair: pair[0] / pair[1])
+    return error, allowed, error <= allowed
 
 
 def measure(case: Case, clock: Clock, seconds: float, common: Row) -> Iterator[Row]:
-    """Yields a row for every measurement of `case`, and one with a note and no time for every refused version."""
-    shape = {name: getattr(case, name) for name in ("operation", *SHAPE, "baseline")}
-    common = {**dict.fromkeys(COLUMNS, ""), **common, **shape, "pass": "forward+backward", "dtype": str(case.dtype)[6:]}
-    groups: dict[str, list[tuple[Version, Run, Row]]] = {"eager": [], "graph": []}
+    """Yields a row for every measurement of `case`, and one with a note and no time for every version without one.
+
+    The note begins with "refused" for a wrong or broken version, with "not run" for one that is not there. The row
+    that completes the case says so (`last`).
+    """
+    waiting: Row | None = None
+    try:
+        for row in _measurements(case, clock, seconds, {**dict.fromkeys(COLUMNS, ""), **common, **case.row()}):
+            if waiting is not None:
+                yield waiting
+            waiting = row
+    except BaseException:
+        if waiting is not None:
+            yield waiting
+        raise
+    if waiting is not None:
+        yield {**waiting, "last": 1}
+
+
+def _measurements(case: Case, clock: Clock, seconds: float, common: Row) -> Iterator[Row]:
+    present = []
     for version in case.build(clock.device):
-        base = {**common, "version": version.name, "backend": version.backend, "mode": version.mode}
-        base |= {"flops": f"{version.flops:.6g}", "bytes": f"{version.bytes:.6g}"}
-        for timing in ("eager", "graph") if clock.flush is not None and version.capturable else ("eager",):
-            row = {**base, "timing": timing}
-            try:
-                run, row = _checked(version, timing, row, clock.device)
-            except Exception as error:  # a version that cannot run must not cost the others their numbers
-                lines = str(error).splitlines() or [""]
-                yield {**row, "note": f"refused: {type(error).__name__}: {lines[0]}"}
-            else:
+        row = {**common, "version": version.name, "backend": version.backend, "mode": version.mode}
+        if version.absent:
+            yield {**row, "note": f"not run: {version.absent}"}
+        else:
+            present.append((version, row))
+    refused: set[int] = set()
+    memory: dict[int, Row] = {}
+    for name in sorted(case.passes, key=lambda name: name in (FORWARD, BACKWARD)):  # the gate sees everything first
+        for timing in ("eager", "graph") if clock.flush is not None and name == WHOLE else ("eager",):
+            group: list[tuple[Version, Run, Row]] = []
+            for index, (version, row) in enumerate(present):
+                if index in refused or not _has(version, name, timing):
+                    continue
+                row |= {"pass": name, "timing": timing}
+                try:
+                    run, row = _checked(version, name, timing, row, clock.device)
+                    if not row["note"] and index not in memory:
+                        memory[index] = _memory(version)
+                    row |= memory.get(index, {})
+                except Exception as error:  # a version that cannot run must not cost the others their numbers
+                    lines = str(error).splitlines() or [""]
+                    row = {**row, "note": f"refused: {type(error).__name__}: {lines[0]}"}
                 if row["note"]:
+                    refused |= {index} if timing == "eager" else set()
                     yield row
                 else:
-                    groups[timing].append((version, run, row))
-    for group in groups.values():
-        if group:
-            yield from _time(case, clock, seconds, group)
+                    group.append((version, run, row))
+            if group:
+                yield from _time(case, clock, seconds, name, group)
 
 
-def _checked(version: Version, timing: str, row: Row, device: torch.device) -> tuple[Run, Row]:
-    """What is to be timed, and the row with its error; its note says so if the result is wrong."""
+def _has(version: Version, name: str, timing: str) -> bool:
+    if name in (FORWARD, BACKWARD):  # a compiled backward consumes its graph: it cannot run again on its own
+        return isinstance(version.run, Passes) and not (version.compiled and name == BACKWARD)
+    return timing == "eager" or version.capturable
+
+
+def _checked(version: Version, name: str, timing: str, row: Row, device: torch.device) -> tuple[Run, Row]:
+    """What is to be timed, and the row with its error and memory; its note says so if the result is wrong."""
     row = {**row, "peak_bytes": ""}
+    run, exact, bound = version.run, version.exact, version.bound
+    if isinstance(run, Passes) and name == FORWARD:
+        run, exact, bound = run.only_forward, exact[:1], bound[:1]
+    elif isinstance(run, Passes) and name == BACKWARD:
+        run, exact, bound = run.only_backward(), exact[1:], bound[1:]
     if timing == "graph":
-        run = _captured(version.run)
-        error, bound, good = gate(version, run())
+        run = _captured(run)
+        results = run()
     else:
-        run, before = version.run, _allocated(device)
-        with _poisoned():
-            results = run()
+        before = _allocated(device)
+        with nullcontext() if version.compiled else _poisoned():
+            results = (version.check or run)()
         if device.type == "cuda":
+            if version.check is not None:
+                before = _allocated(device)
+                run()
             row["peak_bytes"] = _peak(device) - before
-        error, bound, good = gate(version, results)
-    row |= {"error": f"{error:.3g}", "error_bound": f"{bound:.3g}", "note": "" if good else "refused: wrong result"}
+    error, allowed, good = gate(results, exact, bound)
+    row |= {"error": f"{error:.3g}", "error_bound": f"{allowed:.3g}", "note": "" if good else "refused: wrong result"}
     return run, row
 
 
-def _time(case: Case, clock: Clock, seconds: float, group: list[tuple[Version, Run, Row]]) -> Iterator[Row]:
+def _memory(version: Version) -> Row:
+    if not version.held:
+        return {}
+    row, saved = {"static_bytes": static_bytes(version.held)}, None
+    if version.saves is not None:
+        saved = version.saves()
+    elif isinstance(version.run, Passes) and not version.compiled:
+        run = version.run
+        saved = saved_bytes(run.of_input, run.leaves[0], [*version.held, *run.leaves])
+    return row if saved is None else {**row, "saved_bytes": saved[0], "input_bytes": saved[1]}
+
+
+def _time(case: Case, clock: Clock, seconds: float, name: str, group: list[tuple[Version, Run, Row]]) -> Iterator[Row]:
     runs = [run for _, run, _ in group]
-    clock.interleaved(runs, 2)  # warm-up
-    once = sum(min(samples) for samples in clock.interleaved(runs, 2))
-    repeats = max(5, min(200, round(1e3 * seconds / once)))
+    once = sum(min(samples) for samples in clock.interleaved(runs, 2))  # the gate was a warm-up already
+    repeats = max(MIN_REPEATS, min(200, round(1e3 * seconds / once)))
     flops_per_s, bytes_per_s = clock.ceilings(case.dtype)
     for number in range(1, ROUNDS + 1):
         times = [torch.tensor(samples, dtype=torch.float64) for samples in clock.interleaved(runs, repeats)]
         medians = {version.name: t.quantile(0.5).item() for (version, _, _), t in zip(group, times)}
         for (version, _, row), samples in zip(group, times):
             p20, p50, p80 = (samples.quantile(q).item() for q in (0.2, 0.5, 0.8))
-            floor = 1e3 * max(version.flops / flops_per_s, version.bytes / bytes_per_s)
-            row = {**row, "round": number, "repeats": repeats, "floor_ms": f"{floor:.6g}"}
+            row = {**row, "round": number, "repeats": repeats}
             row |= {"p20_ms": f"{p20:.6g}", "p50_ms": f"{p50:.6g}", "p80_ms": f"{p80:.6g}"}
-            row["over_floor"] = f"{p50 / floor:.4g}"
+            if version.flops and name not in (FORWARD, BACKWARD):
+                floor = 1e3 * max(version.flops / flops_per_s, version.bytes / bytes_per_s)
+                row |= {"flops": f"{version.flops:.6g}", "bytes": f"{version.bytes:.6g}"}
+                row |= {"floor_ms": f"{floor:.6g}", "over_floor": f"{p50 / floor:.4g}"}
             if case.baseline in medians:
                 row["over_baseline"] = f"{p50 / medians[case.baseline]:.4g}"
             yield row
-
-
-def machine(device: torch.device) -> Row:
-    """What every row says of where it was measured."""
-    try:
-        from triton import __version__ as triton_version
-    except ImportError:
-        triton_version = "none"
-    return {
-        "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "commit": _commit(),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    root = Path(__file__).parent
-    answers = []
-    for command in ("rev-parse --short HEAD", "status --porcelain --untracked-files=no -- .. :!results"):
-        try:
-            done = subprocess.run(["git", *command.split()], cwd=root, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-        answers.append(done.stdout.strip())
-    return answers[0] + ("+changes" if answers[1] else "")
 
 
 def _captured(run: Run) -> Run:
@@ -301,7 +353,5 @@ def _peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device)
 
 
-def _csv_line(values: Sequence[Any]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerow(values)
-    return buffer.getvalue()
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

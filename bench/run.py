@@ -1,9 +1,9 @@
-"""Microbenchmarks of SSVD against plain PyTorch: `python -m bench.run`.
+"""Microbenchmarks of SSVD against plain PyTorch and other methods: `python -m bench.run`.
 
-Forward and backward of the op, of a whole layer and of the Cayley map, each beside its counterparts (frozen
-nn.Linear, full fine-tuning, the naive factored layer, the layer that rebuilds its weight, torch.linalg.solve) in the
-same run. Every version must agree with float64 before it is timed. Rows go to a CSV file one by one; a Markdown
-table is written beside it and printed last. The exit code is 1 if any version was refused.
+The op, a whole layer, the Cayley map, a stack of a real model's blocks and the injection, each beside its
+counterparts in the same run (see cases.py). Every version must agree with float64 before it is timed. Rows go to a
+CSV file one by one; a Markdown table of all that the file holds is written beside it and printed last, and figures
+are drawn (plot.py). The exit code is 1 if any version was refused.
 """
 
 from __future__ import annotations
@@ -13,31 +13,37 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 
 import torch
 from tqdm.auto import tqdm
 
-from bench import cases
-from bench.harness import SHAPE, Clock, Row, Table, machine, measure
+from bench import cases, plot
+from bench.harness import Case, Clock, measure
+from bench.records import CASE, MACHINE, Row, Table, machine, read_rows
+from bench.report import refusal, summary
 
 RESULTS = Path(__file__).parent / "results"
-COUNTERPARTS = ("frozen linear", "full fine-tuning", "naive", "rebuilt weight", "linalg.solve")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if it is there")
-    parser.add_argument("--out", type=Path, help="the CSV file, appended to (default: bench/results/DEVICE.csv)")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that everything runs")
-    parser.add_argument("--limit-seconds", type=float, default=1800, help="start no case after this long (%(default)s)")
+    parser = _parser()
     options = parser.parse_args(argv)
+    if options.table is not None:
+        try:
+            return _write_table(options.table, [])
+        except ValueError as error:
+            parser.error(str(error))
+    unknown = [name for name in options.only if name not in cases.OPERATIONS]
+    if unknown:
+        parser.error(f"--only {','.join(unknown)}: allowed are {', '.join(cases.OPERATIONS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is visible to torch; allowed here are auto and cpu")
     cuda = options.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    planned = [case for case in cases.table(device, options.quick) if case.operation in options.only]
+    if options.list:
+        print("\n".join(map(str, planned)))
+        return 0
     about = machine(device)
     default = about["device"].lower().replace(" ", "-") if cuda else f"cpu-{about['threads']}threads"
     path = options.out or RESULTS / f"{default}.csv"
@@ -45,89 +51,76 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = Table(path)
     except ValueError as error:
         parser.error(str(error))
-    rows: list[Row] = []
-    planned = cases.table(device, options.quick)
-    left = [str(case) for case in planned]
-    seconds = 0.005 if options.quick else 0.4 if cuda else 1.5
+    if options.resume:
+        planned = _unmeasured(planned, path, about)
+    seconds = 0.005 if options.quick else 0.4 if cuda else 0.8
+    refused, left, interrupted = _measure(planned, Clock(device, options.quick), seconds, about, table, options)
+    _write_table(path, left)
+    return 130 if interrupted else int(refused)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if it is there")
+    parser.add_argument("--out", type=Path, help="the CSV file, appended to (default: bench/results/DEVICE.csv)")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that everything runs")
+    parser.add_argument("--only", type=lambda text: text.split(","), default=list(cases.OPERATIONS),
+                        metavar="OPERATION,...", help=f"of {', '.join(cases.OPERATIONS)}")  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    parser.add_argument("--resume", action="store_true", help="skip the cases that the CSV file has in full")
+    parser.add_argument("--table", type=Path, metavar="CSV", help="only write the Markdown table of that file")
+    parser.add_argument("--limit-seconds", type=float, default=1800, help="start no case after this long (%(default)s)")
+    return parser
+
+
+def _unmeasured(planned: Sequence[Case], path: Path, about: Row) -> list[Case]:
+    """The cases that no run completed on this machine; says of the others at which commit they were measured."""
+    names = (*CASE, *MACHINE)
+    commits = {tuple(row[name] for name in names): row["commit"] for row in read_rows(path) if row["last"]}
+    left = []
+    for case in planned:
+        wanted = {**about, **case.row()}
+        commit = commits.get(tuple(str(wanted[name]) for name in names))
+        if commit is None:
+            left.append(case)
+        else:
+            print(f"skipped, measured at commit {commit}: {case}")
+    return left
+
+
+def _measure(
+    planned: Sequence[Case], clock: Clock, seconds: float, about: Row, table: Table, options: argparse.Namespace
+) -> tuple[bool, list[str], bool]:
+    """(whether a version was refused, the cases not completed, whether the run was interrupted)."""
+    left, refused = [str(case) for case in planned], False
     end = time.monotonic() + options.limit_seconds
-    interrupted = False
     try:
-        clock = Clock(device, options.quick)
         for case in (progress := tqdm(planned, unit="case")):
             if time.monotonic() > end:
                 break
             progress.set_description(str(case))
             for row in measure(case, clock, seconds, about):
                 table.append(row)
-                rows.append(row)
                 if row["note"]:
-                    progress.write(_refusal(row))
+                    progress.write(refusal(row))
+                    refused |= row["note"].startswith("refused")
             left.remove(str(case))
     except KeyboardInterrupt:
-        interrupted = True
-    text = summary(rows, left, about)
+        return refused, left, True
+    return refused, left, False
+
+
+def _write_table(path: Path, left: Sequence[str]) -> int:
+    text = summary(read_rows(path), left)
     path.with_suffix(".md").write_text(text)
-    print(f"\n{text}\n{path} and {path.with_suffix('.md').name} are written.")
-    return 130 if interrupted else int(any(row["note"] for row in rows))
-
-
-def summary(rows: Sequence[Row], left: Sequence[str], about: Row) -> str:
-    """The measurements as Markdown: one table an operation, ratios within one case and round."""
-    where = f"{about['device']}, {about['threads']} CPU threads, torch {about['torch']}, Triton {about['triton']}"
-    lines = [
-        f"# {where}",
-        "",
-        f"Commit {about['commit']}, {about['run']}. Forward and backward, milliseconds: the medians of two interleaved",
-        "rounds, and the range from the lower 20th to the higher 80th percentile. Floor: the larger of FLOPs and bytes",
-        "over the rates of a large matrix product and copy in this run. `/ name`: time over that version's.",
-    ]
-    for operation in dict.fromkeys(row["operation"] for row in rows):
-        mine = [row for row in rows if row["operation"] == operation and not row["note"]]
-        present = {row["version"] for row in mine}
-        peers = [name for name in COUNTERPARTS if name in present]
-        head = ["shape", "version", "backend", "mode", "timing", "p50 ms", "p20-p80 ms", "/ floor"]
-        head += [f"/ {name}" for name in peers] + ["error (bound)"]
-        lines += ["", f"## {operation}", "", _line(head), _line(["---"] * len(head))]
-        for key in dict.fromkeys(_shape(row) for row in mine):
-            lines += _lines_of([row for row in mine if _shape(row) == key], key, peers)
-    refused = [row for row in rows if row["note"]]
-    if refused:
-        lines += ["", "## Refused", "", *(f"- {_refusal(row)}" for row in refused)]
-    if left:
-        lines += ["", "## Not measured", "", *(f"- {name}" for name in left)]
-    return "\n".join(lines) + "\n"
-
-
-def _lines_of(rows: Sequence[Row], shape: str, peers: Sequence[str]) -> list[str]:
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in ("version", "backend", "mode", "timing")), []).append(row)
-    medians = {(key[0], key[3]): mean(float(row["p50_ms"]) for row in group) for key, group in groups.items()}
-    lines = []
-    for (version, backend, mode, timing), group in groups.items():
-        p50 = mean(float(row["p50_ms"]) for row in group)
-        ratios = [f"{p50 / medians[peer, timing]:.2f}" if (peer, timing) in medians else "" for peer in peers]
-        low, high = min(float(row["p20_ms"]) for row in group), max(float(row["p80_ms"]) for row in group)
-        floor = mean(float(row["over_floor"]) for row in group)
-        times = " ".join(f"{float(row['p50_ms']):.4g}" for row in group)
-        cells = [shape, version, backend, mode, timing, times, f"{low:.4g}-{high:.4g}", f"{floor:.2f}", *ratios]
-        lines.append(_line([*cells, f"{group[0]['error']} ({group[0]['error_bound']})"]))
-    return lines
-
-
-def _shape(row: Row) -> str:
-    named = [f"{name}={row[name]}" for name in SHAPE if row[name]]
-    return " ".join([row["dtype"], *named])
-
-
-def _refusal(row: Row) -> str:
-    named = [row[name] for name in ("version", "backend", "mode", "timing") if row[name]]
-    error = f" (error {row['error']}, allowed {row['error_bound']})" if row["error"] else ""
-    return f"{row['operation']} {_shape(row)}, {' '.join(named)}: {row['note']}{error}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    print(f"\n{text}\n{path.with_suffix('.md')} is written from {path.name}.")
+    try:
+        return plot.main([str(path)])
+    except ImportError as error:
+        print(f"no figures: {error}")
+        return 0
 
 
 if __name__ == "__main__":
