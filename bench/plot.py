@@ -209,7 +209,7 @@ def _line_panels(panels: dict[str, Times], title: str, rows: Sequence[Row]) -> A
         axes.set_xscale("log")
         axes.set_yscale("log")
         tokens = sorted({T for points in lines.values() for T, _ in points})
-        axes.set_xticks(tokens, [f"{T:g}" for T in tokens])
+        axes.set_xticks(tokens, [f"{T:g}" for T in tokens], fontsize=7)
         axes.minorticks_off()
         highest = max(y for points in lines.values() for _, y in points)
         lowest = min(1.0, *(y for points in lines.values() for _, y in points))
