@@ -66,18 +66,21 @@ class SSVDLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
         z, weight, U, V, core = ctx.saved_tensors
         ctx.inputs = None  # what was saved has been read, or recomputed
+        twice = torch.is_grad_enabled()  # create_graph: the twins are made of differentiable operations
         if ctx.saves == "x" and dy is not None:
-            z = z.to(ctx.dtype) @ V.to(ctx.dtype)
+            x = z.to(ctx.dtype)
+            z = x @ V.to(ctx.dtype) if twice else dispatch.project(x, V, ctx.workspace)
         need_dx, need_dbias = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         dx = dcore = dbias = None
         if dy is not None:
-            if torch.is_grad_enabled():  # create_graph: the twin is made of differentiable operations
+            if twice:
+                z = None if z is None else z[..., : len(core)]
                 dx, dcore = reference.ssvd_linear_backward_ref(dy, z, weight, U, V, core, None, need_dx)
             else:
                 rest = (ctx.mode, need_dx, ctx.workspace)
                 dx, dcore = dispatch.ssvd_linear_backward(dy, z, weight, U, V, core, *rest)
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if need_dbias else None
         if dz is not None and need_dx:
-            through_z = dz @ V.to(dz.dtype).mT
+            through_z = dz[..., : len(core)] @ V.to(dz.dtype).mT
             dx = through_z if dx is None else dx + through_z
         return dx, None, None, None, dcore, dbias, None, None, None, None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from . import _ext, reference
 from . import triton as triton_backend
 from .costs import linear_flops
-from .workspace import Compose, Workspace
+from .workspace import Compose, Workspace, padded
 
 BACKENDS = ("auto", "reference", "ext", "triton")
 MODES = ("auto", "composed", "factored")
@@ -63,18 +64,24 @@ def backend_for(op: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def linear_mode(
-    dtype: torch.dtype, T: int, weight_shape: tuple[int, ...], k: int, mode: str, backward: bool, compositions: int
+    dtype: torch.dtype,
+    T: int,
+    weight_shape: tuple[int, ...],
+    k: int,
+    mode: str,
+    backward: bool,
+    compositions: int,
+    fused: bool = False,
 ) -> str:
     """The mode of a call in `dtype` on T tokens: "composed" (W' is built, then one product) or "factored".
 
-    Half precision is factored: composing onto a half-precision base by round-to-nearest loses small updates, and a
-    float32 base often holds half-precision values. In float32 and float64 the cheaper one by FLOP count, where W' has
-    to be built `compositions` times (0 where it is kept).
+    The cheaper one by FLOP count, where W' has to be built `compositions` times; but half precision is factored, except
+    bfloat16 where `fused` kernels compose it with stochastic rounding: by round-to-nearest small updates would be lost.
     """
     _check_choice("mode", mode, MODES)
     if mode != "auto":
         return mode
-    if dtype in _HALF:
+    if dtype in _HALF and not (fused and dtype == torch.bfloat16):
         return "factored"
     d_out, d_in = weight_shape
     composed, factored = (linear_flops(m, T, d_in, d_out, k, backward, compositions) for m in ("composed", "factored"))
@@ -108,13 +115,18 @@ def ssvd_linear(
     need_z: bool,
     workspace: Workspace | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, z = x V if needed); arguments and formula as `reference.ssvd_linear_ref`."""
-    if mode == "factored" and _linear_backend(x) == "triton":
-        from .triton import ssvd_linear as kernels
+    """(y, z = x V if needed); arguments and formula as `reference.ssvd_linear_ref`.
 
-        return kernels.ssvd_linear_fwd(x, weight, U, V, core, bias, need_z)
-    composed = _composed(x, weight, U, V, core, workspace) if mode == "composed" else None
-    return reference.ssvd_linear_ref(x, weight, U, V, core, bias, composed, need_z)
+    z may have columns of zeros beyond its k: see `Workspace.operand`.
+    """
+    if mode == "composed":
+        y, _ = reference.ssvd_linear_ref(
+            x, weight, U, V, core, bias, _composed(x, weight, U, V, core, workspace), False
+        )
+        return y, project(x, V, workspace) if need_z else None
+    if linear_backend(x.device, x.dtype) == "triton":
+        return _kernels().ssvd_linear_fwd(x, weight, *_padded(x.dtype, U, V, core, workspace), bias, need_z)
+    return reference.ssvd_linear_ref(x, weight, U, V, core, bias, None, need_z)
 
 
 def ssvd_linear_backward(
@@ -129,36 +141,63 @@ def ssvd_linear_backward(
     workspace: Workspace | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dcore), None where not needed; arguments and formula as `reference.ssvd_linear_backward_ref`."""
-    on_triton = _linear_backend(dy) == "triton"
-    if mode == "factored" and on_triton:
-        from .triton import ssvd_linear as kernels
-
-        return kernels.ssvd_linear_bwd(dy, z, weight, U, V, core, need_dx)
+    k = core.shape[0]
     composed = _composed(dy, weight, U, V, core, workspace) if mode == "composed" and need_dx else None
-    if on_triton:
-        from .triton import core_grad
-
+    if linear_backend(dy.device, dy.dtype) != "triton":
+        z = None if z is None else z[..., :k]
+        return reference.ssvd_linear_backward_ref(dy, z, weight, U, V, core, composed, need_dx)
+    wide_U, wide_V, wide_core = _padded(dy.dtype, U, V, core, workspace)
+    if mode == "composed":
         dx = None if composed is None else dy @ composed
-        if z is None:
-            return dx, None
-        projected = core_grad.core_grad(dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1]))
-        return dx, (U.to(projected.dtype).mT @ projected).to(core.dtype)
-    return reference.ssvd_linear_backward_ref(dy, z, weight, U, V, core, composed, need_dx)
+        dcore = None if z is None else _kernels().core_gradient(dy, z, wide_U)
+    else:
+        dx, dcore = _kernels().ssvd_linear_bwd(dy, z, weight, wide_U, wide_V, wide_core, need_dx)
+    return dx, None if dcore is None else dcore[:k, :k].to(core.dtype)
+
+
+def project(x: Tensor, V: Tensor, workspace: Workspace | None) -> Tensor:
+    """z = x V, with columns of zeros where the kernels that read it want them."""
+    if linear_backend(x.device, x.dtype) == "triton":
+        return x @ _operand("V", V, x.dtype, workspace)
+    return x @ V.to(x.dtype)
+
+
+def _kernels() -> Any:
+    """The Triton launchers; while torch.compile traces, as operators."""
+    if torch.compiler.is_compiling():
+        from .triton import ops
+
+        return ops
+    from .triton import launchers
+
+    return launchers
+
+
+def _operand(name: str, basis: Tensor, dtype: torch.dtype, workspace: Workspace | None) -> Tensor:
+    return padded(basis.to(dtype)) if workspace is None else workspace.operand(name, basis, dtype)
+
+
+def _padded(
+    dtype: torch.dtype, U: Tensor, V: Tensor, core: Tensor, workspace: Workspace | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U and V in `dtype`, and core, all `padded` for the Triton kernels."""
+    return _operand("U", U, dtype, workspace), _operand("V", V, dtype, workspace), padded(core, both=True)
 
 
 def _composed(x: Tensor, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, workspace: Workspace | None) -> Tensor:
-    make: Compose = reference.compose_ref
-    if _linear_backend(x) == "triton":
-        from .triton.compose import compose as make
+    def by_kernel(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dtype) -> Tensor:
+        return _kernels().compose(weight, *_padded(dtype, U, V, core, workspace), dtype)
+
+    on_triton = linear_backend(x.device, x.dtype) == "triton"
+    make: Compose = by_kernel if on_triton else reference.compose_operand_ref
     if workspace is None:
         return make(weight, U, V, core, x.dtype)
-    return workspace.composed(weight, U, V, core, x.dtype, make)
+    return workspace.composed(weight, U, V, core, x.dtype, make, "operand")
 
 
-def _linear_backend(x: Tensor) -> str:
-    if _forced == "auto" and torch.compiler.is_compiling():
-        return "reference"  # its products are fused by the compiler; the launchers' host code cannot be traced
-    return backend_for("linear", x.device, x.dtype)
+def linear_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend of the linear op, for this call."""
+    return backend_for("linear", device, dtype)
 
 
 @contextmanager

@@ -76,8 +76,8 @@ def ssvd_linear(
 
     x (..., d_in), weight (d_out, d_in), U (d_out, k), V (d_in, k), core (k, k), bias (d_out,) -> y (..., d_out).
     Arithmetic is in x's dtype (autocast's, where that is on) with products accumulated in float32 at least.
-    mode: "composed" builds W' once and multiplies once, "factored" never builds it, "auto" takes factored in half
-    precision (no update is lost to rounding) and else the cheaper one.
+    mode: "composed" builds W' once and multiplies once, "factored" never builds it, "auto" takes the cheaper one, in
+    half precision among those that lose no update to rounding (see `dispatch.linear_mode`).
     workspace: keeps a composed W' from forward to backward and until core changes (`SSVDLinear` has one each).
     Gradients reach x, core and bias; weight, U and V are frozen and must not require them. Twice differentiable.
     Raises ValueError naming the argument for shapes, dtypes or devices that do not fit or an unknown mode.
@@ -95,8 +95,8 @@ def ssvd_linear(
     backward = saves != "" or (torch.is_grad_enabled() and x.requires_grad)
     # not whether W' is there already: the mode, and with it the last bit, must not depend on what went before
     compositions = 2 if workspace is None and backward else 1
-    T = x.numel() // x.shape[-1]
-    chosen = dispatch.linear_mode(dtype, T, weight.shape, core.shape[0], mode, backward, compositions)
+    T, fused = x.numel() // x.shape[-1], dispatch.linear_backend(x.device, dtype) == "triton"
+    chosen = dispatch.linear_mode(dtype, T, weight.shape, core.shape[0], mode, backward, compositions, fused)
     with torch.autocast(x.device.type, enabled=False):
         y, _ = SSVDLinearFunction.apply(x, weight, U, V, core, bias, chosen, dtype, saves, workspace)
     return y

@@ -276,7 +276,7 @@ class SSVDLinear(nn.Module):
         core, dtype = self._cached_core(), self.base_weight.dtype
         with torch.inference_mode(False), torch.no_grad():
             frozen = (self.base_weight, self.U, self.V)
-            return self._workspace.composed(*frozen, core, dtype, reference.compose_ref)
+            return self._workspace.composed(*frozen, core, dtype, reference.compose_ref, "nearest")
 
     def has_cache(self) -> bool:
         """Whether the next forward can use a kept core or weight (then it needs no rotation)."""

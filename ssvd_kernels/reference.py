@@ -94,6 +94,29 @@ def compose_ref(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch
     return out.to(dtype or weight.dtype)
 
 
+def compose_operand_ref(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dtype) -> Tensor:
+    """W' as the operand of a product in `dtype`: `compose_ref`, but for bfloat16 W rounded to nearest, plus U core V^T,
+    their float32 sum rounded stochastically. Not differentiable.
+
+    Rounding the sum to nearest would lose updates below half a unit in the last place: at ||K|| = 1e-4 only a twentieth
+    of the update survives. Rounded up or down with probabilities that make it unbiased, its projection on the true one
+    is 1, and W' is exactly the rounded W where the update is zero.
+    """
+    if dtype != torch.bfloat16:
+        return compose_ref(weight, U, V, core, dtype)
+    update = (U.float() @ core.float()) @ V.float().mT
+    return round_stochastically(weight.to(torch.bfloat16).float() + update)
+
+
+def round_stochastically(values: Tensor) -> Tensor:
+    """float32 (rows, cols) to bfloat16; the random bits are a fixed hash of an element's index, the same everywhere."""
+    h = torch.arange(values.numel(), device=values.device).view(values.shape)  # int64 arithmetic modulo 2^32
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    bits = values.contiguous().view(torch.int32) + ((h ^ (h >> 16)) & 0xFFFF).to(torch.int32)
+    return (bits & -0x10000).view(torch.float32).to(torch.bfloat16)
+
+
 def ssvd_linear_ref(
     x: Tensor,
     weight: Tensor,

@@ -10,13 +10,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+ALIGNMENT = 16  # columns
 
 Compose = Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]
 
 
 class _Kept(NamedTuple):
-    key: tuple  # of the frozen tensors and the dtype
+    key: tuple  # rounding, dtype and the frozen tensors
     core: Tensor
     version: int  # of core
     weight: Tensor  # W'
@@ -29,28 +32,43 @@ class Workspace:
         self.save_input = False
         self.inputs: SharedInputs | None = None  # of the forward that is running
         self._kept: _Kept | None = None
+        self._operands: dict[str, tuple[tuple, Tensor]] = {}
 
-    def composed(self, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dtype, make: Compose) -> Tensor:
-        """W' = weight + U core V^T in `dtype`: the kept one if it was made from these very values, else a new one."""
+    def operand(self, name: str, basis: Tensor, dtype: torch.dtype) -> Tensor:
+        """U or V (d, k) in `dtype` and `padded`, kept under `name` while the basis is unchanged."""
+        if not _plain(basis):
+            return padded(basis.to(dtype))
+        key, kept = (dtype, basis.device, basis.data_ptr(), basis._version), self._operands.get(name)
+        if kept is None or kept[0] != key:
+            kept = self._operands[name] = (key, padded(basis.detach().to(dtype)))
+        return kept[1]
+
+    def composed(
+        self, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dtype, make: Compose, rounding: str
+    ) -> Tensor:
+        """W' = weight + U core V^T in `dtype`: the kept one if it was made from these very values with the same
+        `rounding`, else a new one by `make`."""
         if not _plain(weight, U, V, core):
             return make(weight, U, V, core, dtype)
-        kept = self._find(weight, U, V, core, dtype)
+        key = (rounding, dtype, *((t.device, t.data_ptr(), t._version) for t in (weight, U, V)))
+        kept = self._find(key, core)
         if kept is None:
             core = core.detach()
-            kept = _Kept(_key(weight, U, V, dtype), core, core._version, make(weight, U, V, core, dtype))
+            kept = _Kept(key, core, core._version, make(weight, U, V, core, dtype))
             self._kept = kept  # at once: replicas of a layer may share a workspace between threads
         return kept.weight
 
     def forget(self) -> None:
-        """Frees W'."""
+        """Frees W' and the operands."""
         self._kept = None
+        self._operands = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return Workspace().__dict__
 
-    def _find(self, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dtype) -> _Kept | None:
+    def _find(self, key: tuple, core: Tensor) -> _Kept | None:
         kept = self._kept
-        if kept is None or kept.key != _key(weight, U, V, dtype) or kept.version != kept.core._version:
+        if kept is None or kept.key != key or kept.version != kept.core._version:
             return None
         same = kept.core.data_ptr() == core.data_ptr() and kept.version == core._version
         # by value only where no device must be waited for
@@ -127,12 +145,17 @@ class InputSharing:
         return InputSharing().__dict__  # a copy has layers of its own
 
 
+def padded(matrix: Tensor, both: bool = False) -> Tensor:
+    """`matrix` with columns (`both`: and rows) of zeros up to a multiple of ALIGNMENT, which changes no product.
+
+    Rows of 409 half-precision numbers, say, cannot be read in wide loads.
+    """
+    extra = [-n % ALIGNMENT for n in matrix.shape]
+    return F.pad(matrix, (0, extra[1], 0, extra[0] if both else 0)) if any(extra[1:] + extra[: int(both)]) else matrix
+
+
 def _plain(*tensors: Tensor) -> bool:
     """Whether the tensors have an address and a version: not wrapped, traced, or made in inference mode."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return all(type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference() for tensor in tensors)
-
-
-def _key(weight: Tensor, U: Tensor, V: Tensor, dtype: torch.dtype) -> tuple:
-    return (dtype, *((tensor.device, tensor.data_ptr(), tensor._version) for tensor in (weight, U, V)))

@@ -1,4 +1,8 @@
-"""compose: W' = W + (U core) V^T, accumulated in float32, rounded once to `dtype`, each element written once."""
+"""compose: W' = W + (U core) V^T, accumulated in float32, each element written once.
+
+To bfloat16 the sum of W rounded to nearest and the update is rounded stochastically, else to nearest: the twin is
+`reference.compose_operand_ref`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from torch import Tensor
 
 from ssvd_kernels.triton.configs import COMPOSE_PRECISION, GROUP, compose_config, table_key
 from ssvd_kernels.triton.launch import aligned, current_device
-from ssvd_kernels.triton.tiles import accumulate, cast, grouped_program
+from ssvd_kernels.triton.tiles import accumulate, cast, grouped_program, round_stochastically
 
 
 @triton.jit
@@ -46,8 +50,15 @@ def _compose_kernel(
         offs_n, mask_n, offs_d, mask_d, 0, k, BLOCK_K, PRECISION,
     )  # fmt: skip
     row_n, row_d = offs_n.to(tl.int64)[:, None], offs_d.to(tl.int64)[None, :]
-    acc += tl.load(w_ptr + row_n * stride_w_n + row_d * stride_w_d, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row_n * stride_out_n + row_d * stride_out_d, cast(acc, out_ptr.dtype.element_ty), mask=mask)
+    w = tl.load(w_ptr + row_n * stride_w_n + row_d * stride_w_d, mask=mask, other=0.0)
+    dtype = out_ptr.dtype.element_ty
+    if dtype == tl.bfloat16:
+        acc += cast(w, dtype).to(tl.float32)
+        out = round_stochastically(acc, row_n * d_in + row_d)
+    else:
+        acc += w.to(tl.float32)
+        out = cast(acc, dtype)
+    tl.store(out_ptr + row_n * stride_out_n + row_d * stride_out_d, out, mask=mask)
 
 
 def compose(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dtype) -> Tensor:

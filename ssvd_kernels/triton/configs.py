@@ -18,7 +18,6 @@ import torch
 GROUP = 8  # row blocks that share their column tiles in L2
 MIN_PROGRAMS = 128  # about one program per multiprocessor of a large GPU
 ONE_PASS_MAX_T = 256  # above it, BLOCK_R / BLOCK_N more products cost more than two saved launches
-ODD_DEPTH = 16  # of the loop over k where only q and U defy wide loads: scalar loads of a deeper tile would spill
 MIN_CHUNK = 256  # tokens per partial of core_grad
 
 
@@ -156,7 +155,7 @@ class Case(NamedTuple):
         blocks = "x".join(str(v) for n, v in self.constants.items() if n.startswith("BLOCK"))
         dtypes = "/".join([self.dtype, *(self.pointers[p] for p in ("w_ptr", "v_ptr") if p in self.pointers)])
         layout = "w^T" if "stride_w_n" in self.unit else "w"
-        odd = "odd-all" if "all" in self.odd else "odd-k" if self.odd else "aligned"
+        odd = "odd" if self.odd else "aligned"
         launch = f"w{self.config.warps} s{self.config.stages}"
         return f"{self.kernel.split(':')[1]} {dtypes} {blocks} {launch} {layout} {odd}"
 
@@ -170,16 +169,12 @@ def _operands(key: str) -> list[tuple[str, str, str, bool]]:
         return [("fp32", "fp32", "fp32", False), ("fp32", "bf16", "fp32", True)]
     if key.startswith("half"):
         return [("bf16", "bf16", "bf16", False), ("fp16", "fp16", "fp16", True)]
-    return [("bf16", "fp32", "fp32", False), ("bf16", "bf16", "fp32", True), ("fp16", "fp32", "fp32", True)]
+    return [("bf16", "fp32", "bf16", False), ("fp16", "fp32", "fp16", True)]
 
 
-K_STRIDES = ("stride_q_t", "stride_u_n", "stride_v_d", "stride_p_n", "stride_core_i", "stride_core_j", "stride_z_t")
-K_ODD = ("k", "ka", "kb", *K_STRIDES, "stride_a_t", "stride_b_t")
-
-
-def _oddness(key: str) -> tuple[tuple[str, ...], ...]:
-    """What may lack divisibility by 16 when a table is used."""
-    return (K_ODD, ("all",)) if key.endswith("odd") else ((),)
+def _odd(key: str) -> tuple[str, ...]:
+    """What lacks divisibility by 16 when a table is used: k never does, its operands are padded."""
+    return ("all",) if key.endswith("odd") else ()
 
 
 def _pointers(weight: str, bases: str) -> dict[str, str]:
@@ -191,12 +186,11 @@ def _linear_cases() -> Iterator[Case]:
     flags: dict[str, object] = {"GROUP_T": GROUP, "HAS_BIAS": True, "PRECISION": "ieee"}
     for key, config, (x, w, uv, slow) in _entries(LINEAR):
         for layout in ("stride_w_d", "stride_w_n"):
-            for odd in dict.fromkeys((*_oddness(key), K_ODD)):
-                depth_k = min(config.depth, ODD_DEPTH) if odd else config.depth
-                blocks = {"BLOCK_T": config.rows, "BLOCK_N": config.cols, "BLOCK_K": config.depth, "BLOCK_R": depth_k}
-                rare = slow or (bool(odd) and layout == "stride_w_n") or (odd == K_ODD and key.endswith("odd"))
-                name, strides = "ssvd_linear:_ssvd_linear_fwd_kernel", (layout, *unit)
-                yield Case(name, config, x, _pointers(w, uv), strides, odd, {**blocks, **flags}, x != "fp32", rare)
+            odd = _odd(key)
+            blocks = {"BLOCK_T": config.rows, "BLOCK_N": config.cols, "BLOCK_K": config.depth}
+            rare = slow or (bool(odd) and layout == "stride_w_n")
+            name, strides = "ssvd_linear:_ssvd_linear_fwd_kernel", (layout, *unit)
+            yield Case(name, config, x, _pointers(w, uv), strides, odd, {**blocks, **flags}, x != "fp32", rare)
 
 
 def _one_pass_cases() -> Iterator[Case]:
@@ -204,12 +198,12 @@ def _one_pass_cases() -> Iterator[Case]:
     flags: dict[str, object] = {"GROUP_T": GROUP, "HAS_BIAS": True, "NEED_Z": True, "PRECISION": "ieee"}
     for key, config, (x, w, uv, slow) in _entries(ONE_PASS):
         for layout, core in (("stride_w_d", "stride_core_j"), ("stride_w_n", "stride_core_i")):
-            for odd in _oddness(key):
-                for rank in (r for r in (16, 32, 64, 128) if r <= config.max_k):
-                    blocks = {"BLOCK_T": config.rows, "BLOCK_N": config.cols, "BLOCK_K": config.depth, "BLOCK_R": rank}
-                    rare = slow or rank != config.max_k or odd == K_ODD or (bool(odd) and layout == "stride_w_n")
-                    name, strides = "ssvd_linear:_ssvd_linear_one_pass_kernel", (layout, core, *unit)
-                    yield Case(name, config, x, _pointers(w, uv), strides, odd, {**blocks, **flags}, x != "fp32", rare)
+            odd = _odd(key)
+            for rank in (r for r in (16, 32, 64, 128) if r <= config.max_k):
+                blocks = {"BLOCK_T": config.rows, "BLOCK_N": config.cols, "BLOCK_K": config.depth, "BLOCK_R": rank}
+                rare = slow or rank != config.max_k or (bool(odd) and layout == "stride_w_n")
+                name, strides = "ssvd_linear:_ssvd_linear_one_pass_kernel", (layout, core, *unit)
+                yield Case(name, config, x, _pointers(w, uv), strides, odd, {**blocks, **flags}, x != "fp32", rare)
 
 
 def _compose_cases() -> Iterator[Case]:
@@ -219,7 +213,7 @@ def _compose_cases() -> Iterator[Case]:
         flags: dict[str, object] = {"GROUP_N": GROUP, "PRECISION": COMPOSE_PRECISION[DTYPES[out]]}
         if out == "fp16" and not key.endswith("odd"):
             continue
-        for odd in ((), *_oddness(key)) if out == "fp16" else _oddness(key):
+        for odd in ((), _odd(key)) if out == "fp16" else (_odd(key),):
             name, rare = "compose:_compose_kernel", slow and (out, w) != ("fp16", "fp16")
             yield Case(name, config, out, _pointers(w, uv), unit, odd, {**blocks, **flags}, out != "fp32", rare)
 
@@ -228,9 +222,9 @@ def _core_grad_cases() -> Iterator[Case]:
     unit = ("stride_a_k", "stride_b_k", "stride_out_b")
     for key, config, (dtype, weight, _, slow) in _entries(CORE_GRAD):
         blocks = {"BLOCK_A": config.rows, "BLOCK_B": config.cols, "BLOCK_T": config.depth}
-        for odd in _oddness(key) if dtype == weight else ():
+        if dtype == weight:
             name, half = "core_grad:_core_grad_kernel", dtype != "fp32"
-            yield Case(name, config, dtype, {"out_ptr": "fp32"}, unit, odd, blocks, half, slow)
+            yield Case(name, config, dtype, {"out_ptr": "fp32"}, unit, _odd(key), blocks, half, slow)
 
 
 def _entries(tables: dict[str, tuple[Config, ...]]) -> Iterator[tuple[str, Config, tuple[str, str, str, bool]]]:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ssvd_kernels.triton.configs import (
     GROUP,
-    ODD_DEPTH,
     Config,
     linear_config,
     one_pass_config,
@@ -58,7 +57,6 @@ def _ssvd_linear_fwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     GROUP_T: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -73,7 +71,7 @@ def _ssvd_linear_fwd_kernel(
     )  # fmt: skip
     acc = accumulate(
         acc, q_ptr, stride_q_t, stride_q_k, u_ptr, stride_u_n, stride_u_k,
-        offs_t, mask_t, offs_n, mask_n, 0, k, BLOCK_R, PRECISION,
+        offs_t, mask_t, offs_n, mask_n, 0, k, BLOCK_K, PRECISION,
     )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(b_ptr + offs_n * stride_b_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
@@ -170,15 +168,14 @@ def _products(x: Tensor, weight: Tensor, q: Tensor | None, U: Tensor | None, bia
         q, U = x, weight  # never read
     else:
         k = q.shape[1]
-    key = table_key(x.dtype, (weight.dtype, U.dtype), aligned(x, weight))
+    key = table_key(x.dtype, (weight.dtype, U.dtype), aligned(x, weight, q, U))
     config = linear_config(key, T, d_out)
-    depth_k = config.depth if aligned(q, U) else min(config.depth, ODD_DEPTH)
     grid = (triton.cdiv(T, config.rows) * triton.cdiv(d_out, config.cols),)
     with current_device(x):
         _ssvd_linear_fwd_kernel[grid](
             x, *x.stride(), weight, *weight.stride(), q, *q.stride(), U, *U.stride(),
             y if bias is None else bias, 0 if bias is None else bias.stride(0), y, *y.stride(), T, d_in, d_out, k,
-            HAS_BIAS=bias is not None, BLOCK_T=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth, BLOCK_R=depth_k,
+            HAS_BIAS=bias is not None, BLOCK_T=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth,
             GROUP_T=GROUP, PRECISION="ieee", num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return y
@@ -239,7 +236,7 @@ def ssvd_linear_fwd(
 def ssvd_linear_bwd(
     dy: Tensor, z: Tensor | None, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, need_dx: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx = dy W + ((dy U) core) V^T (..., d_in) if `need_dx`; dcore = (dy U)^T z (k, k) in core's dtype if z is given.
+    """dx = dy W + ((dy U) core) V^T (..., d_in) if `need_dx`; dcore = (dy U)^T z (k, k) in float32 if z is given.
 
     dy (..., d_out), z (..., k) in dy's dtype; the parameters as in `ssvd_linear_fwd`.
     """
@@ -252,4 +249,12 @@ def ssvd_linear_bwd(
         return dx, None
     if dyU is None:
         dyU = _project(rows, U) if rows.shape[0] else rows.new_empty((0, k))
-    return dx, core_grad(dyU, z.reshape(-1, k)).to(core.dtype)
+    return dx, core_grad(dyU, z.reshape(-1, k))
+
+
+def core_gradient(dy: Tensor, z: Tensor, U: Tensor) -> Tensor:
+    """dcore = U^T dy^T z (k, k) in float32, in the cheaper order: dy (..., d_out), z (..., k), U (d_out, k)."""
+    rows, z = dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1])
+    if 0 < len(rows) < len(U):
+        return core_grad(_project(rows, U), z)
+    return U.to(torch.float32).mT @ core_grad(rows, z)

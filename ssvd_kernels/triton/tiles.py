@@ -21,6 +21,16 @@ def cast(tile, dtype: tl.constexpr):
 
 
 @triton.jit
+def round_stochastically(tile, place):
+    """float32 tile to bfloat16 as `reference.round_stochastically` does it; `place` is each element's index."""
+    h = place.to(tl.uint32)
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    bits = tile.to(tl.uint32, bitcast=True) + ((h ^ (h >> 16)) & 0xFFFF)
+    return ((bits >> 16) << 16).to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, accumulated in float32."""
     if INTERPRETED:
