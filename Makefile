@@ -14,7 +14,7 @@ help:
 	@echo "make test      the test suite; test-all adds the slow sweeps"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     microbenchmarks                                           (options: ARGS='--help')"
-	@echo "make gpu       on a CUDA machine with its own torch, triton, nvcc, pytest: build, test, sanitize, benchmark"
+	@echo "make gpu       on a CUDA machine with its own torch, triton, nvcc, pytest: PART=check, sanitize, bench or model"
 
 setup: $(READY)
 
@@ -46,10 +46,12 @@ lint: $(READY)
 bench: $(READY)
 	$(PY) -m bench.run $(ARGS)
 
-# Uses the machine's own Python and nothing from the network. OUT names the folder of logs and CSV files.
+# Uses the machine's own Python and nothing from the network. OUT names the folder of logs and CSV files, PART what to
+# do: check, sanitize, bench or model (see bench/gpu.sh), each in under 9 minutes.
 OUT ?= bench/results
+PART ?= check
 gpu:
-	PYTHON=$(PYTHON) OUT=$(OUT) bash bench/gpu.sh
+	PART=$(PART) PYTHON=$(PYTHON) OUT=$(OUT) bash bench/gpu.sh
 
 clean:
 	rm -rf build dist *.egg-info ssvd_kernels/*.so ssvd_kernels/_build_info.json

@@ -6,6 +6,8 @@
     cayley      E = G - I of a batch of thetas, and the gradient of theta
     model       forward, backward and AdamW of a stack of blocks with the layers of a real model (stacks.py)
     whisper     the same of the real Whisper tiny.en on the demo's speech, which is fetched if need be (whisper.py)
+    extras      what the rotations, compositions and projections of a whole model add to its linears (parts.py)
+    decode      one token in eval, merged and unmerged (parts.py)
     inject      the factorisation of one weight
 
 Every version of an operation computes forward and backward, except where it says otherwise.
@@ -26,11 +28,12 @@ from bench import layers, peers, stacks, work
 from bench.harness import BACKWARD, FORWARD, WHOLE, Case, Passes, Run, Version
 from bench.injection import inject_case
 from bench.layers import Factors, Problem, cayley_by_solve, naive
+from bench.parts import decode_case, extras_case
 from bench.versions import PEER_BOUND, chosen, exactly, layer_versions, leaf, served, trained, twice, within
 from bench.whisper import whisper_case
 from ssvd_kernels import dispatch, reference
 
-OPERATIONS = ("layer", "linear", "cayley", "accumulate", "model", "whisper", "inject")
+OPERATIONS = ("layer", "linear", "cayley", "accumulate", "model", "whisper", "extras", "decode", "inject")
 LAYERS = [  # d_in, d_out, k
     *((1024, 1024, 409), (384, 384, 153), (1024, 1024, 256), (1280, 1280, 512)),
     *((2048, 2048, 512), (1024, 4096, 409)),
@@ -53,6 +56,8 @@ CAYLEY = {
 }
 ACCUMULATE = [(T, 1024, 1024, 409) for T in (256, 1024)]
 MICRO_BATCHES = 4
+EXTRAS = {"cpu": (4, 16, 1024, 409), "cuda": (256, 16, 1024, 409)}  # layers, T, d, k
+DECODE = [(384, 384, 153), (1024, 1024, 409), (1280, 1280, 512), (4096, 4096, 409)]
 INJECT = [(384, 384, 153), (1024, 1024, 409)]
 
 
@@ -65,6 +70,7 @@ def table(device: torch.device, quick: bool) -> list[Case]:
         return [
             *(layer_case(dtype, *tiny), linear_case(dtype, *tiny), cayley_case(2, 8)),
             *(accumulate_case(dtype, *tiny), *stacks.cases(dtype, quick=True), inject_case(32, 48, 8)),
+            *(extras_case(dtype, 2, 4, 32, 8), decode_case(dtype, *tiny[1:])),
         ]
     layer = [layer_case(dtype, T, *shape, compile=(T, *shape) in COMPILED) for shape in LAYERS for T in TOKENS[kind]]
     if not cuda:
@@ -79,6 +85,8 @@ def table(device: torch.device, quick: bool) -> list[Case]:
         *(accumulate_case(dtype, *shape) for shape in ACCUMULATE),
         *stacks.cases(dtype),
         whisper_case(),
+        extras_case(dtype, *EXTRAS[kind]),
+        *(decode_case(dtype, *shape) for shape in DECODE),
         *linear,
         *(inject_case(*shape) for shape in INJECT),
     ]

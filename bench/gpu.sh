@@ -1,22 +1,32 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go and under 9 minutes, on a CUDA machine that has its own Python with torch,
-# Triton, nvcc, compute-sanitizer and pytest, and needs no network: builds the extension in place, runs the GPU tests,
-# the memory checker and the first benchmark.
+# What needs a GPU, in parts of under 9 minutes each, on a CUDA machine that has its own Python with torch, Triton, nvcc,
+# compute-sanitizer and pytest, and needs no network. Every part builds the extension in place first.
 #
-#   PYTHON=python3 OUT=bench/results bash bench/gpu.sh
+#   PART=check     GPU tests, memcheck, op and kernel tests, every benchmark case at a tiny size (the default)
+#   PART=sanitize  compute-sanitizer: memcheck, racecheck, initcheck
+#   PART=bench     benchmark of the op, the layer and the Cayley map
+#   PART=model     benchmark of models, accumulation, their extras, decoding and injection
 #
-# Logs, CSV and table go to OUT: seven files; a relative name is taken from the repository. A failed stage does not
-# stop the later ones; the exit code is 0 only if every stage that was required passed. The last lines, and
-# OUT/summary.txt, say which did.
+#   PART=check PYTHON=python3 OUT=bench/results bash bench/gpu.sh
+#
+# Logs, CSV and table go to OUT: at most seven files; a relative name is taken from the repository. A failed stage does
+# not stop the later ones; the exit code is 0 only if every stage passed. The last lines, and OUT/summary.txt, say which
+# did. `python -m bench.plot` draws the figures from the CSV, `python -m bench.goals` prints what it says of the goals.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+PART=${PART:-check}
+case $PART in check | sanitize | bench | model) ;; *)
+    echo "gpu.sh: PART=$PART is unknown; allowed are check, sanitize, bench and model" >&2
+    exit 2
+    ;;
+esac
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results}
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || { echo "gpu.sh: OUT=$OUT cannot be made a folder" >&2; exit 2; }
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 readonly DEADLINE=515 # seconds for everything; a stage that overruns is interrupted, and killed 10 s later
 failed=0
-rm -f "$OUT"/{setup,tests,sanitizer,bench}.log
+rm -f "$OUT"/{setup,tests,sanitizer,bench}.log "$OUT/quick.csv"
 : >"$OUT/summary.txt"
 
 record() { # stage, seconds, result
@@ -36,13 +46,13 @@ refuse() { # message: nothing can run here
     finish
 }
 
-# stage NAME LIMIT LOG COMMAND...: runs COMMAND for at most LIMIT seconds; OPTIONAL=1: no time left is no failure.
+# stage NAME LIMIT LOG COMMAND...: runs COMMAND for at most LIMIT seconds.
 stage() {
     local name=$1 limit=$2 log=$OUT/$3 began=$SECONDS left=$((DEADLINE - SECONDS)) code result=passed
     shift 3
     if ((left < 10)); then
         record "$name" 0 "NOT RUN: no time left"
-        ((${OPTIONAL:-0})) || failed=1
+        failed=1
         return
     fi
     printf '\n== %s\n' "$name" | tee -a "$log"
@@ -87,20 +97,37 @@ fi
 stage info 30 setup.log "$PYTHON" -m ssvd_kernels info
 pytest=(env OMP_NUM_THREADS=2 "$PYTHON" -m pytest) # with several processes, most of the time is compilation
 "$PYTHON" -c 'import xdist' 2>/dev/null && pytest+=(-n 8)
-stage "GPU tests" 140 tests.log "${pytest[@]}" -rfEs -m "gpu and not slow" tests
 
 # Without torch's caching allocator every tensor has its own allocation, so that a step outside it is seen.
 sanitize() { # tool, limit
+    if ! command -v compute-sanitizer >/dev/null; then
+        missing "compute-sanitizer $1" compute-sanitizer
+        return
+    fi
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "compute-sanitizer $1" "$2" sanitizer.log \
         compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 "$PYTHON" tests/test_gpu.py
 }
-if command -v compute-sanitizer >/dev/null; then sanitize memcheck 75; else missing compute-sanitizer compute-sanitizer; fi
 
-stage benchmark 150 bench.log "$PYTHON" -m bench.run --device cuda --limit-seconds 100 --out "$OUT/gpu.csv"
-stage "op and kernel tests" 120 tests.log "${pytest[@]}" -rfE -m "not gpu and not slow and not data" \
-    tests/test_triton.py tests/test_ext.py tests/test_cayley.py tests/test_linear.py
-if command -v compute-sanitizer >/dev/null; then
-    OPTIONAL=1 sanitize racecheck 60
-    OPTIONAL=1 sanitize initcheck 60
-fi
+measure() { # operations
+    stage benchmark 430 bench.log "$PYTHON" -m bench.run --device cuda --limit-seconds 340 --no-figures \
+        --only "$1" --out "$OUT/gpu-$PART.csv"
+    stage goals 20 bench.log "$PYTHON" -m bench.goals "$OUT/gpu-$PART.csv"
+}
+
+case $PART in
+check)
+    stage "GPU tests" 160 tests.log "${pytest[@]}" -rfEs -m "gpu and not slow" tests
+    sanitize memcheck 75
+    stage "op and kernel tests" 120 tests.log "${pytest[@]}" -rfE -m "not gpu and not slow and not data" \
+        tests/test_triton.py tests/test_triton_layer.py tests/test_ext.py tests/test_cayley.py tests/test_linear.py
+    stage benchmark 90 bench.log "$PYTHON" -m bench.run --device cuda --quick --no-figures --out "$OUT/quick.csv"
+    ;;
+sanitize)
+    sanitize memcheck 120
+    sanitize racecheck 150
+    sanitize initcheck 120
+    ;;
+bench) measure cayley,layer,linear ;;
+model) measure accumulate,model,extras,decode,inject ;;
+esac
 finish

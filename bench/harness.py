@@ -221,7 +221,8 @@ def _measurements(case: Case, clock: Clock, seconds: float, common: Row) -> Iter
     refused: set[int] = set()
     memory: dict[int, Row] = {}
     for name in sorted(case.passes, key=lambda name: name in (FORWARD, BACKWARD)):  # the gate sees everything first
-        for timing in ("eager", "graph") if clock.flush is not None and name == WHOLE else ("eager",):
+        apart = name in (FORWARD, BACKWARD)
+        for timing in ("eager", "graph") if clock.flush is not None and not apart else ("eager",):
             group: list[tuple[Version, Run, Row]] = []
             for index, (version, row) in enumerate(present):
                 if index in refused or not _has(version, name, timing):

@@ -44,7 +44,9 @@ def _version(name: str, run: Run, exact: Tensor, check: Callable[[], Tensor] | N
         return (_product(*run()) if check is None else check().detach(),)
 
     absent = peers.absent(name) if name in peers.PEERS else ""
-    return Version(name, run, [exact.double()], [PEER_BOUND[torch.float32]], check=checked, absent=absent)
+    return Version(
+        name, run, [exact.double()], [PEER_BOUND[torch.float32]], check=checked, absent=absent, capturable=False
+    )
 
 
 def _product(U: Tensor, sigma: Tensor, V: Tensor) -> Tensor:

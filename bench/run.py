@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.table is not None:
         try:
-            return _write_table(options.table, [])
+            return _write_table(options.table, [], not options.no_figures)
         except ValueError as error:
             parser.error(str(error))
     unknown = [name for name in options.only if name not in cases.OPERATIONS]
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         planned = _unmeasured(planned, path, about)
     seconds = 0.005 if options.quick else 0.4 if cuda else 0.8
     refused, left, interrupted = _measure(planned, Clock(device, options.quick), seconds, about, table, options)
-    _write_table(path, left)
+    _write_table(path, left, not options.no_figures)
     return 130 if interrupted else int(refused)
 
 
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--resume", action="store_true", help="skip the cases that the CSV file has in full")
     parser.add_argument("--table", type=Path, metavar="CSV", help="only write the Markdown table of that file")
+    parser.add_argument("--no-figures", action="store_true", help="leave bench.plot for later")
     parser.add_argument("--limit-seconds", type=float, default=1800, help="start no case after this long (%(default)s)")
     return parser
 
@@ -112,12 +113,12 @@ def _measure(
     return refused, left, False
 
 
-def _write_table(path: Path, left: Sequence[str]) -> int:
+def _write_table(path: Path, left: Sequence[str], figures: bool) -> int:
     text = summary(read_rows(path), left)
     path.with_suffix(".md").write_text(text)
     print(f"\n{text}\n{path.with_suffix('.md')} is written from {path.name}.")
     try:
-        return plot.main([str(path)])
+        return plot.main([str(path)]) if figures else 0
     except ImportError as error:
         print(f"no figures: {error}")
         return 0

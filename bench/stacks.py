@@ -13,7 +13,7 @@ The floors count the linear layers alone: attention itself and the norms come on
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -127,36 +127,51 @@ class Architecture(NamedTuple):
     name: str
     block: Callable[[int], nn.Module]  # of the encoder
     d: int
-    depth: int  # blocks of the encoder, and as many of the decoder
+    depth: int  # blocks of the encoder, and as many of the decoder: about 256 linear layers
+    targets: tuple[str, ...] = ()  # last names of the adapted layers; none: all
+    rank: int = 0  # 0: RATIO of d
 
     def stack(self) -> Stack:
         """Its linear layers on the meta device: `fill` gives them their weights."""
         return Stack([self.block(self.d) for _ in range(self.depth)], [DecoderBlock(self.d) for _ in range(self.depth)])
 
+    @property
+    def k(self) -> int:
+        return self.rank or int(RATIO * self.d)
 
-WHISPER = Architecture("whisper-large", EncoderBlock, 1280, 32)
-OWSM = Architecture("owsm-1b", BranchformerBlock, 1024, 18)
+    def linears(self, stack: nn.Module) -> list[str]:
+        """Names of the adapted layers."""
+        return [name for name in _linears(stack) if not self.targets or name.rpartition(".")[2] in self.targets]
+
+
+WHISPER = Architecture("whisper-large", EncoderBlock, 1280, 16)
+OWSM = Architecture("owsm-1b", BranchformerBlock, 1024, 12)
 
 
 def cases(dtype: torch.dtype, quick: bool = False) -> list[Case]:
-    """A model case of each architecture: one block of each kind on the CPU (float32), all of them on CUDA."""
+    """A model case of each architecture: one block of each kind on the CPU (float32), 256 layers on CUDA."""
     if quick:
-        return [model_case(dtype, architecture._replace(d=32, depth=1), 1, 16) for architecture in (WHISPER, OWSM)]
+        tiny = [architecture._replace(d=32, depth=1) for architecture in (WHISPER, OWSM)]
+        tiny.append(tiny[0]._replace(targets=("query", "value"), rank=8))
+        return [model_case(dtype, architecture, 1, 16) for architecture in tiny]
     if dtype == torch.float32:
         return [model_case(dtype, architecture._replace(depth=1), 1, SEQUENCE) for architecture in (WHISPER, OWSM)]
-    return [model_case(dtype, architecture, 32, SEQUENCE) for architecture in (WHISPER, OWSM)]
+    some = WHISPER._replace(targets=("query", "value"), rank=256)
+    return [model_case(dtype, architecture, 32, SEQUENCE) for architecture in (WHISPER, OWSM, some)]
 
 
 def model_case(dtype: torch.dtype, architecture: Architecture, sequences: int, T: int) -> Case:
     """Forward, backward and AdamW step. The gate looks at y, dx and all gradients together, before any step."""
-    depth, k = architecture.depth, _rank(architecture.d)
+    depth, k = architecture.depth, architecture.k
 
     def build(device: torch.device) -> list[Version]:
         known = _factors(architecture, dtype, device)
         x, dy = (torch.randn(sequences, T, architecture.d, device=device, dtype=dtype) for _ in range(2))
         small = [tensor[:1, :CHECKED] for tensor in (x, dy)]
-        linears = _linears(architecture.stack()).values()
-        sizes = [(sequences * T, linear.in_features, linear.out_features, k) for linear in linears]
+        plan = architecture.stack()
+        adapted = architecture.linears(plan)
+        sizes = {name: (sequences * T, linear.in_features, linear.out_features, k)
+                 for name, linear in _linears(plan).items()}  # fmt: skip
         loose = [PEER_BOUND[dtype] * (2 * depth) ** 0.5] * 3  # the blocks' roundings add up like a random walk
 
         def version(
@@ -165,11 +180,14 @@ def model_case(dtype: torch.dtype, architecture: Architecture, sequences: int, T
             exact: Sequence[Tensor],
             bound: Sequence[float] = loose,
             begin: Callable[[], None] = nothing,
-            modes: Sequence[str] | None = None,
+            modes: Mapping[str, str] | None = None,
             **more: Any,
         ) -> Version:
-            flops = sum(work.layer_flops(name, mode, *size) for mode, size in zip(modes or [""] * len(sizes), sizes))
-            moved = sum(work.layer_bytes(name, dtype.itemsize, *size) for size in sizes)
+            flops = moved = 0.0
+            for place, size in sizes.items():
+                of = name if place in adapted else "frozen linear"
+                flops += work.layer_flops(of, (modes or {}).get(place, ""), *size)
+                moved += work.layer_bytes(of, dtype.itemsize, *size)
             run, check = _after(begin, _step(stack, x, dy)), _after(begin, _gradients(stack, *small))
             saves = _after(begin, partial(saved_bytes, stack, leaf(x), held(stack)))
             rest = {"held": held(stack), "check": check, "saves": saves, "capturable": False, **more}
@@ -180,34 +198,40 @@ def model_case(dtype: torch.dtype, architecture: Architecture, sequences: int, T
 
         found = []
         for name, make in layers.COUNTERPARTS.items():
-            stack = fill(architecture.stack(), known, make)
+            stack = fill(architecture, known, make)
             found.append(version(name, stack, itself(stack)))
             if name == "naive":
                 exact, bound = found[-1].exact, twice(_gradients(stack, *small), found[-1].exact, dtype)
         stack = ssvd_stack(architecture, known)
         for mode in dispatch.MODES:
-            modes = [chosen(dtype, *size, mode, 1)[0] for size in sizes]
-            label = mode if mode != "auto" else f"auto ({' and '.join(sorted(set(modes)))})"
+            modes = {place: chosen(dtype, *sizes[place], mode, 1)[0] for place in adapted}
+            label = mode if mode != "auto" else f"auto ({' and '.join(sorted(set(modes.values())))})"
             begin = partial(_set_mode, stack, mode)
             found.append(version("ssvd", stack, exact, bound, begin, modes, backend="auto", mode=label))
         for name in peers.PEERS:
             if why := peers.absent(name):
                 found.append(Version(name, tuple, (), (), absent=why))
                 continue
-            base = fill(architecture.stack(), known, layers.linear)
-            adapted = peers.inject(name, base, list(_linears(base)), known)
-            found.append(version(name, adapted, itself(adapted), backend="peft"))
+            stack = peers.inject(name, fill(architecture, known, layers.linear), adapted, known)
+            found.append(version(name, stack, itself(stack), backend="peft"))
         return found
 
     name = f"{architecture.name} {depth}+{depth}"
+    if architecture.targets:
+        name += f", {' and '.join(architecture.targets)}"
     return Case("model", dtype, build, "frozen linear", sequences * T, k=k, model=name, passes=("step",))
 
 
-def fill(stack: Stack, known: dict[tuple[int, ...], Factors], make: Callable[[Factors], nn.Module]) -> Stack:
-    """Replaces every linear layer by make(its factors), each with storages of its own."""
+def fill(
+    architecture: Architecture, known: dict[tuple[int, ...], Factors], make: Callable[[Factors], nn.Module]
+) -> Stack:
+    """A stack whose adapted layers are make(their factors), each with storages of its own; the others are frozen."""
+    stack = architecture.stack()
+    adapted = architecture.linears(stack)
     for name, linear in _linears(stack).items():
         parent, _, child = name.rpartition(".")
-        setattr(stack.get_submodule(parent), child, make(known[tuple(linear.weight.shape)].clone()))
+        factors = known[tuple(linear.weight.shape)].clone()
+        setattr(stack.get_submodule(parent), child, (make if name in adapted else layers.linear)(factors))
     weight = next(iter(known.values())).weight
     for module in stack.modules():
         if isinstance(module, nn.LayerNorm):
@@ -217,12 +241,12 @@ def fill(stack: Stack, known: dict[tuple[int, ...], Factors], make: Callable[[Fa
 
 def ssvd_stack(architecture: Architecture, known: dict[tuple[int, ...], Factors]) -> Stack:
     """The stack as `sk.inject` would adapt it, with the known factors instead of its factorisations."""
-    stack = fill(architecture.stack(), known, layers.linear)
-    linears = _linears(stack)
+    stack = fill(architecture, known, layers.linear)
+    linears = {name: stack.get_submodule(name) for name in architecture.linears(stack)}
     shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items()}
     made = {shape: factors.factorization() for shape, factors in known.items()}
     found = {name: _own(made[shape]) for name, shape in shapes.items()}
-    config = sk.SSVDConfig(ratio=RATIO)
+    config = sk.SSVDConfig(rank=architecture.k)
     model.install(stack, {name: (linear, config) for name, linear in linears.items()}, found)
     for name, layer in sk.ssvd_layers(stack).items():
         layers.adapted(layer, known[shapes[name]])
@@ -239,7 +263,7 @@ def _factors(architecture: Architecture, dtype: torch.dtype, device: torch.devic
     for linear in _linears(architecture.stack()).values():
         d_out, d_in = linear.weight.shape
         if (d_out, d_in) not in found:
-            found[d_out, d_in] = Factors.draw(dtype, d_in, d_out, _rank(architecture.d), device)
+            found[d_out, d_in] = Factors.draw(dtype, d_in, d_out, architecture.k, device)
     return found
 
 
@@ -283,10 +307,6 @@ def _after(begin: Callable[[], None], function: Callable) -> Callable:
         return function()
 
     return run
-
-
-def _rank(d: int) -> int:
-    return int(RATIO * d)
 
 
 def _linears(stack: nn.Module) -> dict[str, nn.Linear]:

@@ -15,7 +15,7 @@ from . import dispatch, reference
 from .config import SSVDConfig
 from .factorize import Factorization, factorize, fingerprint, match_signs, sketch
 from .functional import compute_dtype, rotation_delta, ssvd_linear, theta_length
-from .workspace import SharedInputs, Workspace
+from .workspace import SharedInputs, Workspace, capturing
 
 logger = logging.getLogger(__name__)
 
@@ -268,9 +268,12 @@ class SSVDLinear(nn.Module):
             watched = [t for t in (self.theta, self.theta_out, self.delta_sigma) if t is not None and t.is_cpu]
             key = (self._versions(), [(tensor, tensor.detach().clone()) for tensor in watched])
             with torch.inference_mode(False), torch.no_grad():
-                self._cache = (key, self.core())
+                core = self.core()
+            if capturing(core):  # holds its values only after the first replay
+                return core
+            self._cache = (key, core)
         assert self._cache is not None
-        return self._cache[1]
+        return self._workspace.pin(self._cache[1])
 
     def _cached_weight(self) -> Tensor:
         core, dtype = self._cached_core(), self.base_weight.dtype

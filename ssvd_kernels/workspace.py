@@ -33,6 +33,13 @@ class Workspace:
         self.inputs: SharedInputs | None = None  # of the forward that is running
         self._kept: _Kept | None = None
         self._operands: dict[str, tuple[tuple, Tensor]] = {}
+        self._in_graphs: dict[int, Tensor] = {}
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        """`tensor`, which lives on whatever is forgotten if a CUDA graph is being captured, as its replays read it."""
+        if capturing(tensor):
+            self._in_graphs[id(tensor)] = tensor
+        return tensor
 
     def operand(self, name: str, basis: Tensor, dtype: torch.dtype) -> Tensor:
         """U or V (d, k) in `dtype` and `padded`, kept under `name` while the basis is unchanged."""
@@ -40,8 +47,11 @@ class Workspace:
             return padded(basis.to(dtype))
         key, kept = (dtype, basis.device, basis.data_ptr(), basis._version), self._operands.get(name)
         if kept is None or kept[0] != key:
-            kept = self._operands[name] = (key, padded(basis.detach().to(dtype)))
-        return kept[1]
+            kept = (key, padded(basis.detach().to(dtype)))
+            if capturing(basis):  # holds its values only after the first replay
+                return kept[1]
+            self._operands[name] = kept
+        return self.pin(kept[1])
 
     def composed(
         self, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dtype, make: Compose, rounding: str
@@ -52,14 +62,15 @@ class Workspace:
             return make(weight, U, V, core, dtype)
         key = (rounding, dtype, *((t.device, t.data_ptr(), t._version) for t in (weight, U, V)))
         kept = self._find(key, core)
-        if kept is None:
-            core = core.detach()
-            kept = _Kept(key, core, core._version, make(weight, U, V, core, dtype))
+        if kept is not None:
+            return self.pin(kept.weight)
+        kept = _Kept(key, core.detach(), core._version, make(weight, U, V, core.detach(), dtype))
+        if core.requires_grad or not capturing(core):  # in a graph: for the backward that follows there
             self._kept = kept  # at once: replicas of a layer may share a workspace between threads
         return kept.weight
 
     def forget(self) -> None:
-        """Frees W' and the operands."""
+        """Frees W' and the operands, but for what CUDA graphs read."""
         self._kept = None
         self._operands = {}
 
@@ -143,6 +154,11 @@ class InputSharing:
 
     def __getstate__(self) -> dict[str, Any]:
         return InputSharing().__dict__  # a copy has layers of its own
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether work on `tensor` is being captured in a CUDA graph rather than done."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def padded(matrix: Tensor, both: bool = False) -> Tensor:

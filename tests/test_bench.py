@@ -58,6 +58,8 @@ def test_a_quick_run_measures_every_version_of_every_operation(tmp_path, capsys)
         "cayley": {"linalg.solve", "parametrizations.orthogonal", "ssvd"},
         "accumulate": PLAIN,
         "model": PLAIN | OTHERS,
+        "extras": {"frozen linear", "naive", "ssvd"},
+        "decode": {"frozen linear", "naive", "ssvd"},
         "inject": {"ssvd", "svd float32", "svd float64", "PSOFT", "LoRA r16"},
     }.items():
         mine = [row for row in timed if row["operation"] == operation]
@@ -71,8 +73,9 @@ def test_a_quick_run_measures_every_version_of_every_operation(tmp_path, capsys)
         assert int(row["threads"]) == torch.get_num_threads() and row["commit"]
         whole = row["pass"] in ("forward+backward", "step")
         assert not whole or (float(row["flops"]) > 0 and float(row["floor_ms"]) > 0)
-        memory = row["operation"] in ("linear", "layer", "model")
-        assert all(bool(row[name]) == memory for name in ("static_bytes", "saved_bytes", "input_bytes")), row
+        memory = row["operation"] in ("linear", "layer", "model", "extras")
+        assert all(bool(row[name]) == memory for name in ("saved_bytes", "input_bytes")), row
+        assert bool(row["static_bytes"]) == (memory or row["operation"] == "decode")
     assert {row["over_baseline"] for row in timed if row["version"] == row["baseline"]} == {"1"}
     assert [row["last"] for row in rows].count("1") == len(of_each(rows, CASE))
     table = (tmp_path / "new" / "cpu.md").read_text()

@@ -6,11 +6,21 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
-def gpu_script(out: Path, python: str) -> subprocess.CompletedProcess[str]:
-    env = {"PATH": os.environ["PATH"], "OUT": str(out), "PYTHON": python}
+STAGES = {
+    "check": ("GPU tests", "compute-sanitizer memcheck", "op and kernel tests", "benchmark"),
+    "sanitize": ("compute-sanitizer memcheck", "compute-sanitizer racecheck", "compute-sanitizer initcheck"),
+    "bench": ("benchmark", "goals"),
+    "model": ("benchmark", "goals"),
+}
+
+
+def gpu_script(out: Path, python: str, part: str = "check") -> subprocess.CompletedProcess[str]:
+    env = {"PATH": os.environ["PATH"], "OUT": str(out), "PYTHON": python, "PART": part}
     return subprocess.run(["bash", "bench/gpu.sh"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
 
 
@@ -38,13 +48,19 @@ def test_the_gpu_script_says_what_is_missing(tmp_path):
     assert "sees no CUDA device" in done.stderr
 
 
-def test_the_gpu_script_goes_on_after_a_failed_stage_and_fails_itself(tmp_path):
+@pytest.mark.parametrize("part", STAGES)
+def test_the_gpu_script_goes_on_after_a_failed_stage_and_fails_itself(tmp_path, part):
     """A Python whose torch pretends to see a device: every stage fails, each is reported, few files are left."""
     python = fake_python(tmp_path / "python", 'case "$2" in *print*) echo 9.0;; *) echo broken >&2; exit 3;; esac')
-    done = gpu_script(tmp_path / "out", python)
+    done = gpu_script(tmp_path / "out", python, part)
     assert done.returncode == 1
     summary = (tmp_path / "out" / "summary.txt").read_text()
-    for stage in ("build for sm_9.0", "info", "GPU tests", "compute-sanitizer", "benchmark", "op and kernel tests"):
+    for stage in ("build for sm_9.0", "info", *STAGES[part]):
         assert any(line.startswith(stage) and "FAILED" in line for line in summary.splitlines()), summary
     assert done.stdout.rstrip().endswith(summary.rstrip())
     assert len(list((tmp_path / "out").iterdir())) <= 8
+
+
+def test_the_gpu_script_names_its_parts(tmp_path):
+    done = gpu_script(tmp_path / "out", "python3", "everything")
+    assert done.returncode == 2 and "allowed are check, sanitize, bench and model" in done.stderr

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ssvd_kernels as sk
-from ssvd_kernels import reference
+import ssvd_kernels.layers as layers_module
+from ssvd_kernels import reference, workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 D, T = 32, 64
@@ -264,3 +265,52 @@ def test_inference_mode_keeps_nothing_and_transforms_are_right():
     square_loss(layer(x_of_block())).backward()
     assert torch.allclose(layer.theta.grad, dtheta, rtol=1e-4, atol=1e-7)
     assert torch.allclose(layer(x_of_block()), y, rtol=1e-5, atol=1e-6)
+
+
+# -- CUDA graphs --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graph(monkeypatch):
+    """Calls as if a CUDA graph were being captured: what they allocate has no values before the first replay."""
+
+    def capture(call):
+        with monkeypatch.context() as patch:
+            for module in (workspace, layers_module):
+                patch.setattr(module, "capturing", lambda tensor: True)
+            return call()
+
+    return capture
+
+
+def test_what_a_graph_reads_outlives_forgetting_and_what_it_makes_serves_no_eager_call(graph):
+    layer = composed_layer().eval()
+    x = x_of_block().detach()
+    with torch.no_grad():
+        graph(lambda: layer(x))  # nothing was kept before
+        assert layer._cache is None and layer._workspace._kept is None and not layer._workspace._in_graphs
+        layer(x)
+        kept = [layer._cache[1], layer._workspace._kept.weight]
+        graph(lambda: layer(x))
+    layer.train()
+    assert layer._cache is None and layer._workspace._kept is None
+    assert {id(tensor) for tensor in kept} == set(layer._workspace._in_graphs)
+    operand = graph(lambda: layer._workspace.operand("U", layer.U, torch.bfloat16))
+    assert layer._workspace._operands == {} and operand.dtype == torch.bfloat16
+
+
+def test_a_training_step_in_a_graph_composes_once(graph, compositions):
+    layer = composed_layer()
+    x = x_of_block()
+
+    def step_once() -> None:
+        square_loss(layer(x)).backward()
+
+    step_once()
+    graph(step_once)
+    assert len(compositions) == 1  # on the CPU by value; on a GPU each has a composition of its own
+    compositions.clear()
+    with torch.no_grad():
+        layer.theta.mul_(-1)
+    graph(step_once)
+    assert len(compositions) == 1
