@@ -69,7 +69,7 @@ class SSVDLinearFunction(torch.autograd.Function):
         twice = torch.is_grad_enabled()  # create_graph: the twins are made of differentiable operations
         if ctx.saves == "x" and dy is not None:
             x = z.to(ctx.dtype)
-            z = x @ V.to(ctx.dtype) if twice else dispatch.project(x, V, ctx.workspace)
+            z = x @ V.to(ctx.dtype) if twice else dispatch.project(x, V)
         need_dx, need_dbias = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         dx = dcore = dbias = None
         if dy is not None:

@@ -120,10 +120,9 @@ def ssvd_linear(
     z may have columns of zeros beyond its k: see `Workspace.operand`.
     """
     if mode == "composed":
-        y, _ = reference.ssvd_linear_ref(
-            x, weight, U, V, core, bias, _composed(x, weight, U, V, core, workspace), False
-        )
-        return y, project(x, V, workspace) if need_z else None
+        composed = _composed(x, weight, U, V, core, workspace)
+        y, _ = reference.ssvd_linear_ref(x, weight, U, V, core, bias, composed, False)
+        return y, project(x, V) if need_z else None
     if linear_backend(x.device, x.dtype) == "triton":
         return _kernels().ssvd_linear_fwd(x, weight, *_padded(x.dtype, U, V, core, workspace), bias, need_z)
     return reference.ssvd_linear_ref(x, weight, U, V, core, bias, None, need_z)
@@ -146,20 +145,19 @@ def ssvd_linear_backward(
     if linear_backend(dy.device, dy.dtype) != "triton":
         z = None if z is None else z[..., :k]
         return reference.ssvd_linear_backward_ref(dy, z, weight, U, V, core, composed, need_dx)
-    wide_U, wide_V, wide_core = _padded(dy.dtype, U, V, core, workspace)
     if mode == "composed":
         dx = None if composed is None else dy @ composed
-        dcore = None if z is None else _kernels().core_gradient(dy, z, wide_U)
+        dcore = None if z is None else _kernels().core_gradient(dy, z, padded(U.to(dy.dtype)))
     else:
-        dx, dcore = _kernels().ssvd_linear_bwd(dy, z, weight, wide_U, wide_V, wide_core, need_dx)
+        operands = _padded(dy.dtype, U, V, core, workspace)
+        dx, dcore = _kernels().ssvd_linear_bwd(dy, z, weight, *operands, need_dx)
     return dx, None if dcore is None else dcore[:k, :k].to(core.dtype)
 
 
-def project(x: Tensor, V: Tensor, workspace: Workspace | None) -> Tensor:
+def project(x: Tensor, V: Tensor) -> Tensor:
     """z = x V, with columns of zeros where the kernels that read it want them."""
-    if linear_backend(x.device, x.dtype) == "triton":
-        return x @ _operand("V", V, x.dtype, workspace)
-    return x @ V.to(x.dtype)
+    V = V.to(x.dtype)
+    return x @ (padded(V) if linear_backend(x.device, x.dtype) == "triton" else V)
 
 
 def _kernels() -> Any:
@@ -173,20 +171,18 @@ def _kernels() -> Any:
     return launchers
 
 
-def _operand(name: str, basis: Tensor, dtype: torch.dtype, workspace: Workspace | None) -> Tensor:
-    return padded(basis.to(dtype)) if workspace is None else workspace.operand(name, basis, dtype)
-
-
 def _padded(
     dtype: torch.dtype, U: Tensor, V: Tensor, core: Tensor, workspace: Workspace | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """U and V in `dtype`, and core, all `padded` for the Triton kernels."""
-    return _operand("U", U, dtype, workspace), _operand("V", V, dtype, workspace), padded(core, both=True)
+    """U and V in `dtype`, and core, all `padded` for the Triton kernels; U and V are kept in the workspace."""
+    if workspace is None:
+        return padded(U.to(dtype)), padded(V.to(dtype)), padded(core, both=True)
+    return workspace.operand("U", U, dtype), workspace.operand("V", V, dtype), padded(core, both=True)
 
 
 def _composed(x: Tensor, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, workspace: Workspace | None) -> Tensor:
     def by_kernel(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dtype) -> Tensor:
-        return _kernels().compose(weight, *_padded(dtype, U, V, core, workspace), dtype)
+        return _kernels().compose(weight, *_padded(dtype, U, V, core, None), dtype)  # W' is kept, not its factors
 
     on_triton = linear_backend(x.device, x.dtype) == "triton"
     make: Compose = by_kernel if on_triton else reference.compose_operand_ref
