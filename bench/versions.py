@@ -68,9 +68,21 @@ def within(backend: str) -> Callable[[], AbstractContextManager[Any]]:
     return partial(sk.use_backend, backend)
 
 
-def chosen(dtype: torch.dtype, T: int, d_in: int, d_out: int, k: int, mode: str, compositions: int) -> tuple[str, str]:
-    """(the mode that a call with `mode` computes in, what to call it in the table)."""
-    found = dispatch.linear_mode(dtype, T, (d_out, d_in), k, mode, True, compositions)
+def chosen(
+    device: torch.device,
+    dtype: torch.dtype,
+    T: int,
+    d_in: int,
+    d_out: int,
+    k: int,
+    mode: str,
+    compositions: int,
+    backend: str = "auto",
+) -> tuple[str, str]:
+    """(the mode that a call with `mode` and `backend` computes in, what to call it in the table)."""
+    with sk.use_backend(backend):
+        fused = dispatch.linear_backend(device, dtype) == "triton"
+    found = dispatch.linear_mode(dtype, T, (d_out, d_in), k, mode, True, compositions, fused)
     return found, mode if mode == found else f"{mode} ({found})"
 
 
@@ -113,13 +125,14 @@ def layer_versions(p: Problem, compile: bool) -> Iterator[Version]:
             torch._dynamo.reset()
             call = torch.compile(module, dynamic=False, fullgraph=True)
             yield version(f"{name} compiled", passes(module, call), own, loose, module, capturable=False, compiled=True)
-    for backend, mode in (*(("auto", mode) for mode in dispatch.MODES), ("reference", "auto")):
+    unfused = ("auto", "composed") if x.device.type == "cuda" else ("auto",)
+    for backend, mode in (*(("auto", mode) for mode in dispatch.MODES), *(("reference", mode) for mode in unfused)):
         layer = layers.ssvd_layer(f)
         layer.mode = mode
         run = passes(layer, layer)
         # in training the parameters change before every forward: what is kept of them must not live on
         run = Passes(run.forward, run.leaves, p.dy, begin=layer.train, within=within(backend))
-        found, label = chosen(dtype, *shape, mode, 1)
+        found, label = chosen(x.device, dtype, *shape, mode, 1, backend)
         yield version("ssvd", run, exact, bound, layer, computes=found, backend=backend, mode=label)
     for name in peers.PEERS:
         if why := peers.absent(name):

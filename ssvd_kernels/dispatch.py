@@ -17,6 +17,7 @@ from torch import Tensor
 from . import _ext, reference
 from . import triton as triton_backend
 from .costs import linear_flops
+from .triton.configs import CONCAT_MAX_D
 from .workspace import Compose, Workspace, padded
 
 BACKENDS = ("auto", "reference", "ext", "triton")
@@ -121,6 +122,8 @@ def ssvd_linear(
     """
     if mode == "composed":
         composed = _composed(x, weight, U, V, core, workspace)
+        if need_z and _concatenated(x, weight):
+            return _kernels().concat(x, composed, padded(V.to(x.dtype)), bias)
         y, _ = reference.ssvd_linear_ref(x, weight, U, V, core, bias, composed, False)
         return y, project(x, V) if need_z else None
     if linear_backend(x.device, x.dtype) == "triton":
@@ -145,13 +148,22 @@ def ssvd_linear_backward(
     if linear_backend(dy.device, dy.dtype) != "triton":
         z = None if z is None else z[..., :k]
         return reference.ssvd_linear_backward_ref(dy, z, weight, U, V, core, composed, need_dx)
-    if mode == "composed":
+    if mode == "composed" and composed is not None and z is not None and _concatenated(dy, weight):
+        dx, dyU = _kernels().concat(dy, composed.mT, padded(U.to(dy.dtype)), None)
+        dcore = _kernels().core_grad(dyU.reshape(-1, dyU.shape[-1]), z.reshape(-1, z.shape[-1]))
+    elif mode == "composed":
         dx = None if composed is None else dy @ composed
         dcore = None if z is None else _kernels().core_gradient(dy, z, padded(U.to(dy.dtype)))
     else:
         operands = _padded(dy.dtype, U, V, core, workspace)
         dx, dcore = _kernels().ssvd_linear_bwd(dy, z, weight, *operands, need_dx)
     return dx, None if dcore is None else dcore[:k, :k].to(core.dtype)
+
+
+def _concatenated(x: Tensor, weight: Tensor) -> bool:
+    """Whether one kernel makes both products of x: the weight's and the basis'."""
+    half = x.dtype in _HALF and linear_backend(x.device, x.dtype) == "triton"
+    return half and max(weight.shape) <= CONCAT_MAX_D
 
 
 def project(x: Tensor, V: Tensor) -> Tensor:

@@ -79,6 +79,7 @@ def test_gate_refuses():
 def test_default_cases_cover_every_configuration():
     covered = {(case.kernel, case.config) for case in configs() if not case.slow}
     kernels = {"_ssvd_linear_fwd_kernel": LINEAR, "_ssvd_linear_one_pass_kernel": ONE_PASS}
+    kernels["_ssvd_linear_concat_kernel"] = {key: LINEAR[key] for key in ("half", "half_odd")}
     kernels |= {"_compose_kernel": COMPOSE, "_core_grad_kernel": CORE_GRAD}
     by_name = {(kernel.split(":")[1], config) for kernel, config in covered}
     assert by_name == {(name, c) for name, tables in kernels.items() for table in tables.values() for c in table}

@@ -17,6 +17,9 @@ import ssvd_kernels as sk
 from ssvd_kernels import dispatch, reference
 from ssvd_kernels.triton import ops
 from ssvd_kernels.triton.compose import compose
+from ssvd_kernels.triton.concat import concat
+from ssvd_kernels.triton.configs import LINEAR
+from ssvd_kernels.triton.ssvd_linear import core_gradient
 from ssvd_kernels.workspace import Workspace, padded
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -143,6 +146,46 @@ def test_padding_changes_no_shape_that_a_user_sees():
         assert second.shape == inputs["x"].shape and bool(second.abs().max() > 0)
 
 
+@pytest.mark.parametrize("shape", [(1, 16, 16, 16), (70, 40, 50, 17), (130, 96, 64, 48), (0, 16, 16, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_concat(dtype, shape, transposed):
+    T, d_in, d_out, k = shape
+    case = linear_inputs((max(T, 1), d_in, d_out, k), dtype)
+    x, W, V, b = (case[name].to(DEVICE) for name in ("x", "weight", "V", "bias"))
+    x, W = x[:T].view(1, T, d_in), W.mT.contiguous().mT if transposed else W
+    y, z = concat(x, W, V, b)
+    assert y.shape == (1, T, d_out) and z.shape == (1, T, k)
+    exact = [x.double() @ W.double().mT + b.double(), x.double() @ V.double()]
+    plain = [torch.nn.functional.linear(x, W, b), x @ V]
+    for ours, theirs, value in zip((y, z), plain, exact, strict=True):
+        bound = max(2 * relative_error(theirs, value), torch.finfo(dtype).eps / 4)
+        assert relative_error(ours, value) <= bound
+
+
+@pytest.mark.parametrize("config", [c for table in ("half", "half_odd") for c in LINEAR[table]], ids=str)
+def test_every_concat_configuration(config, monkeypatch):
+    monkeypatch.setattr("ssvd_kernels.triton.concat.linear_config", lambda *_: config)
+    case = linear_inputs((config.rows + 3, 70, config.cols + 5, 19), F32)
+    x, W, V = (case[name].to(DEVICE) for name in ("x", "weight", "V"))
+    y, z = concat(x, W, V, None)
+    torch.testing.assert_close(y, x @ W.mT, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(z, x @ V, rtol=1e-4, atol=1e-5)
+
+
+def test_large_layers_are_left_to_the_library(monkeypatch):
+    monkeypatch.setattr("ssvd_kernels.dispatch.CONCAT_MAX_D", 64)
+    calls = []
+    monkeypatch.setattr(
+        "ssvd_kernels.triton.launchers.core_gradient", lambda *args: calls.append(1) or core_gradient(*args)
+    )
+    linear = nn.Linear(D, 64, device=DEVICE, dtype=BF16)
+    layer = train_randomly(sk.SSVDLinear.from_linear(linear, sk.SSVDConfig(rank=K)))
+    layer.mode = "composed"
+    passes(layer, torch.randn(5, D, device=DEVICE).to(BF16), torch.ones(5, 64, device=DEVICE).to(BF16))
+    assert calls == [1]
+
+
 def test_padded():
     assert padded(torch.ones(5, 32)).shape == (5, 32)
     assert padded(torch.ones(5, 33)).shape == (5, 48) and padded(torch.ones(33, 33), both=True).shape == (48, 48)
@@ -166,18 +209,20 @@ def test_compiled_graphs_call_the_kernels(mode, dtype, monkeypatch):
         sk.SSVDLinear.from_linear(nn.Linear(D, 64, dtype=dtype, device=DEVICE), sk.SSVDConfig(rank=K))
     )
     layer.mode = mode
-    x = torch.randn(7, D, device=DEVICE).to(dtype)
+    x = torch.randn(7, D, device=DEVICE).to(dtype).requires_grad_()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     calls = []
-    for name in ("ssvd_linear_fwd", "ssvd_linear_bwd", "core_gradient"):
-        original = getattr(ops._linear, name)
-        monkeypatch.setattr(ops._linear, name, lambda *args, o=original, n=name: calls.append(n) or o(*args))
+    names = ["ssvd_linear_fwd", "ssvd_linear_bwd", "core_gradient"]
+    for home, name in [*((ops._linear, name) for name in names), (ops._concat, "concat")]:
+        original = getattr(home, name)
+        monkeypatch.setattr(home, name, lambda *args, o=original, n=name: calls.append(n) or o(*args))
     found = []
     for module in (layer, compiled):
         calls.clear()
         module(x).float().square().mean().backward()
         found.append(gradients(layer))
-    assert calls == (["ssvd_linear_fwd", "ssvd_linear_bwd"] if mode == "factored" else ["core_gradient"])
+    composed = ["concat", "concat"] if dtype == BF16 else ["core_gradient"]
+    assert calls == (names[:2] if mode == "factored" else composed)
     assert_close_gradients(found[1], found[0], 1e-6 if dtype == F32 else 2e-2)
 
 
@@ -191,4 +236,6 @@ def test_the_operators_are_well_formed():
     torch.library.opcheck(ops._bwd, (case["dy"], z, *params, True), test_utils=checks)
     torch.library.opcheck(ops._bwd, (case["dy"], None, *params, True), test_utils=checks)
     torch.library.opcheck(ops.compose, (*params, F32), test_utils=checks)
+    torch.library.opcheck(ops.concat, (case["x"], case["weight"], case["V"], case["bias"]), test_utils=checks)
+    torch.library.opcheck(ops.core_grad, (z, z), test_utils=checks)
     torch.library.opcheck(ops.core_gradient, (case["dy"], z, case["U"]), test_utils=checks)

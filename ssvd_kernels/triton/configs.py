@@ -19,6 +19,7 @@ GROUP = 8  # row blocks that share their column tiles in L2
 MIN_PROGRAMS = 128  # about one program per multiprocessor of a large GPU
 ONE_PASS_MAX_T = 256  # above it, BLOCK_R / BLOCK_N more products cost more than two saved launches
 MIN_CHUNK = 256  # tokens per partial of core_grad
+CONCAT_MAX_D = 640  # up to it, reading x once is worth more than the library's larger tiles
 
 
 class Config(NamedTuple):
@@ -193,6 +194,18 @@ def _linear_cases() -> Iterator[Case]:
             yield Case(name, config, x, _pointers(w, uv), strides, odd, {**blocks, **flags}, x != "fp32", rare)
 
 
+def _concat_cases() -> Iterator[Case]:
+    unit = ("stride_x_d", "stride_v_k", "stride_b_n", "stride_y_n", "stride_z_k")
+    flags: dict[str, object] = {"GROUP_T": GROUP, "HAS_BIAS": True, "PRECISION": "ieee"}
+    for key, config, (x, w, _, slow) in _entries(LINEAR):
+        for layout in ("stride_w_d", "stride_w_n") if key.startswith("half") else ():
+            odd = _odd(key)
+            blocks = {"BLOCK_T": config.rows, "BLOCK_N": config.cols, "BLOCK_K": config.depth}
+            rare = slow or (bool(odd) and layout == "stride_w_n")
+            name, strides = "concat:_ssvd_linear_concat_kernel", (layout, *unit)
+            yield Case(name, config, x, {"b_ptr": w}, strides, odd, {**blocks, **flags}, x != "fp32", rare)
+
+
 def _one_pass_cases() -> Iterator[Case]:
     unit = ("stride_x_d", "stride_u_k", "stride_b_n", "stride_y_n", "stride_v_k", "stride_z_k")
     flags: dict[str, object] = {"GROUP_T": GROUP, "HAS_BIAS": True, "NEED_Z": True, "PRECISION": "ieee"}
@@ -233,4 +246,4 @@ def _entries(tables: dict[str, tuple[Config, ...]]) -> Iterator[tuple[str, Confi
 
 def configs() -> list[Case]:
     """Every configuration that can be launched, with a representative signature each."""
-    return [*_linear_cases(), *_one_pass_cases(), *_compose_cases(), *_core_grad_cases()]
+    return [*_linear_cases(), *_concat_cases(), *_one_pass_cases(), *_compose_cases(), *_core_grad_cases()]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from . import compose as _compose
+from . import concat as _concat
+from . import core_grad as _core_grad
 from . import ssvd_linear as _linear
 
 
@@ -66,6 +68,28 @@ def core_gradient(dy: Tensor, z: Tensor, U: Tensor) -> Tensor:
 @core_gradient.register_fake
 def _(dy, z, U):
     return dy.new_empty((U.shape[1], z.shape[-1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("ssvd_kernels::triton_concat", mutates_args=())
+def concat(x: Tensor, composed: Tensor, V: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `concat.concat`."""
+    return _concat.concat(x, composed, V, bias)
+
+
+@concat.register_fake
+def _(x, composed, V, bias):
+    return _lead(x, composed.shape[0]), _lead(x, V.shape[1])
+
+
+@torch.library.custom_op("ssvd_kernels::triton_core_grad", mutates_args=())
+def core_grad(a: Tensor, b: Tensor) -> Tensor:
+    """As `core_grad.core_grad`."""
+    return _core_grad.core_grad(a, b)
+
+
+@core_grad.register_fake
+def _(a, b):
+    return a.new_empty((a.shape[1], b.shape[1]), dtype=torch.float32)
 
 
 def ssvd_linear_fwd(
