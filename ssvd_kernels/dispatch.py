@@ -211,10 +211,10 @@ def linear_backend(device: torch.device, dtype: torch.dtype) -> str:
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """float32 products in float32: tf32 or bf16, where the user allows them, would cost the rotation 3e-4."""
-    allowed = torch.get_float32_matmul_precision()
-    if allowed == "highest" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.get_float32_matmul_precision() == "highest":
         yield
         return
+    allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         yield

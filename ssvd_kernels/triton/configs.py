@@ -42,7 +42,7 @@ LINEAR = {
     "half_odd": (
         Config(16, 32, 64, 4, 2),
         Config(32, 64, 32, 4, 2),
-        Config(64, 64, 32, 4, 2),
+        Config(64, 64, 32, 8, 2),
         Config(64, 128, 32, 8, 2),
     ),
     "mixed": (
@@ -58,7 +58,7 @@ LINEAR = {
 ONE_PASS = {
     "half": (Config(16, 32, 128, 4, 4, 128), Config(32, 64, 64, 4, 4, 64), Config(64, 64, 64, 4, 3, 64)),
     "half_odd": (Config(16, 32, 32, 4, 2, 64), Config(32, 32, 32, 4, 2, 64)),
-    "mixed": (Config(16, 32, 64, 4, 3, 128), Config(32, 64, 64, 4, 3, 64)),
+    "mixed": (Config(16, 32, 64, 4, 2, 128), Config(32, 64, 64, 4, 3, 64)),
     "mixed_odd": (Config(16, 32, 32, 4, 3, 64), Config(32, 32, 32, 4, 3, 64)),
     "float32": (Config(16, 16, 32, 4, 3, 32), Config(32, 32, 16, 4, 3, 32)),
     "float32_odd": (Config(16, 16, 32, 4, 3, 32),),
