@@ -63,10 +63,10 @@ class SSVDLinear(nn.Module):
     layer.mode     "auto", "composed" or "factored" (see `ssvd_linear`)
 
     Before training the output is bit-identical to the base layer's. The Parameters of `linear` are shared and frozen.
-    With gradients off in eval the composed weight is kept; train(), eval(), any forward with gradients, loading,
-    moving and merging drop it, and so does a change of the parameters (on the GPU, where comparing would stall the
-    stream, one made through .data goes unseen until then). Raises as `SSVDConfig` and `factorize` do, and TypeError
-    for anything but an nn.Linear.
+    A composed weight is kept: in training from forward to backward and over micro-batches, in eval with gradients off
+    from call to call. train(), eval(), loading, moving and merging drop it, and so does a change of the parameters (in
+    eval on the GPU, where comparing would stall the stream, one made through .data goes unseen until then). Raises as
+    `SSVDConfig` and `factorize` do, and TypeError for anything but an nn.Linear.
     """
 
     U: nn.Parameter
