@@ -40,7 +40,8 @@ class Goal(NamedTuple):
             value = self.measured(rows)
         except Missing:
             return f"| {self.number} | {self.what} | {sign} {self.bound:g} | not measured | |"
-        met = value <= self.bound if self.at_most else value >= self.bound
+        rounded = round(value, 2)  # the goals have two decimals
+        met = rounded <= self.bound if self.at_most else rounded >= self.bound
         return f"| {self.number} | {self.what} | {sign} {self.bound:g} | {value:.3g} | {'met' if met else 'missed'} |"
 
 
@@ -119,12 +120,12 @@ GPU = [
            faster(SOLVE, {"version": "ssvd", "backend": "ext"}, **cayley(batch, k)))
       for batch, k, bound in ((256, 512, 12), (128, 1024, 20))),
     Goal("P6", "256 layers' rotations, compositions, projections, ms", True, 2.5, extras),
-    *(Goal("P7", f"decoding, d = {d}, merged over nn.Linear", True, 1.02,
+    *(Goal("P7", f"decoding, d = {d}, merged over nn.Linear", True, 1.00,
            over({**OURS, "mode": "merged"}, FROZEN, operation="decode", dtype="bfloat16", d_in=str(d)))
       for d in (1024, 4096)),
     Goal("P7", "decoding, d = 4096, unmerged over its floor", True, 1.25,
          lambda rows: mean(float(row["over_floor"]) for row in pick(rows, **AUTO, operation="decode", d_in="4096"))),
-    Goal("P8", "saved bytes a token over 2 k", True, 1.02, saved_a_token),
+    Goal("P8", "saved bytes a token over 2 k", True, 1.00, saved_a_token),
     Goal("P8", "static and graph bytes over d^2", True, 8.5, held_per_weight),
     *(Goal("P9", f"{name}, step over the frozen base", True, 1.40, over(AUTO, FROZEN, **STEP, model=name))
       for name in ("whisper-large 16+16", "owsm-1b 12+12")),
@@ -140,7 +141,7 @@ CPU = [
     *(Goal("P10", f"layer, T = {T}, against the rebuilt weight", False, bound, faster(REBUILT, AUTO, **BIG, T=T))
       for T, bound in (("64", 3.5), ("1024", 2), ("4096", 1.25))),
     Goal("P10", "layer, T = 4096, over full fine-tuning", True, 1.25, over(AUTO, FULL, **BIG, T="4096")),
-    Goal("P8", "saved bytes a token over 4 k", True, 1.02, saved_a_token),
+    Goal("P8", "saved bytes a token over 4 k", True, 1.00, saved_a_token),
     Goal("", "step of Whisper tiny.en, over LoRA r16", True, 1.15,
          over({"version": "ssvd"}, {"version": "LoRA r16"}, operation="whisper")),
 ]  # fmt: skip

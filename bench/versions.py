@@ -81,7 +81,7 @@ def chosen(
 ) -> tuple[str, str]:
     """(the mode that a call with `mode` and `backend` computes in, what to call it in the table)."""
     with sk.use_backend(backend):
-        fused = dispatch.linear_backend(device, dtype) == "triton"
+        fused = dispatch.backend_for("linear", device, dtype) == "triton"
     found = dispatch.linear_mode(dtype, T, (d_out, d_in), k, mode, True, compositions, fused)
     return found, mode if mode == found else f"{mode} ({found})"
 

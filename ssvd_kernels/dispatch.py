@@ -126,7 +126,7 @@ def ssvd_linear(
             return _kernels().concat(x, composed, padded(V.to(x.dtype)), bias)
         y, _ = reference.ssvd_linear_ref(x, weight, U, V, core, bias, composed, False)
         return y, project(x, V) if need_z else None
-    if linear_backend(x.device, x.dtype) == "triton":
+    if backend_for("linear", x.device, x.dtype) == "triton":
         return _kernels().ssvd_linear_fwd(x, weight, *_padded(x.dtype, U, V, core, workspace), bias, need_z)
     return reference.ssvd_linear_ref(x, weight, U, V, core, bias, None, need_z)
 
@@ -145,7 +145,7 @@ def ssvd_linear_backward(
     """(dx, dcore), None where not needed; arguments and formula as `reference.ssvd_linear_backward_ref`."""
     k = core.shape[0]
     composed = _composed(dy, weight, U, V, core, workspace) if mode == "composed" and need_dx else None
-    if linear_backend(dy.device, dy.dtype) != "triton":
+    if backend_for("linear", dy.device, dy.dtype) != "triton":
         z = None if z is None else z[..., :k]
         return reference.ssvd_linear_backward_ref(dy, z, weight, U, V, core, composed, need_dx)
     if mode == "composed" and composed is not None and z is not None and _concatenated(dy, weight):
@@ -162,14 +162,14 @@ def ssvd_linear_backward(
 
 def _concatenated(x: Tensor, weight: Tensor) -> bool:
     """Whether one kernel makes both products of x: the weight's and the basis'."""
-    half = x.dtype in _HALF and linear_backend(x.device, x.dtype) == "triton"
+    half = x.dtype in _HALF and backend_for("linear", x.device, x.dtype) == "triton"
     return half and max(weight.shape) <= CONCAT_MAX_D
 
 
 def project(x: Tensor, V: Tensor) -> Tensor:
     """z = x V, with columns of zeros where the kernels that read it want them."""
     V = V.to(x.dtype)
-    return x @ (padded(V) if linear_backend(x.device, x.dtype) == "triton" else V)
+    return x @ (padded(V) if backend_for("linear", x.device, x.dtype) == "triton" else V)
 
 
 def _kernels() -> Any:
@@ -196,16 +196,11 @@ def _composed(x: Tensor, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, wor
     def by_kernel(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dtype) -> Tensor:
         return _kernels().compose(weight, *_padded(dtype, U, V, core, None), dtype)  # W' is kept, not its factors
 
-    on_triton = linear_backend(x.device, x.dtype) == "triton"
+    on_triton = backend_for("linear", x.device, x.dtype) == "triton"
     make: Compose = by_kernel if on_triton else reference.compose_operand_ref
     if workspace is None:
         return make(weight, U, V, core, x.dtype)
     return workspace.composed(weight, U, V, core, x.dtype, make, "operand")
-
-
-def linear_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend of the linear op, for this call."""
-    return backend_for("linear", device, dtype)
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def ssvd_linear(
     backward = saves != "" or (torch.is_grad_enabled() and x.requires_grad)
     # not whether W' is there already: the mode, and with it the last bit, must not depend on what went before
     compositions = 2 if workspace is None and backward else 1
-    T, fused = x.numel() // x.shape[-1], dispatch.linear_backend(x.device, dtype) == "triton"
+    T, fused = x.numel() // x.shape[-1], dispatch.backend_for("linear", x.device, dtype) == "triton"
     chosen = dispatch.linear_mode(dtype, T, weight.shape, core.shape[0], mode, backward, compositions, fused)
     with torch.autocast(x.device.type, enabled=False):
         y, _ = SSVDLinearFunction.apply(x, weight, U, V, core, bias, chosen, dtype, saves, workspace)

@@ -37,7 +37,7 @@ def source(case: Case) -> ASTSource:
             constants[(position,)] = case.constants.get(arg, 1)
             continue
         signature[arg] = "*" + case.pointers.get(arg, case.dtype) if arg.endswith("_ptr") else "i32"
-        odd = arg in case.odd or "all" in case.odd or arg in ("T", "chunk")
+        odd = case.odd or arg in ("T", "chunk")
         if arg.endswith("_ptr") or not odd:
             attributes[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)

@@ -137,8 +137,8 @@ def core_grad_splits(config: Config, T: int, ka: int, kb: int) -> tuple[int, int
 class Case(NamedTuple):
     """One kernel as it can be launched: what the compile gate needs to build its signature.
 
-    Pointers not named have the dtype `dtype`; strides in `unit` are 1; other integers are 32-bit and divisible by 16
-    unless in `odd` (all of them where `odd` is "all"). `slow`: not in the default run of the gate.
+    Pointers not named have the dtype `dtype`; strides in `unit` are 1; other integers are 32-bit, and divisible by 16
+    unless `odd`. `slow`: not in the default run of the gate.
     """
 
     kernel: str  # module:function
@@ -146,7 +146,7 @@ class Case(NamedTuple):
     dtype: str
     pointers: dict[str, str]
     unit: tuple[str, ...]
-    odd: tuple[str, ...]
+    odd: bool
     constants: Mapping[str, object]
     tensor_cores: bool
     slow: bool
@@ -173,11 +173,6 @@ def _operands(key: str) -> list[tuple[str, str, str, bool]]:
     return [("bf16", "fp32", "bf16", False), ("fp16", "fp32", "fp16", True)]
 
 
-def _odd(key: str) -> tuple[str, ...]:
-    """What lacks divisibility by 16 when a table is used: k never does, its operands are padded."""
-    return ("all",) if key.endswith("odd") else ()
-
-
 def _pointers(weight: str, bases: str) -> dict[str, str]:
     return {"w_ptr": weight, "u_ptr": bases, "v_ptr": bases, "b_ptr": weight, "core_ptr": "fp32", "p_ptr": "fp32"}
 
@@ -187,9 +182,9 @@ def _linear_cases() -> Iterator[Case]:
     flags: dict[str, object] = {"GROUP_T": GROUP, "HAS_BIAS": True, "PRECISION": "ieee"}
     for key, config, (x, w, uv, slow) in _entries(LINEAR):
         for layout in ("stride_w_d", "stride_w_n"):
-            odd = _odd(key)
+            odd = key.endswith("odd")
             blocks = {"BLOCK_T": config.rows, "BLOCK_N": config.cols, "BLOCK_K": config.depth}
-            rare = slow or (bool(odd) and layout == "stride_w_n")
+            rare = slow or (odd and layout == "stride_w_n")
             name, strides = "ssvd_linear:_ssvd_linear_fwd_kernel", (layout, *unit)
             yield Case(name, config, x, _pointers(w, uv), strides, odd, {**blocks, **flags}, x != "fp32", rare)
 
@@ -199,9 +194,9 @@ def _concat_cases() -> Iterator[Case]:
     flags: dict[str, object] = {"GROUP_T": GROUP, "HAS_BIAS": True, "PRECISION": "ieee"}
     for key, config, (x, w, _, slow) in _entries(LINEAR):
         for layout in ("stride_w_d", "stride_w_n") if key.startswith("half") else ():
-            odd = _odd(key)
+            odd = key.endswith("odd")
             blocks = {"BLOCK_T": config.rows, "BLOCK_N": config.cols, "BLOCK_K": config.depth}
-            rare = slow or (bool(odd) and layout == "stride_w_n")
+            rare = slow or (odd and layout == "stride_w_n")
             name, strides = "concat:_ssvd_linear_concat_kernel", (layout, *unit)
             yield Case(name, config, x, {"b_ptr": w}, strides, odd, {**blocks, **flags}, x != "fp32", rare)
 
@@ -211,10 +206,10 @@ def _one_pass_cases() -> Iterator[Case]:
     flags: dict[str, object] = {"GROUP_T": GROUP, "HAS_BIAS": True, "NEED_Z": True, "PRECISION": "ieee"}
     for key, config, (x, w, uv, slow) in _entries(ONE_PASS):
         for layout, core in (("stride_w_d", "stride_core_j"), ("stride_w_n", "stride_core_i")):
-            odd = _odd(key)
+            odd = key.endswith("odd")
             for rank in (r for r in (16, 32, 64, 128) if r <= config.max_k):
                 blocks = {"BLOCK_T": config.rows, "BLOCK_N": config.cols, "BLOCK_K": config.depth, "BLOCK_R": rank}
-                rare = slow or rank != config.max_k or (bool(odd) and layout == "stride_w_n")
+                rare = slow or rank != config.max_k or (odd and layout == "stride_w_n")
                 name, strides = "ssvd_linear:_ssvd_linear_one_pass_kernel", (layout, core, *unit)
                 yield Case(name, config, x, _pointers(w, uv), strides, odd, {**blocks, **flags}, x != "fp32", rare)
 
@@ -226,7 +221,7 @@ def _compose_cases() -> Iterator[Case]:
         flags: dict[str, object] = {"GROUP_N": GROUP, "PRECISION": COMPOSE_PRECISION[DTYPES[out]]}
         if out == "fp16" and not key.endswith("odd"):
             continue
-        for odd in ((), _odd(key)) if out == "fp16" else (_odd(key),):
+        for odd in (False, True) if out == "fp16" else (key.endswith("odd"),):
             name, rare = "compose:_compose_kernel", slow and (out, w) != ("fp16", "fp16")
             yield Case(name, config, out, _pointers(w, uv), unit, odd, {**blocks, **flags}, out != "fp32", rare)
 
@@ -237,7 +232,7 @@ def _core_grad_cases() -> Iterator[Case]:
         blocks = {"BLOCK_A": config.rows, "BLOCK_B": config.cols, "BLOCK_T": config.depth}
         if dtype == weight:
             name, half = "core_grad:_core_grad_kernel", dtype != "fp32"
-            yield Case(name, config, dtype, {"out_ptr": "fp32"}, unit, _odd(key), blocks, half, slow)
+            yield Case(name, config, dtype, {"out_ptr": "fp32"}, unit, key.endswith("odd"), blocks, half, slow)
 
 
 def _entries(tables: dict[str, tuple[Config, ...]]) -> Iterator[tuple[str, Config, tuple[str, str, str, bool]]]:
