@@ -79,8 +79,7 @@ class SSVDLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, config: SSVDConfig, factorization: Factorization | None = None) -> None:
         super().__init__()
-        check_linear(linear, "linear")
-        weight = linear.weight
+        weight = self._weight_of(linear)
         d_out, d_in = weight.shape
         k_in, k_out = config.resolve_ranks(d_in, d_out)
         self.in_features, self.out_features = d_in, d_out
@@ -89,10 +88,7 @@ class SSVDLinear(nn.Module):
         self.mode = "auto"
         found = factorization or factorize(weight, self.k)
         self.basis = BasisIdentity(found.fingerprint, found.gap, found.sketch)
-        self.__dict__["_original"] = linear  # not a submodule: `original()` gives it back
-        linear.requires_grad_(False)
-        self._parameters["weight"] = linear._parameters["weight"]  # by hand: the name `weight` is a property
-        self.register_parameter("bias", linear.bias)
+        self._hold(linear.requires_grad_(False))
         for name, tensor in (("U", found.U), ("sigma", found.sigma), ("V", found.V)):
             # frozen parameters, not buffers: DDP broadcasts buffers, even non-persistent ones, every step
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
@@ -106,6 +102,16 @@ class SSVDLinear(nn.Module):
         self._handed: HandedRotations | None = None
         self._cache: tuple[Any, Tensor] | None = None
         self._workspace = Workspace()
+
+    @staticmethod
+    def _weight_of(linear: nn.Linear) -> Tensor:
+        check_linear(linear, "linear")
+        return linear.weight
+
+    def _hold(self, linear: nn.Linear) -> None:
+        self.__dict__["_original"] = linear  # not a submodule: `original()` gives it back
+        self._parameters["weight"] = linear._parameters["weight"]  # by hand: the name `weight` is a property
+        self.register_parameter("bias", linear.bias)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: SSVDConfig) -> SSVDLinear:
@@ -167,18 +173,20 @@ class SSVDLinear(nn.Module):
             if self.training and torch.is_grad_enabled() and self.theta.requires_grad:
                 raise RuntimeError("this SSVDLinear is merged and would not train: call unmerge() first, or eval()")
             return F.linear(x, self._merged_weight, self.bias)
-        if not self._may_cache():
-            self._cache = None
-            core = self.core()
-        elif self._as_if_merged(x):
+        if self._may_cache() and self._as_if_merged(x):
             return F.linear(x, self._cached_weight(), self.bias)
-        else:
-            core = self._cached_core()
+        core, frozen = self._core_for(x), (self.base_weight, self.U, self.V)
+        return ssvd_linear(x, *frozen, core, self.bias, self.mode, workspace=self._workspace)
+
+    def _core_for(self, x: Tensor) -> Tensor:
+        """The core for a call on x, which the root is told of as one that reads x."""
+        if self._may_cache():
+            return self._cached_core()
+        self._cache = None
         inputs = None if self._handed is None else self._handed.inputs
         if inputs is not None and torch.is_grad_enabled():
             inputs.note(x, self._workspace, self.k, compute_dtype(x))
-        frozen = (self.base_weight, self.U, self.V)
-        return ssvd_linear(x, *frozen, core, self.bias, self.mode, workspace=self._workspace)
+        return self.core()
 
     # -- merging -----------------------------------------------------------------------------------------------
 
@@ -187,7 +195,7 @@ class SSVDLinear(nn.Module):
         """Whether the forward uses a fixed W' composed by `merge`."""
         return self._merged_weight is not None
 
-    def composed_for_merge(self, name: str = "weight") -> Tensor:
+    def composed_for_merge(self, name: str = "weight", unload: bool = False) -> Tensor:
         """W' as `merge` stores it. Raises ValueError if it is not finite; warns if rounding loses the update."""
         with torch.no_grad():
             core = self.core()
@@ -210,6 +218,13 @@ class SSVDLinear(nn.Module):
     def unmerge(self) -> None:
         """Goes back to W + U core V^T computed at each forward."""
         self._merged_weight = None
+
+    def unloaded(self, weight: Tensor) -> nn.Linear:
+        """The plain layer that `merge(model, unload=True)` leaves: `original()` with W' for a weight."""
+        linear = self.original()
+        # a new Parameter: the old one may be in use elsewhere, e.g. in a copy of the base model
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        return linear
 
     def original(self) -> nn.Linear:
         """The nn.Linear that this layer was made from, with the present (base) weight and bias."""
@@ -353,14 +368,18 @@ class SSVDLinear(nn.Module):
 def check_linear(module: object, name: str) -> None:
     """Raises TypeError unless `module` is an nn.Linear (or a subclass that keeps its forward and its weight)."""
     if not is_linear(module):
-        raise TypeError(f"{name} is a {type(module).__name__}: allowed is torch.nn.Linear with a weight of its own")
+        raise TypeError(
+            f"{name} is a {type(module).__name__}: allowed is torch.nn.Linear with a weight of its own "
+            "(a quantised one: SSVDQuantizedLinear)"
+        )
 
 
 def is_linear(module: object) -> bool:
     """Whether `module` computes x W^T + b from a plain parameter W (a parametrized one, say, does not)."""
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         return False
-    return module._parameters.get("weight") is not None
+    # not of a tensor subclass, which may compute otherwise, nor a lazy one, which has no values yet
+    return type(module._parameters.get("weight")) in (Tensor, nn.Parameter)
 
 
 def _pad(E: Tensor, k: int) -> Tensor:

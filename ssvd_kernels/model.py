@@ -14,6 +14,7 @@ from .config import SSVDConfig
 from .factorize import Factorization, check_weight, factorize
 from .functional import rotation_deltas
 from .layers import HandedRotations, SSVDLinear
+from .quantized import adapt, base_weight, is_quantized
 from .targets import find_targets
 from .workspace import InputSharing
 
@@ -75,7 +76,7 @@ def inject(model: nn.Module, config: SSVDConfig, *, progress: bool = True) -> In
         )
     targets = find_targets(model, config)
     for name, linear in targets.items():
-        check_weight(linear.weight, f"{name}.weight")
+        check_weight(base_weight(linear, name), f"{name}.weight")
         try:
             config.resolve_ranks(linear.in_features, linear.out_features)
         except ValueError as error:
@@ -92,7 +93,7 @@ def factorize_all(plan: Plan, progress: bool) -> dict[str, Factorization]:
     found = {}
     for name, (linear, config) in tqdm(plan.items(), desc="SSVD: factorising", unit="layer", disable=not progress):
         k_in, k_out = config.resolve_ranks(linear.in_features, linear.out_features)
-        found[name] = factorize(linear.weight, max(k_in, k_out or 0), f"{name}.weight")
+        found[name] = factorize(base_weight(linear, name), max(k_in, k_out or 0), f"{name}.weight")
     return found
 
 
@@ -100,8 +101,10 @@ def install(model: nn.Module, plan: Plan, found: Mapping[str, Factorization]) ->
     """The part of `inject` that changes the model, given the factorisations."""
     trainable_before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     total = sum(parameter.numel() for parameter in model.parameters())
+    packed = [module for module in model.modules() if is_quantized(module)]  # several numbers in an element, perhaps
+    total += sum(linear.out_features * linear.in_features - linear.weight.numel() for linear in packed)
     model.requires_grad_(False)
-    layers = {name: SSVDLinear(linear, config, found[name]) for name, (linear, config) in plan.items()}
+    layers = {name: adapt(linear, config, found[name]) for name, (linear, config) in plan.items()}
     for name, layer in layers.items():
         _replace(model, name, layer)
     model.__dict__["_ssvd_root"] = _Root(trainable_before)
@@ -119,14 +122,14 @@ def merge(model: nn.Module, unload: bool = False) -> None:
     half-precision W' loses the update to rounding.
     """
     layers = require_layers(model)
-    composed = {name: layer.composed_for_merge(name) for name, layer in layers.items() if not layer.merged}
+    composed = {
+        name: layer.weight if layer.merged else layer.composed_for_merge(name, unload) for name, layer in layers.items()
+    }
+    if unload:
+        _take_out(model, {name: layers[name].unloaded(weight) for name, weight in composed.items()})
+        return
     for name, weight in composed.items():
         layers[name].merge(weight)
-    if unload:
-        merged = {name: layer.weight for name, layer in layers.items()}
-        for name, linear in _take_out(model, layers).items():
-            # a new Parameter: the old one may be in use elsewhere, e.g. in a copy of the base model
-            linear.weight = nn.Parameter(merged[name], requires_grad=linear.weight.requires_grad)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -137,12 +140,11 @@ def unmerge(model: nn.Module) -> None:
 
 def remove(model: nn.Module) -> None:
     """Puts the original nn.Linear modules back, weights bit for bit, and makes trainable what was so before inject."""
-    _take_out(model, require_layers(model))
+    _take_out(model, {name: layer.original() for name, layer in require_layers(model).items()})
 
 
-def _take_out(model: nn.Module, layers: Mapping[str, SSVDLinear]) -> dict[str, nn.Linear]:
-    originals = {name: layer.original() for name, layer in layers.items()}
-    for name, linear in originals.items():
+def _take_out(model: nn.Module, replacements: Mapping[str, nn.Linear]) -> None:
+    for name, linear in replacements.items():
         _replace(model, name, linear)
     for module in list(_roots(model)):
         parameters = dict(module.named_parameters())
@@ -153,7 +155,6 @@ def _take_out(model: nn.Module, layers: Mapping[str, SSVDLinear]) -> dict[str, n
             for key in [key for key, hook in hooks.items() if hook in (_hand_out_rotations, _end_of_forward)]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
-    return originals
 
 
 def _roots(model: nn.Module) -> Iterator[nn.Module]:
