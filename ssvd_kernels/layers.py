@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,9 +15,8 @@ from . import dispatch, reference
 from .config import SSVDConfig
 from .factorize import Factorization, factorize, fingerprint, match_signs, sketch
 from .functional import compute_dtype, rotation_delta, ssvd_linear, theta_length
+from .merging import merged_weight
 from .workspace import SharedInputs, Workspace, capturing
-
-logger = logging.getLogger(__name__)
 
 
 class BasisIdentity(NamedTuple):
@@ -61,6 +60,10 @@ class SSVDLinear(nn.Module):
                state dict, so that base checkpoints load both ways
     layer.weight   the effective weight (d_out, d_in), differentiable; layer.base_weight the untouched one
     layer.mode     "auto", "composed" or "factored" (see `ssvd_linear`)
+
+    theta, delta_sigma, U, sigma and V are float32 (float64 over a float64 base), also over a half-precision base; x has
+    the base's dtype or autocast's. Casting an adapted model (`to(dtype)`, `half()`) casts them all, warning where theta
+    becomes half precision, and casting back restores no digits. The core is computed in float32 even then.
 
     Before training the output is bit-identical to the base layer's. The Parameters of `linear` are shared and frozen.
     A composed weight is kept: in training from forward to backward and over micro-batches, in eval with gradients off
@@ -195,24 +198,17 @@ class SSVDLinear(nn.Module):
         """Whether the forward uses a fixed W' composed by `merge`."""
         return self._merged_weight is not None
 
-    def composed_for_merge(self, name: str = "weight", unload: bool = False) -> Tensor:
-        """W' as `merge` stores it. Raises ValueError if it is not finite; warns if rounding loses the update."""
-        with torch.no_grad():
-            core = self.core()
-            merged = self.compose()
-            if not bool(torch.isfinite(merged).all()):
-                raise ValueError(f"merging {name} would produce NaN or infinity in {merged.dtype}: nothing was changed")
-            if merged.dtype in (torch.float16, torch.bfloat16) and bool((core != 0).any()):
-                update = self.U.float() @ core.float() @ self.V.float().mT
-                gain = (((merged.float() - self.base_weight.float()) * update).sum() / update.square().sum()).item()
-                if abs(gain - 1) > 0.02:
-                    logger.warning("merging %s into %s keeps %.0f %% of the update", name, merged.dtype, 100 * gain)
-        return merged
+    def composed_for_merge(self, name: str = "weight", rounding: str = "nearest", unload: bool = False) -> Tensor:
+        """W' as `merge(model, unload)` stores it; see `merged_weight`."""
+        return merged_weight(self.base_weight, self.U, self.V, self.core(), rounding, name)
 
-    def merge(self, composed: Tensor | None = None) -> None:
-        """Uses W' as a fixed weight from now on; W is kept, so `unmerge` is exact and state dicts never hold W'."""
+    def merge(self, composed: Tensor | None = None, *, rounding: str = "nearest") -> None:
+        """Uses W' as a fixed weight from now on; W is kept, so `unmerge` is exact and state dicts never hold W'.
+
+        rounding: see `ssvd_kernels.merge`; `composed` is a W' that `composed_for_merge` has made already.
+        """
         if self._merged_weight is None:
-            self._merged_weight = self.composed_for_merge() if composed is None else composed
+            self._merged_weight = self.composed_for_merge(rounding=rounding) if composed is None else composed
             self._forget()
 
     def unmerge(self) -> None:
@@ -328,7 +324,14 @@ class SSVDLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SSVDLinear:
         self._forget()
+        before = self.theta.dtype
         super()._apply(fn, recurse)
+        if self.theta.dtype != before and self.theta.dtype.itemsize < 4:
+            warnings.warn(  # once, not for each layer
+                f"theta and delta_sigma of SSVD layers were rounded from {before} to {self.theta.dtype}, in which an "
+                "optimizer's small steps are lost: cast the model before adapting it",
+                stacklevel=2,
+            )
         self._share_parameters()
         return self
 

@@ -114,16 +114,20 @@ def install(model: nn.Module, plan: Plan, found: Mapping[str, Factorization]) ->
     return InjectReport(list(layers), trainable, total + trainable, list(layers.values()))
 
 
-def merge(model: nn.Module, unload: bool = False) -> None:
+def merge(model: nn.Module, unload: bool = False, *, rounding: str = "nearest") -> None:
     """Fixes W' = W + U core V^T in every SSVD layer. W is kept, so that `unmerge` is exact.
 
     unload=True leaves plain nn.Linear layers that hold W' instead (their base weights are gone).
-    Raises ValueError, with nothing changed, if there is no SSVD layer or a W' would not be finite. Warns if a
-    half-precision W' loses the update to rounding.
+    rounding="stochastic" rounds a bfloat16 W' as the composed mode of the Triton kernels does: by a fixed hash, so that
+    no small update is lost (its projection on the true one is 1.00 +- 0.02 from ||K|| = 1e-4 on), for a rounding error
+    up to 1.4 times as large; other dtypes, and layers that are merged already, are not affected.
+    Raises ValueError, with nothing changed, if there is no SSVD layer, a W' would not be finite, or `rounding` is
+    unknown, and for a quantised base unless unload=True. Warns if a half-precision W' loses the update to rounding.
     """
     layers = require_layers(model)
     composed = {
-        name: layer.weight if layer.merged else layer.composed_for_merge(name, unload) for name, layer in layers.items()
+        name: layer.weight if layer.merged else layer.composed_for_merge(name, rounding, unload)
+        for name, layer in layers.items()
     }
     if unload:
         _take_out(model, {name: layers[name].unloaded(weight) for name, weight in composed.items()})

@@ -116,14 +116,14 @@ class SSVDQuantizedLinear(SSVDLinear):
         y = self.base(x)
         return y + ssvd_update(x, self.U, self.V, self._core_for(x), workspace=self._workspace).to(y.dtype)
 
-    def composed_for_merge(self, name: str = "weight", unload: bool = False) -> Tensor:
+    def composed_for_merge(self, name: str = "weight", rounding: str = "nearest", unload: bool = False) -> Tensor:
         """W' for `merge(model, unload=True)`; else a ValueError."""
         if not unload:
             raise ValueError(
                 f"merging {name}: its base weight is quantised, and W' is not: allowed is merge(model, unload=True), "
                 "which leaves plain layers that hold W', or no merging"
             )
-        return super().composed_for_merge(name)
+        return super().composed_for_merge(name, rounding)
 
     def unloaded(self, weight: Tensor) -> nn.Linear:
         """A new nn.Linear with W', and the base's bias in its dtype."""
