@@ -54,11 +54,11 @@ def base_weight(linear: nn.Linear, name: str = "linear") -> Tensor:
         return linear.weight.detach().dequantize()
     if not _is_bitsandbytes(linear):
         return linear.weight
-    bnb, weight = _bitsandbytes(), linear.weight
+    functional, weight = sys.modules["bitsandbytes"].functional, linear.weight
     kind, state = type(linear).__name__, getattr(weight, "quant_state", None)
-    if not isinstance(linear, bnb.nn.Linear4bit) and weight.dtype == torch.int8:
+    if _is_bitsandbytes(linear, "Linear8bitLt") and weight.dtype == torch.int8:
         scales = linear.state.SCB if weight.SCB is None else weight.SCB  # type: ignore[union-attr, attr-defined]
-        return bnb.functional.int8_vectorwise_dequant(weight.data, scales)
+        return functional.int8_vectorwise_dequant(weight.data, scales)
     if state is None:
         raise ValueError(
             f"{name} is a {kind} whose weight is {weight.dtype}, not quantised: allowed is one that was quantised by "
@@ -69,7 +69,7 @@ def base_weight(linear: nn.Linear, name: str = "linear") -> Tensor:
             f"{name} is a {kind} whose weight bitsandbytes has repacked for inference on this CPU, at its first "
             "forward in eval mode: load the model again and adapt it before any forward"
         )
-    return bnb.functional.dequantize_4bit(weight.data, state)
+    return functional.dequantize_4bit(weight.data, state)
 
 
 class SSVDQuantizedLinear(SSVDLinear):
@@ -111,8 +111,8 @@ class SSVDQuantizedLinear(SSVDLinear):
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.mode == "composed":
-            raise ValueError("mode='composed' cannot serve a quantised layer: allowed are 'auto' and 'factored'")
+        if self.mode not in ("auto", "factored"):
+            raise ValueError(f"mode={self.mode!r} cannot serve a quantised layer: allowed are 'auto' and 'factored'")
         y = self.base(x)
         return y + ssvd_update(x, self.U, self.V, self._core_for(x), workspace=self._workspace).to(y.dtype)
 
@@ -139,7 +139,7 @@ class SSVDQuantizedLinear(SSVDLinear):
 
     def train(self, mode: bool = True) -> SSVDQuantizedLinear:
         super().train(mode)
-        if _is_bitsandbytes(self.base) and isinstance(self.base, _bitsandbytes().nn.Linear4bit):
+        if _is_bitsandbytes(self.base, "Linear4bit"):
             # its forward in eval mode would, on a CPU with AVX512-BF16, repack the weight in place: rounded, never to
             # be dequantised or trained through again
             self.base.train()
@@ -160,15 +160,11 @@ class SSVDQuantizedLinear(SSVDLinear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _bitsandbytes() -> Any:
-    return sys.modules["bitsandbytes"]
-
-
-def _is_bitsandbytes(module: object) -> bool:
-    if "bitsandbytes" not in sys.modules:
+def _is_bitsandbytes(module: object, *kinds: str) -> bool:
+    library = sys.modules.get("bitsandbytes.nn")
+    if library is None:
         return False
-    layers = _bitsandbytes().nn
-    return isinstance(module, (layers.Linear4bit, layers.Linear8bitLt))
+    return isinstance(module, tuple(getattr(library, kind) for kind in kinds or ("Linear4bit", "Linear8bitLt")))
 
 
 def _is_torchao(module: object) -> bool:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from cases import exact_delta, relative_error
-from models import gradients, inject, train_randomly
+from models import assert_close_gradients, gradients, inject, train_randomly
 from refusals import refused
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import ssvd_kernels as sk
 from ssvd_kernels.quantized import base_weight, is_adaptable, is_quantized
@@ -198,6 +200,39 @@ def test_cached_eval_copies_and_the_effective_weight(kind):
         assert not torch.allclose(net.eval()(X), y)
     layer.weight.square().sum().backward()  # a module that reads the weight trains as well
     assert layer.theta.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_and_checkpointing(kind):
+    """Autocast trains in the dtype in which the library answers; checkpointing, of both kinds, changes no gradient."""
+    net = adapted(kind).train()
+
+    def found(call: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            y = call(X.clone().requires_grad_())
+        assert y.dtype in (torch.float32, dtype)
+        y.float().sin().sum().backward()
+        return gradients(net)
+
+    expected = found(net)
+    for use_reentrant in (True, False):
+        for _ in range(2):
+            again = found(partial(checkpoint, net, use_reentrant=use_reentrant))
+            assert_close_gradients(again, expected)
+    for dtype in (torch.bfloat16, torch.float16):
+        flat, exact = (torch.cat([g.flatten() for g in grads.values()]) for grads in (found(net, dtype), expected))
+        assert torch.cosine_similarity(flat, exact, dim=0) > 0.999
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_compiles_to_one_graph(kind):
+    torch._dynamo.reset()
+    net, twin = adapted(kind).train(), adapted(kind).train()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for model in (compiled, twin):
+        model(X).sin().sum().backward()
+    assert_close_gradients(gradients(net), gradients(twin))
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
