@@ -18,6 +18,7 @@ _HOMES = {
     "config": ["SSVDConfig"],
     "functional": ["cayley", "cayley_delta", "ssvd_linear"],
     "layers": ["SSVDLinear"],
+    "quantized": ["SSVDQuantizedLinear"],
     "model": ["InjectReport", "inject", "merge", "remove", "ssvd_layers", "unmerge"],
     "checkpoint": ["AdapterError", "load_adapter", "save_adapter"],
     "dispatch": ["use_backend"],
@@ -29,6 +30,7 @@ __all__ = [
     "InjectReport",
     "SSVDConfig",
     "SSVDLinear",
+    "SSVDQuantizedLinear",
     "cayley",
     "cayley_delta",
     "inject",
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from .functional import cayley, cayley_delta, ssvd_linear
     from .layers import SSVDLinear
     from .model import InjectReport, inject, merge, remove, ssvd_layers, unmerge
+    from .quantized import SSVDQuantizedLinear
 
 
 def __getattr__(name: str) -> Any:

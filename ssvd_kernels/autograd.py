@@ -32,7 +32,7 @@ class CayleyDeltaFunction(torch.autograd.Function):
 
 
 class SSVDLinearFunction(torch.autograd.Function):
-    """(x, weight, U, V, core, bias) -> y = x (W + U core V^T)^T + b, computed in `dtype`.
+    """(x, weight, U, V, core, bias) -> y = x (W + U core V^T)^T + b, computed in `dtype`; without `weight`, of W = 0.
 
     Besides the frozen tensors that the layer holds anyway it saves what dcore needs of x: `saves` is "z" for
     z = x V (T, k), "x" for x itself, of which z is computed again, or "" for nothing. Nothing weight-sized is added.
@@ -43,7 +43,7 @@ class SSVDLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         U: Tensor,
         V: Tensor,
         core: Tensor,

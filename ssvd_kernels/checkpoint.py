@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from .config import ROTATIONS, SIDES, SSVDConfig
 from .factorize import SAFE_GAP, SKETCH_ROWS, Factorization, fingerprint, match_signs
 from .functional import theta_length
-from .layers import SSVDLinear, check_linear
+from .layers import SSVDLinear
 from .model import Plan, factorize_all, install, require_layers, ssvd_layers
+from .quantized import base_weight, check_adaptable
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, progress: bo
         plan = _plan(path, model, described)
         for name, (linear, _) in plan.items():
             if f"{name}.U" not in tensors:
-                _check_fingerprint(path, name, described[name], fingerprint(linear.weight))
+                _check_fingerprint(path, name, described[name], fingerprint(base_weight(linear, name)))
         missing = {name: entry for name, entry in plan.items() if f"{name}.U" not in tensors}
         found = {**factorize_all(missing, progress), **_stored_bases(path, plan, described, tensors)}
     signs = {}
@@ -255,7 +256,7 @@ def _plan(path: Path, model: nn.Module, described: dict[str, dict[str, Any]]) ->
                 f"{path} adapts {name!r}, which {type(model).__name__} does not have: another base model?"
             )
         try:
-            check_linear(linear, name)
+            check_adaptable(linear, name)
             assert isinstance(linear, nn.Linear)
             shape = [linear.out_features, linear.in_features]
             if shape != layer["shape"]:
@@ -285,7 +286,8 @@ def _check_fingerprint(path: Path, name: str, described: dict[str, Any], found: 
     if described["fingerprint"] != found:
         raise AdapterError(
             f"{path} was trained on another base model: the weight of {name} differs. If yours is a half-precision "
-            "copy of that base, load the adapter before casting, or save it with save_bases=True"
+            "copy of that base, load the adapter before casting, or save it with save_bases=True; a quantised base is "
+            "a base of its own"
         )
 
 
@@ -313,11 +315,12 @@ def _stored_bases(
     for name, (linear, _) in plan.items():
         if f"{name}.U" not in tensors:
             continue
-        _check_base(path, name, described[name], linear.weight, tensors)
-        wide = torch.promote_types(linear.weight.dtype, torch.float32)
+        weight = base_weight(linear, name)
+        _check_base(path, name, described[name], weight, tensors)
+        wide = torch.promote_types(weight.dtype, torch.float32)
         # copies: the file's tensors are views of a mapped file, and aligned as the file is
-        U, sigma, V = (tensors[f"{name}.{key}"].to(linear.weight.device, wide, copy=True) for key in _BASIS)
-        stored[name] = Factorization(U, sigma, V, fingerprint(linear.weight), 0.0, tensors[f"{name}.sketch"].clone())
+        U, sigma, V = (tensors[f"{name}.{key}"].to(weight.device, wide, copy=True) for key in _BASIS)
+        stored[name] = Factorization(U, sigma, V, fingerprint(weight), 0.0, tensors[f"{name}.sketch"].clone())
     return stored
 
 

@@ -132,7 +132,7 @@ def _variant(tensor: Tensor) -> str:
 
 def ssvd_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     U: Tensor,
     V: Tensor,
     core: Tensor,
@@ -145,6 +145,8 @@ def ssvd_linear(
 
     z may have columns of zeros beyond its k: see `Workspace.operand`.
     """
+    if weight is None:  # the base product is made elsewhere
+        return reference.ssvd_linear_ref(x, None, U, V, core, None, None, need_z)
     if mode == "composed":
         composed = _composed(x, weight, U, V, core, workspace)
         if need_z and _concatenated(x, weight):
@@ -159,7 +161,7 @@ def ssvd_linear(
 def ssvd_linear_backward(
     dy: Tensor,
     z: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     U: Tensor,
     V: Tensor,
     core: Tensor,
@@ -169,6 +171,9 @@ def ssvd_linear_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dcore), None where not needed; arguments and formula as `reference.ssvd_linear_backward_ref`."""
     k = core.shape[0]
+    if weight is None:
+        z = None if z is None else z[..., :k]
+        return reference.ssvd_linear_backward_ref(dy, z, None, U, V, core, None, need_dx)
     composed = _composed(dy, weight, U, V, core, workspace) if mode == "composed" and need_dx else None
     if backend_for("linear", dy.device, dy.dtype) != "triton":
         z = None if z is None else z[..., :k]

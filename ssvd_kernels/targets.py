@@ -6,9 +6,11 @@ import re
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .config import PRESETS, SSVDConfig
-from .layers import SSVDLinear, check_linear, is_linear
+from .layers import SSVDLinear
+from .quantized import check_adaptable, is_adaptable
 
 
 def find_targets(model: nn.Module, config: SSVDConfig) -> dict[str, nn.Linear]:
@@ -28,8 +30,8 @@ def find_targets(model: nn.Module, config: SSVDConfig) -> dict[str, nn.Linear]:
         if name in excluded:
             continue
         if listed:
-            check_linear(module, f"module {name!r}, named by targets,")
-        elif not is_linear(module):
+            check_adaptable(module, f"module {name!r}, named by targets,")
+        elif not is_adaptable(module):
             continue
         assert isinstance(module, nn.Linear)
         others = [holder for holder in holders.get(_storage(module.weight), []) if holder != f"{name}.weight"]
@@ -43,7 +45,7 @@ def find_targets(model: nn.Module, config: SSVDConfig) -> dict[str, nn.Linear]:
             continue
         targets[name] = module
     if not targets:
-        linears = [name for name, module in model.named_modules() if is_linear(module)]
+        linears = [name for name, module in model.named_modules() if is_adaptable(module)]
         raise ValueError(
             f"targets={_shown(config.targets)} and exclude={_shown(config.exclude)} match no untied linear layer of "
             f"{type(model).__name__}: it has {len(linears)} linear layers, e.g. {', '.join(linears[:4]) or 'none'}"
@@ -98,7 +100,7 @@ def _weight_holders(model: nn.Module) -> dict[tuple, list[str]]:
 
 
 def _storage(tensor: Tensor) -> tuple:
-    if tensor.is_meta:
+    if tensor.is_meta or is_traceable_wrapper_subclass(tensor):  # these have no storage of their own
         return (id(tensor),)
     return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.device)
 
