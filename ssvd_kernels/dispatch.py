@@ -160,6 +160,17 @@ def ssvd_linear_backward(
     return dx, None if dcore is None else dcore[:k, :k].to(core.dtype)
 
 
+def vmapped(*tensors: Tensor) -> bool:
+    """Whether torch.func.vmap batches one of the tensors, at whatever level of nested transforms."""
+    functorch = torch._C._functorch
+    for tensor in tensors:
+        while functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_batchedtensor(tensor):
+                return True
+            tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 def _concatenated(x: Tensor, weight: Tensor) -> bool:
     """Whether one kernel makes both products of x: the weight's and the basis'."""
     half = x.dtype in _HALF and backend_for("linear", x.device, x.dtype) == "triton"
