@@ -89,7 +89,7 @@ def test_switching_away_and_back_changes_no_bit(base, side, rotation):
 
 
 def test_switching_moves_parameters_and_their_flags(base):
-    net = with_adapters(base, "b")
+    net = with_adapters(base, "c", "b")
     layers = list(sk.ssvd_layers(net).values())
     layers[0].delta_sigma.requires_grad_(False)
     first, trained = [layer.theta for layer in layers], {p for p in net.parameters() if p.requires_grad}
@@ -98,6 +98,7 @@ def test_switching_moves_parameters_and_their_flags(base):
     assert not any(p.requires_grad for p in trained)
     assert [p.requires_grad for layer in layers for p in layer.adapter().values()] == [True] * 2 * len(layers)
     assert not any(ours is theirs for ours, theirs in zip((layer.theta for layer in layers), first))
+    sk.set_adapter(net, "c")
     sk.set_adapter(net, "default")
     assert all(layer.theta is theta for layer, theta in zip(layers, first))
     assert {p for p in net.parameters() if p.requires_grad} == trained
@@ -154,6 +155,20 @@ def test_kept_weights_follow_the_adapter_in_use(base):
         sk.set_adapter(net, "b")
         sk.average_adapters(net, {"default": 1}, into="b")  # changes the one in use
         assert torch.equal(net(example(net)), first)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda net: sk.set_adapter(net, "b"), lambda net: sk.average_adapters(net, {"b": 1}, into="default")]
+)
+def test_kept_weights_are_dropped_at_once(base, change):
+    """On the GPU nobody compares values, and memory is short."""
+    net = with_adapters(base, "b").eval()
+    layers = sk.ssvd_layers(net).values()
+    with torch.no_grad():
+        net(example(net))
+    assert all(layer._cache and layer._workspace._kept for layer in layers)
+    change(net)
+    assert not any(layer._cache or layer._workspace._kept for layer in layers)
 
 
 def test_merging_takes_the_adapter_in_use(base):
