@@ -20,18 +20,21 @@ from ssvd_kernels.factorize import Factorization, factorize, sketch
 from ssvd_kernels.integrations.speechbrain import SSVDAdapter
 
 
-def _speechbrain(name: str) -> types.ModuleType:
-    """A module of SpeechBrain, which imports torchaudio to read audio; PyPI has that built for CUDA only."""
-    try:
-        importlib.import_module("torchaudio")
-    except (ImportError, OSError):
-        with pytest.MonkeyPatch.context() as patch:
+def _speechbrain(*names: str) -> list[types.ModuleType]:
+    """Modules of SpeechBrain, which imports torchaudio to read audio; PyPI has that built for CUDA only."""
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            importlib.import_module("torchaudio")
+        except (ImportError, OSError):
             patch.setitem(sys.modules, "torchaudio", types.ModuleType("torchaudio"))
-            return pytest.importorskip(f"speechbrain.{name}")
-    return pytest.importorskip(f"speechbrain.{name}")
+        found = [pytest.importorskip(f"speechbrain.{name}") for name in names]
+    for name, module in list(sys.modules.items()):  # its lazy modules break whoever walks through sys.modules
+        if type(module).__module__ == "speechbrain.utils.importutils":
+            del sys.modules[name]
+    return found
 
 
-adapters, checkpoints = _speechbrain("nnet.adapters"), _speechbrain("utils.checkpoints")
+adapters, checkpoints = _speechbrain("nnet.adapters", "utils.checkpoints")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
