@@ -66,9 +66,9 @@ def set_adapter(model: nn.Module, name: str) -> None:
     """Puts the adapter `name` to use. Its Parameters are the ones it had before, so optimizers stay valid.
 
     Those of the adapter that is parked stop requiring gradients, and require them again (as they did) once they are
-    back: run the backward of a loss before switching. An optimizer over several adapters changes only those that have
-    a gradient; `zero_grad()` with its default set_to_none=True takes it from the others.
-    Raises ValueError for an unknown name, and for a merged or sharded model.
+    back: run the backward of a loss before switching, and wrap a model in DistributedDataParallel after it. An
+    optimizer over several adapters changes only those that have a gradient, which `zero_grad()` takes from the others
+    (with its default set_to_none=True). Raises ValueError for an unknown name, and for a merged or sharded model.
     """
     for layer in _ready(model, name).values():
         if name != layer.active_adapter:
@@ -140,7 +140,9 @@ def _ready(model: nn.Module, *names: str) -> dict[str, SSVDLinear]:
         if layer.merged:
             raise ValueError(f"{layer_name} is merged: unmerge before changing or disabling its adapters")
         if type(layer.theta) is not nn.Parameter:
-            raise ValueError(f"{layer_name}.theta is a {type(layer.theta).__name__}: allowed are adapters in one piece")
+            raise ValueError(
+                f"{layer_name}.theta is a {type(layer.theta).__name__}: allowed is a Parameter, not sharded"
+            )
         for name in names:
             layer.adapter(name)
     return layers

@@ -233,6 +233,18 @@ def test_layers_with_different_adapters_are_named(base):
         sk.set_adapter(net, "b")
 
 
+def test_adapters_cannot_change_where_the_parameters_are_not_the_layers_own(base):
+    net = with_adapters(base, "b")
+
+    def forward(*_) -> None:
+        sk.set_adapter(net, "b")
+
+    net.last.register_forward_pre_hook(forward)
+    with pytest.raises(ValueError, match=r"first\.theta is a Tensor: allowed is a Parameter, not sharded"):
+        torch.func.functional_call(net, {"first.theta": torch.zeros(10)}, (example(net),))
+    assert sk.adapter_names(net) == ["default", "b"]
+
+
 # -- disabling ---------------------------------------------------------------------------------------------------------
 
 
