@@ -21,6 +21,15 @@ _HOMES = {
     "quantized": ["SSVDQuantizedLinear"],
     "model": ["InjectReport", "inject", "merge", "remove", "ssvd_layers", "unmerge"],
     "checkpoint": ["AdapterError", "load_adapter", "save_adapter"],
+    "adapters": [
+        "adapter_names",
+        "add_adapter",
+        "average_adapters",
+        "delete_adapter",
+        "disable_adapter",
+        "set_adapter",
+    ],
+    "probe": ["TrainingReport", "check_training"],
     "dispatch": ["use_backend"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -31,13 +40,21 @@ __all__ = [
     "SSVDConfig",
     "SSVDLinear",
     "SSVDQuantizedLinear",
+    "TrainingReport",
+    "adapter_names",
+    "add_adapter",
+    "average_adapters",
     "cayley",
     "cayley_delta",
+    "check_training",
+    "delete_adapter",
+    "disable_adapter",
     "inject",
     "load_adapter",
     "merge",
     "remove",
     "save_adapter",
+    "set_adapter",
     "ssvd_layers",
     "ssvd_linear",
     "unmerge",
@@ -45,12 +62,21 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .adapters import (
+        adapter_names,
+        add_adapter,
+        average_adapters,
+        delete_adapter,
+        disable_adapter,
+        set_adapter,
+    )
     from .checkpoint import AdapterError, load_adapter, save_adapter
     from .config import SSVDConfig
     from .dispatch import use_backend
     from .functional import cayley, cayley_delta, ssvd_linear
     from .layers import SSVDLinear
     from .model import InjectReport, inject, merge, remove, ssvd_layers, unmerge
+    from .probe import TrainingReport, check_training
     from .quantized import SSVDQuantizedLinear
 
 

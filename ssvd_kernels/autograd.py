@@ -14,6 +14,8 @@ from .workspace import Workspace
 class CayleyDeltaFunction(torch.autograd.Function):
     """theta (B, m) -> E (B, n, n), zero beyond k <= n; the backward needs E alone (see the twin in `reference`)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(theta: Tensor, k: int) -> Tensor:
         return dispatch.cayley_delta(theta, k)
@@ -39,6 +41,8 @@ class SSVDLinearFunction(torch.autograd.Function):
     Gradients reach x, core and bias; weight, U and V are frozen. z is an output of its own, so that second derivatives
     reach x through it.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(

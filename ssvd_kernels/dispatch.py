@@ -100,7 +100,7 @@ def cayley_delta(theta: Tensor, k: int) -> Tensor:
 
 
 def _cayley_delta(theta: Tensor, k: int) -> Tensor:
-    backend = backend_for("cayley", theta.device, theta.dtype)
+    backend = _cayley_backend(theta)
     if backend == "triton":
         return _kernels().cayley_delta(theta, k)
     if backend == "ext":
@@ -115,7 +115,7 @@ def cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
 
 
 def _cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
-    backend = backend_for("cayley", E.device, E.dtype)
+    backend = _cayley_backend(grad, E)
     if backend == "triton":
         pad = -E.shape[-1] % 16  # not zero only where another backend computed E
         return _kernels().cayley_delta_backward(F.pad(grad, (0, pad, 0, pad)), F.pad(E, (0, pad, 0, pad)), k)
@@ -126,8 +126,18 @@ def _cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
         return reference.cayley_delta_backward_ref(grad, E)
 
 
+def _cayley_backend(*tensors: Tensor) -> str:
+    """As `backend_for`; torch.func.vmap, which cannot batch Triton's launches, has the twin."""
+    backend = backend_for("cayley", tensors[0].device, tensors[0].dtype)
+    if backend == "triton" and not torch.compiler.is_compiling() and vmapped(*tensors):
+        if _forced == "triton":
+            raise RuntimeError("backend 'triton' cannot serve cayley under torch.func.vmap: allowed are the others")
+        return "reference"
+    return backend
+
+
 def _variant(tensor: Tensor) -> str:
-    return f"{backend_for('cayley', tensor.device, tensor.dtype)} {torch.get_float32_matmul_precision()}"
+    return f"{_cayley_backend(tensor)} {torch.get_float32_matmul_precision()}"
 
 
 def ssvd_linear(
@@ -188,6 +198,17 @@ def ssvd_linear_backward(
         operands = _padded(dy.dtype, U, V, core, workspace)
         dx, dcore = _kernels().ssvd_linear_bwd(dy, z, weight, *operands, need_dx)
     return dx, None if dcore is None else dcore[:k, :k].to(core.dtype)
+
+
+def vmapped(*tensors: Tensor) -> bool:
+    """Whether torch.func.vmap batches one of the tensors, at whatever level of nested transforms."""
+    functorch = torch._C._functorch
+    for tensor in tensors:
+        while functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_batchedtensor(tensor):
+                return True
+            tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def _concatenated(x: Tensor, weight: Tensor) -> bool:

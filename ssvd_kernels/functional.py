@@ -61,6 +61,18 @@ def rotation_deltas(thetas: Sequence[Tensor], ks: Sequence[int], rotations: Sequ
     return result
 
 
+def flip_theta(theta: Tensor, signs: Tensor, rotation: str) -> Tensor:
+    """theta (m,) that means in the basis (s_i u_i, s_i v_i) what the given one means in (u_i, v_i): K' = S K S.
+
+    signs (k,) of +-1, of the pairs that theta rotates; exact, as only signs change.
+    """
+    products = torch.outer(signs, signs).to(theta.device, theta.dtype)
+    if rotation == "free":
+        return theta * products.flatten()
+    rows, columns = torch.triu_indices(len(signs), len(signs), 1, device=theta.device)
+    return theta * products[rows, columns]
+
+
 def ssvd_linear(
     x: Tensor,
     weight: Tensor,
@@ -94,6 +106,11 @@ def ssvd_linear(
     # not whether W' is there already: the mode, and with it the last bit, must not depend on what went before
     compositions = 2 if workspace is None and backward else 1
     T, fused = x.numel() // x.shape[-1], dispatch.backend_for("linear", x.device, dtype) == "triton"
+    if fused and not torch.compiler.is_compiling() and dispatch.vmapped(x, core):
+        raise RuntimeError(
+            "torch.func.vmap cannot batch the Triton kernels: loop over the adapters with torch.func.functional_call, "
+            "or map within ssvd_kernels.use_backend('reference')"
+        )
     chosen = dispatch.linear_mode(dtype, T, weight.shape, core.shape[0], mode, backward, compositions, fused)
     with torch.autocast(x.device.type, enabled=False):
         y, _ = SSVDLinearFunction.apply(x, weight, U, V, core, bias, chosen, dtype, saves, workspace)

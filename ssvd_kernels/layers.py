@@ -16,6 +16,7 @@ from .config import SSVDConfig
 from .factorize import Factorization, factorize, fingerprint, match_signs, sketch
 from .functional import compute_dtype, rotation_delta, ssvd_linear, theta_length
 from .merging import merged_weight
+from .parked import TRAINED, ParkedAdapter, other_adapters
 from .workspace import SharedInputs, Workspace, capturing
 
 
@@ -89,6 +90,7 @@ class SSVDLinear(nn.Module):
         self.k_in, self.k_out, self.k = k_in, k_out, max(k_in, k_out or 0)
         self.side, self.rotation = config.resolve_side(d_in, d_out), config.rotation
         self.mode = "auto"
+        self.active_adapter, self.disabled = "default", False  # see adapters.py
         found = factorization or factorize(weight, self.k)
         self.basis = BasisIdentity(found.fingerprint, found.gap, found.sketch)
         self._hold(linear.requires_grad_(False))
@@ -162,6 +164,8 @@ class SSVDLinear(nn.Module):
     def _effective_weight(self) -> Tensor:
         if self._merged_weight is not None:
             return self._merged_weight
+        if self.disabled:
+            return self.base_weight
         if self._may_cache():
             return self._cached_weight()
         handed = self._handed
@@ -176,6 +180,8 @@ class SSVDLinear(nn.Module):
             if self.training and torch.is_grad_enabled() and self.theta.requires_grad:
                 raise RuntimeError("this SSVDLinear is merged and would not train: call unmerge() first, or eval()")
             return F.linear(x, self._merged_weight, self.bias)
+        if self.disabled:
+            return F.linear(x, self.base_weight, self.bias)
         if self._may_cache() and self._as_if_merged(x):
             return F.linear(x, self._cached_weight(), self.bias)
         core, frozen = self._core_for(x), (self.base_weight, self.U, self.V)
@@ -191,6 +197,26 @@ class SSVDLinear(nn.Module):
             inputs.note(x, self._workspace, self.k, compute_dtype(x))
         return self.core()
 
+    # -- adapters ----------------------------------------------------------------------------------------------
+
+    @property
+    def inactive(self) -> dict[str, ParkedAdapter]:
+        """The adapters that are not in use, by name: the layer's submodule `parked`, which is there if they are."""
+        return dict(self._modules.get("parked") or {})  # type: ignore[arg-type]
+
+    def adapter_names(self) -> list[str]:
+        """The adapter in use, then the others."""
+        return [self.active_adapter, *self.inactive]
+
+    def adapter(self, name: str | None = None) -> dict[str, nn.Parameter]:
+        """theta, delta_sigma (and theta_out) of the adapter `name`, or of the one in use."""
+        if name is None or name == self.active_adapter:
+            return {key: p for key in TRAINED if (p := self._parameters[key]) is not None}
+        if name not in self.inactive:
+            raise ValueError(f"adapter={name!r}: allowed are {', '.join(map(repr, self.adapter_names()))}")
+        parked = self.inactive[name]
+        return {key: parked[key] for key in TRAINED if key in parked}
+
     # -- merging -----------------------------------------------------------------------------------------------
 
     @property
@@ -200,6 +226,8 @@ class SSVDLinear(nn.Module):
 
     def composed_for_merge(self, name: str = "weight", rounding: str = "nearest", unload: bool = False) -> Tensor:
         """W' as `merge(model, unload)` stores it; see `merged_weight`."""
+        if self.disabled:
+            raise ValueError(f"merging {name} while its adapter is disabled: leave the disable_adapter block first")
         return merged_weight(self.base_weight, self.U, self.V, self.core(), rounding, name)
 
     def merge(self, composed: Tensor | None = None, *, rounding: str = "nearest") -> None:
@@ -339,7 +367,7 @@ class SSVDLinear(nn.Module):
         self.__dict__["_original"]._parameters.update(weight=self._parameters["weight"], bias=self._parameters["bias"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handed": None, "_cache": None}
+        return {**self.__dict__, "_handed": None, "_cache": None, "disabled": False}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Refuses another base weight without its basis, and any load while merged: both would be silently wrong."""
@@ -348,6 +376,10 @@ class SSVDLinear(nn.Module):
         weight, basis = state_dict.get(prefix + "weight"), [state_dict.get(prefix + name) for name in ("U", "V")]
         if self.merged:
             error_msgs.append(f"{prefix[:-1]} is merged: unmerge before loading")
+            return
+        others = other_adapters(state_dict, prefix, self.adapter_names())
+        if others is not None:
+            error_msgs.append(others)
             return
         moved = weight is not None and weight.shape == self.base_weight.shape and not _same(weight, self.base_weight)
         if moved and any(tensor is None for tensor in basis):

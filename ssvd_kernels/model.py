@@ -185,8 +185,8 @@ def _hand_out_rotations(root: nn.Module, args: Any) -> None:
 
     A layer that runs outside of it (alone, or recomputed by a checkpoint during backward) computes its own.
     """
-    layers = [module for module in root.modules() if isinstance(module, SSVDLinear)]
-    layers = [layer for layer in layers if not layer.merged and type(layer.theta) is nn.Parameter]
+    layers = [layer for layer in _walk(root, set()) if not layer.merged and not layer.disabled]
+    layers = [layer for layer in layers if type(layer.theta) is nn.Parameter]
     if not torch.is_grad_enabled():
         layers = [layer for layer in layers if not layer.has_cache()]
     thetas = [layer.theta for layer in layers]
@@ -206,9 +206,20 @@ def _hand_out_rotations(root: nn.Module, args: Any) -> None:
 def _end_of_forward(root: nn.Module, args: Any, output: Any) -> None:
     if not torch.compiler.is_compiling():
         _sharing(root).end()
-    for module in root.modules():
-        if isinstance(module, SSVDLinear):
-            module._handed = None
+    for layer in _walk(root, set()):
+        layer._handed = None
+
+
+def _walk(module: nn.Module, seen: set[nn.Module]) -> Iterator[SSVDLinear]:
+    """The SSVD layers below `module`, not entered: a compiled forward would be bound to the adapters parked there."""
+    if module in seen:
+        return
+    seen.add(module)
+    if isinstance(module, SSVDLinear):
+        yield module
+        return
+    for child in module.children():
+        yield from _walk(child, seen)
 
 
 def _sharing(root: nn.Module) -> InputSharing:

@@ -114,6 +114,8 @@ class SSVDQuantizedLinear(SSVDLinear):
         if self.mode not in ("auto", "factored"):
             raise ValueError(f"mode={self.mode!r} cannot serve a quantised layer: allowed are 'auto' and 'factored'")
         y = self.base(x)
+        if self.disabled:
+            return y
         return y + ssvd_update(x, self.U, self.V, self._core_for(x), workspace=self._workspace).to(y.dtype)
 
     def composed_for_merge(self, name: str = "weight", rounding: str = "nearest", unload: bool = False) -> Tensor:
