@@ -89,13 +89,7 @@ class SSVDLinear(nn.Module):
         self.mode = "auto"
         found = factorization or factorize(weight, self.k)
         self.basis = BasisIdentity(found.fingerprint, found.gap, found.sketch)
-        self.__dict__["_original"] = linear  # not a submodule: `original()` gives it back
-        linear.requires_grad_(False)
-        self._parameters["weight"] = linear._parameters["weight"]  # by hand: the name `weight` is a property
-        self.register_parameter("bias", linear.bias)
-        for name, tensor in (("U", found.U), ("sigma", found.sigma), ("V", found.V)):
-            # frozen parameters, not buffers: DDP broadcasts buffers, even non-persistent ones, every step
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self._hold(linear, found)
         zeros = found.sigma.new_zeros  # float32 or float64, on the weight's device
         self.theta = nn.Parameter(zeros(theta_length(k_in, self.rotation)))
         theta_out = None if k_out is None else nn.Parameter(zeros(theta_length(k_out, self.rotation)))
@@ -106,6 +100,16 @@ class SSVDLinear(nn.Module):
         self._handed: HandedRotations | None = None
         self._cache: tuple[Any, Tensor] | None = None
         self._workspace = Workspace()
+
+    def _hold(self, linear: nn.Linear, found: Factorization) -> None:
+        """Takes the frozen tensors, as Parameters of its own."""
+        self.__dict__["_original"] = linear  # not a submodule: `original()` gives it back
+        linear.requires_grad_(False)
+        self._parameters["weight"] = linear._parameters["weight"]  # by hand: the name `weight` is a property
+        self.register_parameter("bias", linear.bias)
+        for name, tensor in (("U", found.U), ("sigma", found.sigma), ("V", found.V)):
+            # frozen parameters, not buffers: DDP broadcasts buffers, even non-persistent ones, every step
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: SSVDConfig) -> SSVDLinear:
@@ -187,19 +191,15 @@ class SSVDLinear(nn.Module):
         """Whether the forward uses a fixed W' composed by `merge`."""
         return self._merged_weight is not None
 
+    @property
+    def in_use(self) -> bool:
+        """Whether a forward of the model needs this layer's rotation."""
+        return not self.merged
+
     def composed_for_merge(self, name: str = "weight") -> Tensor:
         """W' as `merge` stores it. Raises ValueError if it is not finite; warns if rounding loses the update."""
         with torch.no_grad():
-            core = self.core()
-            merged = self.compose()
-            if not bool(torch.isfinite(merged).all()):
-                raise ValueError(f"merging {name} would produce NaN or infinity in {merged.dtype}: nothing was changed")
-            if merged.dtype in (torch.float16, torch.bfloat16) and bool((core != 0).any()):
-                update = self.U.float() @ core.float() @ self.V.float().mT
-                gain = (((merged.float() - self.base_weight.float()) * update).sum() / update.square().sum()).item()
-                if abs(gain - 1) > 0.02:
-                    logger.warning("merging %s into %s keeps %.0f %% of the update", name, merged.dtype, 100 * gain)
-        return merged
+            return compose_for_merge(self.base_weight, self.U, self.V, self.core(), name)
 
     def merge(self, composed: Tensor | None = None) -> None:
         """Uses W' as a fixed weight from now on; W is kept, so `unmerge` is exact and state dicts never hold W'."""
@@ -223,8 +223,7 @@ class SSVDLinear(nn.Module):
     def set_basis(self, U: Tensor, sigma: Tensor, V: Tensor) -> None:
         """Replaces the basis by another of the same weight, e.g. an adapter's own. Shapes as the present ones."""
         for name, value in (("U", U), ("sigma", sigma), ("V", V)):
-            present = self._parameters[name]
-            assert present is not None
+            present: Tensor = getattr(self, name)
             if value.shape != present.shape:
                 raise ValueError(
                     f"{name} has shape {tuple(value.shape)}: allowed is {tuple(present.shape)}, as the layer's own"
@@ -348,6 +347,21 @@ class SSVDLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"k={k}, side={self.side}, rotation={self.rotation}{', merged' if self.merged else ''}"
         )
+
+
+@torch.no_grad()
+def compose_for_merge(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, name: str) -> Tensor:
+    """weight + U core V^T, to be kept. Raises ValueError if it is not finite; warns if rounding loses the update."""
+    with torch.autocast(weight.device.type, enabled=False):
+        merged = reference.compose_ref(weight, U, V, core)
+        if not bool(torch.isfinite(merged).all()):
+            raise ValueError(f"merging {name} would produce NaN or infinity in {merged.dtype}: nothing was changed")
+        if merged.dtype in (torch.float16, torch.bfloat16) and bool((core != 0).any()):
+            update = U.float() @ core.float() @ V.float().mT
+            gain = (((merged.float() - weight.float()) * update).sum() / update.square().sum()).item()
+            if abs(gain - 1) > 0.02:
+                logger.warning("merging %s into %s keeps %.0f %% of the update", name, merged.dtype, 100 * gain)
+    return merged
 
 
 def check_linear(module: object, name: str) -> None:
