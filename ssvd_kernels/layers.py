@@ -349,7 +349,6 @@ class SSVDLinear(nn.Module):
         )
 
 
-@torch.no_grad()
 def compose_for_merge(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, name: str) -> Tensor:
     """weight + U core V^T, to be kept. Raises ValueError if it is not finite; warns if rounding loses the update."""
     with torch.autocast(weight.device.type, enabled=False):

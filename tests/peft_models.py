@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def llama() -> nn.Module:
     config = transformers.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        num_key_value_heads=1, max_position_embeddings=32, initializer_range=0.3, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
 

@@ -6,7 +6,19 @@ import json
 
 import pytest
 from models import inject
-from peft_models import MODELS, RANK, SSVDPeftConfig, adapted, base_model, config, in_new_process, inputs, layers, peft
+from peft_models import (
+    MODELS,
+    RANK,
+    SSVDPeftConfig,
+    adapted,
+    base_model,
+    config,
+    in_new_process,
+    inputs,
+    layers,
+    peft,
+    transformers,
+)
 from refusals import refused
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -92,6 +104,7 @@ def test_numbers_of_parameters_are_those_of_this_package(options, capsys):
     model.print_trainable_parameters()
     assert f"trainable params: {report.trainable:,} || all params: {report.total:,}" in capsys.readouterr().out
     assert peft.PeftModel.get_model_status(model).peft_types == {"default": "SSVD"}
+    assert [name for name, _ in model.base_model.model.named_buffers()] == [name for name, _ in base.named_buffers()]
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -125,6 +138,12 @@ def test_a_refused_injection_changes_nothing(target, error, match):
     with refused(model, error, match):
         peft.get_peft_model(model, config(target_modules=["first", target] if target != "nothing" else [target]))
     peft.get_peft_model(model, config(target_modules=["first"]))  # as if nothing had happened
+
+
+def test_gpt2_s_layers_of_another_kind_are_named():
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20))
+    with refused(model, TypeError, r"transformer\.h\.0\.attn\.c_attn is a Conv1D"):
+        peft.get_peft_model(model, config())
 
 
 def test_a_refused_second_adapter_leaves_the_first_one_alone():

@@ -50,6 +50,8 @@ def test_output_is_bit_identical_before_training(name, side):
         assert torch.equal(run(model), run(base))
         with torch.no_grad():
             assert torch.equal(run(model), run(frozen))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(run(model), run(base))
 
 
 @pytest.mark.parametrize("options", [{}, {"side": "output"}, {"side": "both", "rank_out": 3}, {"rotation": "free"}])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class SSVDPeftConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    requires_import: str = field(default=_IMPORT)
+    requires_import: str = _IMPORT
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,15 +126,13 @@ class SSVDPeftModel(BaseTuner):
     tuner_layer_cls = SSVDPeftLinear
     target_module_mapping = PRESETS
 
-    _holders: dict[tuple, list[str]]
+    _holders: dict[tuple, list[str]]  # these two only while layers are being replaced
     _progress: tqdm
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's own, with a progress bar, and with nothing changed if anything is refused."""
-        self._holders, self._progress = (
-            weight_holders(model),
-            tqdm(desc="SSVD: factorising", unit="layer", disable=None),
-        )
+        self._holders = weight_holders(model)
+        self._progress = tqdm(desc="SSVD: factorising", unit="layer", disable=None)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
@@ -171,18 +169,21 @@ class SSVDPeftModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, SSVDPeftLinear) else SSVDPeftLinear(target, current_key)
-        if layer is not target:
-            tied = tied_to(current_key, layer.base_layer, self._holders)
-            if tied is not None:
-                raise ValueError(
-                    f"{current_key!r} is targeted and its weight tied to {tied!r}: adapting would change both. Leave "
-                    "it out by exclude_modules"
-                )
+        layer = target if isinstance(target, SSVDPeftLinear) else self._new_layer(target, current_key)
         layer.update_layer(adapter_name, peft_config.ssvd(), peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
         self._progress.update()
+
+    def _new_layer(self, target: nn.Module, name: str) -> SSVDPeftLinear:
+        layer = SSVDPeftLinear(target, name)
+        tied = tied_to(name, layer.base_layer, self._holders)
+        if tied is not None:
+            raise ValueError(
+                f"{name!r} is targeted and its weight tied to {tied!r}: adapting would change both. Leave it out by "
+                "exclude_modules"
+            )
+        return layer
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         if not is_watched(model):
