@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ from test_peft_training import hear, tiny_en
 torch.set_num_threads(2)
 folder = {folder!r}
 model = peft.PeftModel.from_pretrained(tiny_en(), folder)
-error = relative_error(hear(model), torch.load(folder + "/expected.pt"))
+error = relative_error(hear(model.double()), torch.load(folder + "/expected.pt"))
 assert 0 <= error <= 1e-6, error
 """
 
@@ -96,6 +97,7 @@ def tiny_en() -> nn.Module:
 
 def hear(model: nn.Module) -> Tensor:
     features = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(1))
+    features = features.to(next(model.parameters()).dtype)
     with torch.no_grad():
         return model(input_features=features, decoder_input_ids=torch.tensor([[50257, 50362, 11, 13]])).logits
 
@@ -128,7 +130,8 @@ def test_real_whisper_trains_saves_reloads_and_merges(tmp_path):
     model.save_pretrained(str(tmp_path))
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     assert size <= 1.1 * 4 * 753_984
-    torch.save(after, tmp_path / "expected.pt")
+    # in float64, where the forward's own rounding, 1e-6 in float32 whatever moves a bit, does not hide the adapter's
+    torch.save(hear(copy.deepcopy(model).double()), tmp_path / "expected.pt")
     in_new_process(RELOAD.format(folder=str(tmp_path)))
     with model.disable_adapter():
         assert torch.equal(hear(model), before)
