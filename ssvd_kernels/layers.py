@@ -93,10 +93,8 @@ class SSVDLinear(nn.Module):
         self.active_adapter, self.disabled = "default", False  # see adapters.py
         found = factorization or factorize(weight, self.k)
         self.basis = BasisIdentity(found.fingerprint, found.gap, found.sketch)
-        self._hold(linear.requires_grad_(False))
-        for name, tensor in (("U", found.U), ("sigma", found.sigma), ("V", found.V)):
-            # frozen parameters, not buffers: DDP broadcasts buffers, even non-persistent ones, every step
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self._hold(linear)
+        self._hold_basis(found)
         zeros = found.sigma.new_zeros  # float32 or float64, on the weight's device
         self.theta = nn.Parameter(zeros(theta_length(k_in, self.rotation)))
         theta_out = None if k_out is None else nn.Parameter(zeros(theta_length(k_out, self.rotation)))
@@ -114,9 +112,14 @@ class SSVDLinear(nn.Module):
         return linear.weight
 
     def _hold(self, linear: nn.Linear) -> None:
-        self.__dict__["_original"] = linear  # not a submodule: `original()` gives it back
+        self.__dict__["_original"] = linear.requires_grad_(False)  # not a submodule: `original()` gives it back
         self._parameters["weight"] = linear._parameters["weight"]  # by hand: the name `weight` is a property
         self.register_parameter("bias", linear.bias)
+
+    def _hold_basis(self, found: Factorization) -> None:
+        for name, tensor in (("U", found.U), ("sigma", found.sigma), ("V", found.V)):
+            # frozen parameters, not buffers: DDP broadcasts buffers, even non-persistent ones, every step
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: SSVDConfig) -> SSVDLinear:
@@ -224,6 +227,11 @@ class SSVDLinear(nn.Module):
         """Whether the forward uses a fixed W' composed by `merge`."""
         return self._merged_weight is not None
 
+    @property
+    def in_use(self) -> bool:
+        """Whether a forward of the model needs this layer's rotation."""
+        return not (self.merged or self.disabled)
+
     def composed_for_merge(self, name: str = "weight", rounding: str = "nearest", unload: bool = False) -> Tensor:
         """W' as `merge(model, unload)` stores it; see `merged_weight`."""
         if self.disabled:
@@ -262,8 +270,7 @@ class SSVDLinear(nn.Module):
     def set_basis(self, U: Tensor, sigma: Tensor, V: Tensor) -> None:
         """Replaces the basis by another of the same weight, e.g. an adapter's own. Shapes as the present ones."""
         for name, value in (("U", U), ("sigma", sigma), ("V", V)):
-            present = self._parameters[name]
-            assert present is not None
+            present: Tensor = getattr(self, name)
             if value.shape != present.shape:
                 raise ValueError(
                     f"{name} has shape {tuple(value.shape)}: allowed is {tuple(present.shape)}, as the layer's own"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,9 +108,7 @@ def install(model: nn.Module, plan: Plan, found: Mapping[str, Factorization]) ->
     layers = {name: adapt(linear, config, found[name]) for name, (linear, config) in plan.items()}
     for name, layer in layers.items():
         _replace(model, name, layer)
-    model.__dict__["_ssvd_root"] = _Root(trainable_before)
-    model.register_forward_pre_hook(_hand_out_rotations)
-    model.register_forward_hook(_end_of_forward, always_call=True)
+    watch_forwards(model, trainable_before)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return InjectReport(list(layers), trainable, total + trainable, list(layers.values()))
 
@@ -154,17 +152,35 @@ def _take_out(model: nn.Module, replacements: Mapping[str, nn.Linear]) -> None:
         _replace(model, name, linear)
     for module in list(_roots(model)):
         parameters = dict(module.named_parameters())
-        for name in module.__dict__.pop("_ssvd_root").trainable_before:
+        for name in unwatch_forwards(module):
             if name in parameters:
                 parameters[name].requires_grad_(True)
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook in (_hand_out_rotations, _end_of_forward)]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+
+
+def watch_forwards(root: nn.Module, trainable_before: Iterable[str] = ()) -> None:
+    """From now on one batched call computes the rotations of all SSVD layers at the start of each forward of `root`."""
+    root.__dict__["_ssvd_root"] = _Root(list(trainable_before))
+    root.register_forward_pre_hook(_hand_out_rotations)
+    root.register_forward_hook(_end_of_forward, always_call=True)
+
+
+def unwatch_forwards(root: nn.Module) -> list[str]:
+    """Undoes `watch_forwards` and returns its `trainable_before`."""
+    for hooks in (root._forward_pre_hooks, root._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (_hand_out_rotations, _end_of_forward)]:
+            del hooks[key]
+            root._forward_hooks_always_called.pop(key, None)
+    found: _Root = root.__dict__.pop("_ssvd_root")
+    return found.trainable_before
+
+
+def is_watched(root: nn.Module) -> bool:
+    """Whether `watch_forwards` was called on `root`."""
+    return "_ssvd_root" in root.__dict__
 
 
 def _roots(model: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if "_ssvd_root" in module.__dict__)
+    return filter(is_watched, model.modules())
 
 
 def require_layers(model: nn.Module) -> dict[str, SSVDLinear]:
@@ -185,8 +201,7 @@ def _hand_out_rotations(root: nn.Module, args: Any) -> None:
 
     A layer that runs outside of it (alone, or recomputed by a checkpoint during backward) computes its own.
     """
-    layers = [layer for layer in _walk(root, set()) if not layer.merged and not layer.disabled]
-    layers = [layer for layer in layers if type(layer.theta) is nn.Parameter]
+    layers = [layer for layer in _walk(root, set()) if layer.in_use and type(layer.theta) is nn.Parameter]
     if not torch.is_grad_enabled():
         layers = [layer for layer in layers if not layer.has_cache()]
     thetas = [layer.theta for layer in layers]

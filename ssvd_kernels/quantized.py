@@ -98,7 +98,7 @@ class SSVDQuantizedLinear(SSVDLinear):
         return base_weight(linear)
 
     def _hold(self, linear: nn.Linear) -> None:
-        self.base = linear
+        self.base = linear.requires_grad_(False)
 
     @property
     def base_weight(self) -> Tensor:

@@ -23,7 +23,7 @@ def find_targets(model: nn.Module, config: SSVDConfig) -> dict[str, nn.Linear]:
     """
     matched, listed = _match(model, config.targets)
     excluded = set(_match_names([name for name, _ in model.named_modules()], config.exclude)) if config.exclude else ()
-    holders = _weight_holders(model)
+    holders = weight_holders(model)
     output_embeddings = _output_embeddings(model)
     targets: dict[str, nn.Linear] = {}
     for name, module in matched.items():
@@ -34,11 +34,11 @@ def find_targets(model: nn.Module, config: SSVDConfig) -> dict[str, nn.Linear]:
         elif not is_adaptable(module):
             continue
         assert isinstance(module, nn.Linear)
-        others = [holder for holder in holders.get(_storage(module.weight), []) if holder != f"{name}.weight"]
-        if others:
+        tied = tied_to(name, module, holders)
+        if tied is not None:
             if listed:
                 raise ValueError(
-                    f"targets names {name!r}, whose weight is tied to {others[0]!r}: adapting would change both"
+                    f"targets names {name!r}, whose weight is tied to {tied!r}: adapting would change both"
                 )
             continue
         if not listed and module is output_embeddings:
@@ -91,12 +91,17 @@ def _within_layer(model: nn.Module, name: str) -> bool:
     return bool(parent) and isinstance(model.get_submodule(parent), SSVDLinear)
 
 
-def _weight_holders(model: nn.Module) -> dict[tuple, list[str]]:
+def weight_holders(model: nn.Module) -> dict[tuple, list[str]]:
     """Storage of each parameter -> every name that holds it, shared modules and shared tensors included."""
     holders: dict[tuple, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         holders.setdefault(_storage(parameter), []).append(name)
     return holders
+
+
+def tied_to(name: str, linear: nn.Linear, holders: dict[tuple, list[str]]) -> str | None:
+    """Another name in `holders` under which a parameter is the weight of the module `name`, or None."""
+    return next((other for other in holders.get(_storage(linear.weight), []) if other != f"{name}.weight"), None)
 
 
 def _storage(tensor: Tensor) -> tuple:
