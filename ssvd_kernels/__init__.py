@@ -21,16 +21,19 @@ _HOMES = {
     "model": ["InjectReport", "inject", "merge", "remove", "ssvd_layers", "unmerge"],
     "checkpoint": ["AdapterError", "load_adapter", "save_adapter"],
     "dispatch": ["use_backend"],
+    "export": ["LoraReport", "export_merged", "to_lora"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AdapterError",
     "InjectReport",
+    "LoraReport",
     "SSVDConfig",
     "SSVDLinear",
     "cayley",
     "cayley_delta",
+    "export_merged",
     "inject",
     "load_adapter",
     "merge",
@@ -38,6 +41,7 @@ __all__ = [
     "save_adapter",
     "ssvd_layers",
     "ssvd_linear",
+    "to_lora",
     "unmerge",
     "use_backend",
 ]
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
     from .checkpoint import AdapterError, load_adapter, save_adapter
     from .config import SSVDConfig
     from .dispatch import use_backend
+    from .export import LoraReport, export_merged, to_lora
     from .functional import cayley, cayley_delta, ssvd_linear
     from .layers import SSVDLinear
     from .model import InjectReport, inject, merge, remove, ssvd_layers, unmerge
