@@ -73,6 +73,7 @@ def to_lora(
         raise TypeError(f"rank={rank!r}: allowed is a whole number >= 1, or None for the exact update")
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank}: allowed is a whole number >= 1, or None for the exact update")
+    check_new(folder)
     layers = require_layers(model)
     pairs = {name: _lora_pair(name, layer, rank) for name, layer in layers.items()}
     tensors = {}
@@ -114,26 +115,28 @@ def export_merged(
         raise TypeError(f"model is a {type(model).__name__}: allowed is a transformers model (PreTrainedModel)")
     if files_from is not None and not Path(files_from).is_dir():
         raise FileNotFoundError(f"files_from={str(files_from)!r}: no such folder")
-    state = _merged_state(model)
     with new_folder(folder) as temporary:
-        model.save_pretrained(temporary, state_dict=state)
+        model.save_pretrained(temporary, state_dict=_merged_state(model))
         if files_from is not None:
             _copy_companions(Path(files_from), temporary)
 
 
+def check_new(folder: str | os.PathLike[str]) -> Path:
+    """`folder`, which may be empty. Raises FileExistsError if it holds anything or is a file, FileNotFoundError if its
+    parent does not exist."""
+    path = Path(folder)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"folder={str(path)!r} exists already: give a new or an empty folder")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"folder={str(path)!r}: the folder {str(path.absolute().parent)!r} does not exist")
+    return path
+
+
 @contextmanager
 def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends, and disappears if it raises.
-
-    Raises FileExistsError if `folder` is a file or holds anything, FileNotFoundError if its parent does not exist.
-    """
-    folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"folder={str(folder)!r} exists already: give a new or an empty folder")
-    parent = folder.absolute().parent
-    if not parent.is_dir():
-        raise FileNotFoundError(f"folder={str(folder)!r}: the folder {str(parent)!r} does not exist")
-    temporary = parent / f".{folder.name}.{uuid.uuid4().hex}"
+    """A temporary folder that becomes `folder` when the block ends, and disappears if it raises. See `check_new`."""
+    folder = check_new(folder)
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     temporary.mkdir()
     try:
         yield temporary

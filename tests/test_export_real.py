@@ -10,6 +10,7 @@ import torch
 from cases import relative_error
 
 import ssvd_kernels as sk
+from ssvd_kernels import __main__
 
 for _needed in ("transformers", "av", "jiwer", "tokenizers"):
     pytest.importorskip(_needed, reason="the real model needs the extra `demo`")
@@ -81,10 +82,12 @@ def test_transformers(tiny_en):
 
 @pytest.fixture(scope="module")
 def converted(tiny_en) -> Path:
-    ctranslate2 = pytest.importorskip("ctranslate2")
-    files = ["tokenizer.json", "preprocessor_config.json"]
-    converter = ctranslate2.converters.TransformersConverter(str(tiny_en.folder / "merged"), copy_files=files)
-    return Path(converter.convert(str(tiny_en.folder / "ct2")))
+    """By the command line, from the base model's folder and the adapter's file."""
+    pytest.importorskip("ctranslate2")
+    sk.save_adapter(tiny_en.model, tiny_en.folder / "adapter.safetensors")
+    names = [str(tiny_en.folder / name) for name in ("base", "adapter.safetensors", "ct2")]
+    assert __main__.main(["merge", *names, "--ctranslate2"]) == 0
+    return Path(names[-1])
 
 
 def test_ctranslate2(tiny_en, converted):
