@@ -1,4 +1,4 @@
-"""Command line: python -m ssvd_kernels info | selftest | inspect | merge
+"""Command line: python -m ssvd_kernels info | selftest | inspect | merge | convert
 
 Exit status: 0 done; 1 a check failed (an adapter that is damaged or made for another base model, a failed self-test);
 2 a command that cannot be run as it was given (an unknown option, a missing file, a folder that exists already).
@@ -66,6 +66,21 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("--rank", type=int, metavar="R", help="with --lora: the largest rank (default: exact)")
     stored = f"with --ctranslate2: type of the stored weights, {', '.join(QUANTIZATIONS)}"
     merge.add_argument("--quantization", choices=QUANTIZATIONS, metavar="TYPE", help=stored)
+
+    convert = add("convert", "turns checkpoints of ESPnet's own SSVD adapter into adapters, and back")
+    directions = convert.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
+    more = "Nothing is written if the result would not compute the same."
+    ours = directions.add_parser("from-espnet", help="an ESPnet checkpoint to an adapter", description=more)
+    ours.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the .pth file that ESPnet wrote")
+    ours.add_argument("adapter", type=Path, metavar="ADAPTER", help="the adapter file to write")
+    ours.add_argument("--rotation-map", choices=("linear", "cayley"), help="as it was trained (default: linear)")
+    ours.add_argument("--base", type=Path, metavar="PTH", help="the model before fine-tuning, if there is one")
+    ours.add_argument("--base-out", type=Path, metavar="PTH", help="write the base weights that the adapter belongs to")
+    theirs = directions.add_parser("to-espnet", help="an adapter to an ESPnet checkpoint", description=more)
+    theirs.add_argument("adapter", type=Path, metavar="ADAPTER", help="the file that save_adapter wrote")
+    theirs.add_argument("base", type=Path, metavar="BASE", help="the .pth file of the model before fine-tuning")
+    theirs.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the .pth file to write")
+    theirs.add_argument("--unmerged", action="store_true", help="keep W in `weight` (default: W', as ESPnet writes it)")
     return top
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import ssvd_kernels as sk
 from ssvd_kernels import __main__, _ext, dispatch, reference
 
-COMMANDS = ["info", "inspect", "merge", "selftest"]
+COMMANDS = ["convert", "info", "inspect", "merge", "selftest"]
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

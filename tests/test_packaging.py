@@ -121,7 +121,7 @@ def test_wheel_holds_what_it_should(cpu_site, pure_site):
         assert any(name.startswith("ssvd_kernels/_C.") for name in names) == compiled
         assert wheel.name.endswith("-none-any.whl") != compiled
         assert {"ssvd_kernels/py.typed", "ssvd_kernels/_build_info.json", "ssvd_kernels/triton/__init__.py"} <= {*names}
-        assert {f"ssvd_kernels/commands/{name}.py" for name in ("info", "selftest", "inspect", "merge")} <= {*names}
+        assert {f"ssvd_kernels/commands/{name}.py" for name in ("info", "merge", "convert")} <= {*names}
         assert all(name.startswith(("ssvd_kernels/", "ssvd_kernels-")) for name in names)
 
 
