@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from .layers import SSVDLinear
 from .model import require_layers
@@ -55,6 +56,8 @@ def to_lora(
     folder: str | os.PathLike[str],
     rank: int | None = None,
     base_model_name_or_path: str | None = None,
+    *,
+    progress: bool = True,
 ) -> LoraReport:
     """Writes the SSVD layers of `model` as a LoRA adapter that plain PEFT loads on the base model.
 
@@ -74,8 +77,8 @@ def to_lora(
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank}: allowed is a whole number >= 1, or None for the exact update")
     check_new(folder)
-    layers = require_layers(model)
-    pairs = {name: _lora_pair(name, layer, rank) for name, layer in layers.items()}
+    bar = tqdm(require_layers(model).items(), desc="SSVD: LoRA factors", unit="layer", disable=not progress)
+    pairs = {name: _lora_pair(name, layer, rank) for name, layer in bar}
     tensors = {}
     for name, pair in pairs.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = pair.A
@@ -86,7 +89,8 @@ def to_lora(
     with new_folder(folder) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    if any(type(module).__name__ == "WavLMAttention" for module in model.modules()):
+    attentions = [module for module in model.modules() if type(module).__name__ == "WavLMAttention"]
+    if any(isinstance(part, SSVDLinear) for attention in attentions for part in attention.modules()):
         logger.warning("WavLM's attention passes over LoRA layers: call merge_and_unload() after loading the adapter")
     total = sum(pair.norm**2 for pair in pairs.values()) ** 0.5
     return LoraReport(

@@ -227,6 +227,10 @@ def test_wavlm_needs_merging_and_says_so(tmp_path, caplog):
     torch.manual_seed(1)
     model = speech_models.MODELS["wavlm"][0]().eval()
     base = copy.deepcopy(model)
+    inject(model, targets=["intermediate_dense"])
+    sk.to_lora(model, tmp_path / "without attention")
+    assert not caplog.text
+    sk.remove(model)
     inject(model, targets="wavlm")
     train_randomly(model)
     with torch.no_grad():

@@ -23,9 +23,10 @@ def run(args: argparse.Namespace) -> int:
     check_new(args.output)
     read_adapter(args.adapter)  # a damaged file is found before the work
     model = load_base(args.base, args.float32)
-    load_adapter(model, args.adapter, progress=sys.stderr.isatty())
+    progress = sys.stderr.isatty()
+    load_adapter(model, args.adapter, progress=progress)
     if args.lora:
-        print(to_lora(model, args.output, rank=args.rank, base_model_name_or_path=str(args.base)))
+        print(to_lora(model, args.output, args.rank, str(args.base), progress=progress))
     elif args.ctranslate2:
         with tempfile.TemporaryDirectory(dir=args.output.absolute().parent) as name:
             export_merged(model, Path(name, "merged"), files_from=args.base)
