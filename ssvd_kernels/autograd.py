@@ -12,7 +12,7 @@ from .workspace import Workspace
 
 
 class CayleyDeltaFunction(torch.autograd.Function):
-    """theta (B, m) -> E (B, k, k); the backward needs E alone (see `reference.cayley_delta_backward_ref`)."""
+    """theta (B, m) -> E (B, n, n), zero beyond k <= n; the backward needs E alone (see the twin in `reference`)."""
 
     @staticmethod
     def forward(theta: Tensor, k: int) -> Tensor:
@@ -20,14 +20,15 @@ class CayleyDeltaFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.k = inputs[1]
         ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (E,) = ctx.saved_tensors
+        (E,), k = ctx.saved_tensors, ctx.k
         if torch.is_grad_enabled():  # create_graph: the twin is made of differentiable operations
-            return reference.cayley_delta_backward_ref(grad, E), None
-        return dispatch.cayley_delta_backward(grad.contiguous(), E), None
+            return reference.cayley_delta_backward_ref(grad[:, :k, :k], E[:, :k, :k]), None
+        return dispatch.cayley_delta_backward(grad.contiguous(), E, k), None
 
 
 class SSVDLinearFunction(torch.autograd.Function):

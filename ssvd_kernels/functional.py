@@ -28,7 +28,7 @@ def cayley_delta(theta: Tensor, k: int) -> Tensor:
     flat = theta.to(dtype).reshape(math.prod(theta.shape[:-1]), theta.shape[-1])
     with torch.autocast(theta.device.type, enabled=False):
         E = CayleyDeltaFunction.apply(flat.contiguous(), k)
-    return E.view(*theta.shape[:-1], k, k)
+    return E[:, :k, :k].view(*theta.shape[:-1], k, k)
 
 
 def cayley(theta: Tensor, k: int) -> Tensor:
