@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
             count += 1
             failed += not _passes(check)
         for op, dtype in (("cayley", torch.float32), ("linear", torch.bfloat16)):
-            for name, reason in refusals(op, device, dtype).items():
+            for name, reason in _backends(op, device, dtype).items():
                 if reason is not None:
                     print(f"-     {op}, backend {name}, {device}: not checked ({reason})")
     seconds = time.perf_counter() - start
@@ -56,12 +56,12 @@ def run(args: argparse.Namespace) -> int:
 def checks(device: torch.device) -> Iterator[Check]:
     """Every check that `device` can run."""
     for dtype in (torch.float32, torch.float64):
-        for backend, reason in refusals("cayley", device, dtype).items():
+        for backend, reason in _backends("cayley", device, dtype).items():
             for k in RANKS if reason is None else ():
                 name = f"cayley k={k}, {_short(dtype)}, {backend}, {device}"
                 yield Check(name, BOUNDS[dtype], _bind(_cayley_error, device, dtype, backend, k))
     for dtype in BOUNDS:
-        for backend, reason in refusals("linear", device, dtype).items():
+        for backend, reason in _backends("linear", device, dtype).items():
             for mode in ("composed", "factored") if reason is None else ():
                 name = f"linear {mode}, {_short(dtype)}, {backend}, {device}"
                 yield Check(name, BOUNDS[dtype], _bind(_linear_error, device, dtype, backend, mode))
@@ -70,6 +70,12 @@ def checks(device: torch.device) -> Iterator[Check]:
     yield Check(f"an adapter comes back from disk, {device}", bound, _bind(_reload_error, device))
     yield Check(f"merged equals unmerged, {device}", bound, _bind(_merge_error, device))
     yield Check(f"unmerged and removed is the base again, {device}", 0.0, _bind(_remove_error, device))
+
+
+def _backends(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Backend -> why it is not checked, None if it is."""
+    found = refusals(op, device, dtype)
+    return {**found, "triton": "its kernels are for GPUs"} if device.type == "cpu" else found
 
 
 def _passes(check: Check) -> bool:
