@@ -31,12 +31,14 @@ _HOMES = {
     ],
     "probe": ["TrainingReport", "check_training"],
     "dispatch": ["use_backend"],
+    "export": ["LoraReport", "export_merged", "to_lora"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AdapterError",
     "InjectReport",
+    "LoraReport",
     "SSVDConfig",
     "SSVDLinear",
     "SSVDQuantizedLinear",
@@ -49,6 +51,7 @@ __all__ = [
     "check_training",
     "delete_adapter",
     "disable_adapter",
+    "export_merged",
     "inject",
     "load_adapter",
     "merge",
@@ -57,6 +60,7 @@ __all__ = [
     "set_adapter",
     "ssvd_layers",
     "ssvd_linear",
+    "to_lora",
     "unmerge",
     "use_backend",
 ]
@@ -73,6 +77,7 @@ if TYPE_CHECKING:
     from .checkpoint import AdapterError, load_adapter, save_adapter
     from .config import SSVDConfig
     from .dispatch import use_backend
+    from .export import LoraReport, export_merged, to_lora
     from .functional import cayley, cayley_delta, ssvd_linear
     from .layers import SSVDLinear
     from .model import InjectReport, inject, merge, remove, ssvd_layers, unmerge

@@ -93,7 +93,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, progress: bo
     precision would be lost; the model is then unchanged.
     """
     path = Path(path)
-    described, tensors = _read(path)
+    described, tensors = read_adapter(path)
     present = ssvd_layers(model)
     found: dict[str, Factorization] = {}
     if any(layer.inactive for layer in present.values()):  # whose bases belong to other adapters, too
@@ -189,7 +189,7 @@ def _describe(layer: SSVDLinear) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+def read_adapter(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
     """(layer name -> description, tensors) of a file that is whole, unaltered and of this version."""
     if not path.is_file():
         raise FileNotFoundError(f"path={str(path)!r}: no such adapter file")
