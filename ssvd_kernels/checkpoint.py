@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import ROTATIONS, SIDES, SSVDConfig
-from .factorize import SAFE_GAP, SKETCH_ROWS, Factorization, fingerprint, match_signs
+from .factorize import SAFE_GAP, SKETCH_ROWS, Factorization, basis_error, fingerprint, match_signs
 from .functional import theta_length
 from .layers import SSVDLinear, check_linear
 from .model import Plan, factorize_all, install, require_layers, ssvd_layers
@@ -293,9 +293,8 @@ def _check_base(path: Path, name: str, described: dict[str, Any], weight: Tensor
     """For an adapter with its own bases: the base is the same weight, or a rounding of it."""
     if described["fingerprint"] == fingerprint(weight):
         return
-    U, sigma, V = (tensors[f"{name}.{key}"].to(weight.device, torch.float32) for key in _BASIS)
+    error = basis_error(weight, *(tensors[f"{name}.{key}"] for key in _BASIS))
     W = weight.detach().float()
-    error = float((U.mT @ W @ V - torch.diag(sigma)).norm() / W.norm())
     roundings = [dtype for dtype in (torch.float16, torch.bfloat16) if torch.equal(W, W.to(dtype).float())]
     allowed = max((torch.finfo(dtype).eps / 2 for dtype in roundings), default=0.0)
     if not error <= allowed:

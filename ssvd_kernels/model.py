@@ -96,12 +96,14 @@ def factorize_all(plan: Plan, progress: bool) -> dict[str, Factorization]:
     return found
 
 
-def install(model: nn.Module, plan: Plan, found: Mapping[str, Factorization]) -> InjectReport:
+def install(
+    model: nn.Module, plan: Plan, found: Mapping[str, Factorization], layer_type: type[SSVDLinear] = SSVDLinear
+) -> InjectReport:
     """The part of `inject` that changes the model, given the factorisations."""
     trainable_before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     total = sum(parameter.numel() for parameter in model.parameters())
     model.requires_grad_(False)
-    layers = {name: SSVDLinear(linear, config, found[name]) for name, (linear, config) in plan.items()}
+    layers = {name: layer_type(linear, config, found[name]) for name, (linear, config) in plan.items()}
     for name, layer in layers.items():
         _replace(model, name, layer)
     model.__dict__["_ssvd_root"] = _Root(trainable_before)

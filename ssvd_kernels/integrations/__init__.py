@@ -1,0 +1,1 @@
+"""SSVD inside other frameworks: one module each, imported on demand."""
