@@ -20,17 +20,20 @@ _HOMES = {
     "layers": ["SSVDLinear"],
     "model": ["InjectReport", "inject", "merge", "remove", "ssvd_layers", "unmerge"],
     "checkpoint": ["AdapterError", "load_adapter", "save_adapter"],
+    "convert": ["ConversionError", "from_espnet", "to_espnet"],
     "dispatch": ["use_backend"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AdapterError",
+    "ConversionError",
     "InjectReport",
     "SSVDConfig",
     "SSVDLinear",
     "cayley",
     "cayley_delta",
+    "from_espnet",
     "inject",
     "load_adapter",
     "merge",
@@ -38,6 +41,7 @@ __all__ = [
     "save_adapter",
     "ssvd_layers",
     "ssvd_linear",
+    "to_espnet",
     "unmerge",
     "use_backend",
 ]
@@ -45,6 +49,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .checkpoint import AdapterError, load_adapter, save_adapter
     from .config import SSVDConfig
+    from .convert import ConversionError, from_espnet, to_espnet
     from .dispatch import use_backend
     from .functional import cayley, cayley_delta, ssvd_linear
     from .layers import SSVDLinear

@@ -1,5 +1,4 @@
-"""Tiny models of ESPnet's own classes, and a task that trains and loads them with ESPnet's own programs. A test file that
-imports this is skipped without ESPnet."""
+"""Tiny models of ESPnet's own classes and a task for its trainer. Tests that import this are skipped without it."""
 
 from __future__ import annotations
 
@@ -15,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ssvd_kernels.integrations import espnet as integration
+
 pytest.importorskip("espnet2", reason="needs ESPnet: pip install '.[espnet]' && pip install --no-deps espnet")
 
 
 @contextmanager
 def _torchaudio():
-    """ESPnet imports torchaudio beside what is used here; where there is none, an empty module does while it imports."""
+    """ESPnet imports torchaudio beside what is used here: where there is none, an empty module does for that."""
     if importlib.util.find_spec("torchaudio") is None:
         sys.modules["torchaudio"] = types.ModuleType("torchaudio")
         sys.modules["torchaudio"].__spec__ = ModuleSpec("torchaudio", None)
@@ -40,8 +41,6 @@ with _torchaudio():
     from espnet2.tasks.abs_task import AbsTask
     from espnet2.train.trainer import Trainer
 
-from ssvd_kernels.integrations import espnet as integration
-
 create_adapter = espnet2.layers.create_adapter.create_adapter
 TOKENS = ["<blank>", "<unk>", "a", "b", "c", "<sos/eos>"]
 FEATURES, FRAMES, UTTERANCES = 8, 24, 4
@@ -54,10 +53,8 @@ def encoder(kind: str) -> nn.Module:
     common |= {"positional_dropout_rate": 0.0, "attention_dropout_rate": 0.0, "input_layer": "linear"}
     if kind == "transformer":
         return TransformerEncoder(FEATURES, **common)
-    ffn = {"use_ffn": True, "macaron_ffn": True}
-    return EBranchformerEncoder(
-        FEATURES, **common, **ffn, cgmlp_linear_units=40, cgmlp_conv_kernel=3, merge_conv_kernel=3
-    )
+    common |= {"use_ffn": True, "macaron_ffn": True, "cgmlp_linear_units": 40, "cgmlp_conv_kernel": 3}
+    return EBranchformerEncoder(FEATURES, **common, merge_conv_kernel=3)
 
 
 def asr_model(kind: str = "e_branchformer") -> ESPnetASRModel:

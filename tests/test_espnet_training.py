@@ -1,4 +1,4 @@
-"""The ESPnet adapter under ESPnet's own command line, trainer and loader: trained, saved, averaged, resumed, reloaded."""
+"""The ESPnet adapter under ESPnet's own command line, trainer and loader: trained, saved, averaged, resumed, loaded."""
 
 from __future__ import annotations
 
