@@ -39,8 +39,10 @@ with _torchaudio():
     from espnet2.asr.encoder.transformer_encoder import TransformerEncoder
     from espnet2.asr.espnet_model import ESPnetASRModel
     from espnet2.tasks.abs_task import AbsTask
+    from espnet2.torch_utils.load_pretrained_model import load_pretrained_model
     from espnet2.train.trainer import Trainer
 
+__all__ = ["load_pretrained_model"]
 create_adapter = espnet2.layers.create_adapter.create_adapter
 TOKENS = ["<blank>", "<unk>", "a", "b", "c", "<sos/eos>"]
 FEATURES, FRAMES, UTTERANCES = 8, 24, 4

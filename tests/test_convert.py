@@ -15,7 +15,7 @@ import ssvd_kernels as sk
 from ssvd_kernels.convert import ConversionError, from_espnet, to_espnet
 
 MAPS = ["linear", "cayley"]
-FLOAT32 = 2e-6  # of a norm: roundings of u, v, s_pre and of the sums in float32
+FLOAT32 = 2 * torch.finfo(torch.float32).eps  # of a norm
 
 
 class Model(nn.Module):
