@@ -115,9 +115,12 @@ def test_the_launcher_runs_an_espnet_program(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         integration.main()
     assert stopped.value.code == 0 and "--input_dir" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", ["espnet.py"])
-    with pytest.raises(SystemExit, match=r"usage: python -m ssvd_kernels\.integrations\.espnet"):
-        integration.main()
+    for arguments, code in ((["--help"], 0), ([], 2)):
+        monkeypatch.setattr("sys.argv", ["espnet.py", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            integration.main()
+        shown = "".join(capsys.readouterr())
+        assert stopped.value.code == code and "usage: python -m ssvd_kernels.integrations.espnet" in shown
 
 
 def test_processes_that_espnet_spawns_register_too(monkeypatch):

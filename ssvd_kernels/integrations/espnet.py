@@ -20,6 +20,7 @@ save_strategy "all" stores the base weights and their singular vectors too and l
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import logging
 import sys
@@ -238,13 +239,16 @@ def _kind(model: nn.Module) -> str:
 
 def main() -> None:
     """Registers the adapter and runs the ESPnet program named first on the command line."""
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        raise SystemExit("usage: python -m ssvd_kernels.integrations.espnet espnet2.bin.s2t_train [its arguments]")
+    parser = argparse.ArgumentParser(prog="python -m ssvd_kernels.integrations.espnet", description=main.__doc__)
+    parser.add_argument("program", help="a module with a main(), e.g. espnet2.bin.s2t_train")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
+    parser.parse_args()
+    register()
     del sys.argv[0]
     importlib.import_module(sys.argv[0]).main()
 
 
-if __name__ in ("__main__", "__mp_main__"):  # the second: in processes that ESPnet spawns, one a GPU
-    importlib.import_module("ssvd_kernels.integrations.espnet").register()
 if __name__ == "__main__":
-    main()
+    importlib.import_module("ssvd_kernels.integrations.espnet").main()
+elif __name__ == "__mp_main__":  # in processes that ESPnet spawns, one a GPU
+    importlib.import_module("ssvd_kernels.integrations.espnet").register()
