@@ -30,6 +30,7 @@ _HOMES = {
         "set_adapter",
     ],
     "probe": ["TrainingReport", "check_training"],
+    "convert": ["ConversionError", "from_espnet", "to_espnet"],
     "dispatch": ["use_backend"],
     "export": ["LoraReport", "export_merged", "to_lora"],
 }
@@ -37,6 +38,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AdapterError",
+    "ConversionError",
     "InjectReport",
     "LoraReport",
     "SSVDConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "export_merged",
+    "from_espnet",
     "inject",
     "load_adapter",
     "merge",
@@ -60,6 +63,7 @@ __all__ = [
     "set_adapter",
     "ssvd_layers",
     "ssvd_linear",
+    "to_espnet",
     "to_lora",
     "unmerge",
     "use_backend",
@@ -76,6 +80,7 @@ if TYPE_CHECKING:
     )
     from .checkpoint import AdapterError, load_adapter, save_adapter
     from .config import SSVDConfig
+    from .convert import ConversionError, from_espnet, to_espnet
     from .dispatch import use_backend
     from .export import LoraReport, export_merged, to_lora
     from .functional import cayley, cayley_delta, ssvd_linear

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import read_adapter
+from .checkpoint import adapter_values
 from .layers import SSVDLinear
 from .model import require_layers
 from .parked import ParkedAdapter, ParkedAdapters
@@ -54,7 +54,7 @@ def add_adapter(model: nn.Module, name: str, path: str | os.PathLike[str] | None
         )
     if name in taken:
         raise ValueError(f"name={name!r} is taken: the model has the adapters {', '.join(map(repr, taken))}")
-    values = {} if path is None else read_adapter(layers, path)
+    values = {} if path is None else adapter_values(layers, path)
     for layer_name, layer in layers.items():
         new = {key: nn.Parameter(torch.zeros_like(present)) for key, present in layer.adapter().items()}
         for key, value in values.get(layer_name, {}).items():

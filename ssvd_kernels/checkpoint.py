@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import ROTATIONS, SIDES, SSVDConfig
-from .factorize import SAFE_GAP, SKETCH_ROWS, Factorization, fingerprint, match_signs
+from .factorize import SAFE_GAP, SKETCH_ROWS, Factorization, basis_error, fingerprint, match_signs
 from .functional import flip_theta, theta_length
 from .layers import SSVDLinear
 from .model import Plan, factorize_all, install, require_layers, ssvd_layers
@@ -97,7 +97,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, progress: bo
     present = ssvd_layers(model)
     found: dict[str, Factorization] = {}
     if any(layer.inactive for layer in present.values()):  # whose bases belong to other adapters, too
-        for name, values in read_adapter(present, path).items():
+        for name, values in adapter_values(present, path).items():
             _copy(values, present[name])
         return list(described)
     if present:
@@ -144,14 +144,14 @@ def _copy(values: dict[str, Tensor], layer: SSVDLinear) -> None:
     layer._forget()
 
 
-def read_adapter(layers: dict[str, SSVDLinear], path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
+def adapter_values(layers: dict[str, SSVDLinear], path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
     """Layer name -> theta, delta_sigma (and theta_out) of an adapter file, in terms of the bases that `layers` hold.
 
     Where the file means another sign of a singular pair, its theta changes instead of the basis: K' = S K S.
     Raises as `load_adapter` does, and AdapterError where the file's basis is another one altogether.
     """
     path = Path(path)
-    described, tensors = _read(path)
+    described, tensors = read_adapter(path)
     _check_present(path, layers, described)
     values = {}
     for name, layer in layers.items():
@@ -335,9 +335,8 @@ def _check_base(path: Path, name: str, described: dict[str, Any], weight: Tensor
     """For an adapter with its own bases: the base is the same weight, or a rounding of it."""
     if described["fingerprint"] == fingerprint(weight):
         return
-    U, sigma, V = (tensors[f"{name}.{key}"].to(weight.device, torch.float32) for key in _BASIS)
+    error = basis_error(weight, *(tensors[f"{name}.{key}"] for key in _BASIS))
     W = weight.detach().float()
-    error = float((U.mT @ W @ V - torch.diag(sigma)).norm() / W.norm())
     roundings = [dtype for dtype in (torch.float16, torch.bfloat16) if torch.equal(W, W.to(dtype).float())]
     allowed = max((torch.finfo(dtype).eps / 2 for dtype in roundings), default=0.0)
     if not error <= allowed:

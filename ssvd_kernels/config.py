@@ -14,11 +14,13 @@ SIDES, ROTATIONS = get_args(Side), get_args(Rotation)
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 _WAV2VEC2 = [*_ATTENTION, "intermediate_dense", "output_dense"]
+_CGMLP = ["channel_proj1.0", "channel_proj2", "merge_proj"]  # the other branch of an E-Branchformer
 PRESETS: dict[str, list[str]] = {
     "whisper": [*_ATTENTION, "fc1", "fc2"],
     "wav2vec2": _WAV2VEC2,
     "hubert": _WAV2VEC2,
     "wavlm": _WAV2VEC2,
+    "espnet": ["linear_q", "linear_k", "linear_v", "linear_out", "linear_pos", "w_1", "w_2", *_CGMLP],
 }
 
 
@@ -42,8 +44,8 @@ class SSVDConfig:
     rotation         "cayley" G = (I-K)(I+K)^-1, orthogonal; "linear" I - 2K, its first-order map (not orthogonal);
                      "free" any k x k matrix (k^2 parameters).
     rank_out, ratio_out   rank of the output rotation, only for side="both" (default: as rank or ratio).
-    targets          "all-linear" | a preset ("whisper", "wav2vec2", "hubert", "wavlm") | list of module-name suffixes
-                     | regular expression matched against the whole module name.
+    targets          "all-linear" | a preset ("whisper", "wav2vec2", "hubert", "wavlm", "espnet")
+                     | list of module-name suffixes | regular expression matched against the whole module name.
     exclude          list of suffixes or a regular expression of modules to leave alone.
 
     Raises ValueError or TypeError naming the argument, its value and what is allowed.

@@ -78,6 +78,13 @@ def sketch(U: Tensor, V: Tensor) -> Tensor:
     return torch.cat([_project(V), _project(U)]).to("cpu", torch.float32)
 
 
+def basis_error(weight: Tensor, U: Tensor, sigma: Tensor, V: Tensor) -> float:
+    """||U^T W V - diag(sigma)|| / ||W|| in float32 at least: about 1e-6 if U, sigma, V are triplets of W, else 1."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    W, U, sigma, V = (tensor.detach().to(weight.device, wide) for tensor in (weight, U, sigma, V))
+    return float((U.mT @ W @ V - torch.diag(sigma)).norm() / W.norm())
+
+
 def match_signs(saved: Tensor, found: Tensor) -> Tensor | None:
     """Signs (k,) that turn the basis with sketch `found` into the one with sketch `saved`; None if none do."""
     if saved.shape != found.shape:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from .config import SSVDConfig
 from .factorize import Factorization, check_weight, factorize
 from .functional import rotation_deltas
 from .layers import HandedRotations, SSVDLinear
-from .quantized import adapt, base_weight, is_quantized
+from .quantized import base_weight, is_quantized
 from .targets import find_targets
 from .workspace import InputSharing
 
@@ -98,14 +98,19 @@ def factorize_all(plan: Plan, progress: bool) -> dict[str, Factorization]:
     return found
 
 
-def install(model: nn.Module, plan: Plan, found: Mapping[str, Factorization]) -> InjectReport:
-    """The part of `inject` that changes the model, given the factorisations."""
+def install(
+    model: nn.Module,
+    plan: Plan,
+    found: Mapping[str, Factorization],
+    make: Callable[[nn.Linear, SSVDConfig, Factorization], SSVDLinear] = adapt,
+) -> InjectReport:
+    """The part of `inject` that changes the model, given the factorisations; `make` makes each layer."""
     trainable_before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     total = sum(parameter.numel() for parameter in model.parameters())
     packed = [module for module in model.modules() if is_quantized(module)]  # several numbers in an element, perhaps
     total += sum(linear.out_features * linear.in_features - linear.weight.numel() for linear in packed)
     model.requires_grad_(False)
-    layers = {name: adapt(linear, config, found[name]) for name, (linear, config) in plan.items()}
+    layers = {name: make(linear, config, found[name]) for name, (linear, config) in plan.items()}
     for name, layer in layers.items():
         _replace(model, name, layer)
     watch_forwards(model, trainable_before)

@@ -1,0 +1,254 @@
+"""SSVD as an ESPnet adapter: `adapter: ssvd_kernels` in an ESPnet configuration.
+
+    use_adapter: true
+    adapter: ssvd_kernels
+    adapter_conf: {rotation_ratio: 0.4, rotation_map: cayley, target_modules: [attn.linear_q, attn.linear_v]}
+
+    python -m ssvd_kernels.integrations.espnet espnet2.bin.s2t_train --config conf.yaml ...
+
+The launcher is `register()` followed by the named ESPnet program; scripts of your own call `register()` first.
+
+ESPnet builds a model with random weights, calls `create_adapter`, builds the optimizer, and only then loads
+`init_param` or a model file, with strict=False. So every parameter exists from the start; a layer factorises its weight
+when a state dict brings it, and until then raises when it is used. Whatever would leave an adapter without effect, or
+give it another one than was trained, is refused as the state dict is loaded (torch raises a RuntimeError).
+
+save_strategy "all" stores the base weights and their singular vectors too and loads into a new model as it is;
+"required_grad_only" stores what trains and a sketch of the singular vectors, and loads over the base weights;
+"adapter_only" is refused by ESPnet's trainer for adapters other than its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SSVDConfig
+from ..factorize import MATCH_TOLERANCE, SKETCH_ROWS, Factorization, basis_error, factorize, match_signs, sketch
+from ..layers import BasisIdentity, SSVDLinear
+from ..model import InjectReport, factorize_all, install, ssvd_layers
+from ..targets import find_targets
+
+logger = logging.getLogger(__name__)
+
+_TRAINED = ("theta", "delta_sigma")
+_BASIS = ("U", "sigma", "V")
+_MAPS = ("linear", "cayley")  # numbered in state dicts: append only
+_IDENTITY = "_extra_state"  # torch's key for what get_extra_state returns
+
+
+def register(name: str = "ssvd_kernels") -> None:
+    """Makes `adapter: name` known to ESPnet. Raises ValueError if ESPnet has another adapter of that name."""
+    from espnet2.layers.create_adapter import create_adapter_fn_table
+
+    if create_adapter_fn_table.setdefault(name, create_adapter) is not create_adapter:
+        raise ValueError(f"name={name!r} is an adapter of ESPnet already: allowed is any other name")
+
+
+def create_adapter(
+    model: nn.Module,
+    rotation_ratio: float | None = None,
+    rank: int | None = None,
+    rotation_map: Literal["linear", "cayley"] = "linear",
+    target_modules: str | Sequence[str] = "espnet",
+    weights: Literal["later", "now"] = "later",
+) -> InjectReport:
+    """Adapts `model` in place, as ESPnet calls it: `create_adapter(model=model, **adapter_conf)`.
+
+    rotation_ratio, rank   k = int(min(d_in, d_out) * rotation_ratio), or k itself; exactly one of them
+    rotation_map           "linear" (I - 2K, as in the paper and in ESPnet) or "cayley" (orthogonal)
+    target_modules         list of endings of module names, by ESPnet's rule ("attn.linear_q" is also the end of
+                           "self_attn.linear_q"); or a string as in `SSVDConfig.targets`
+    weights                "later": a state dict will bring the pretrained weights (init_param, a model file);
+                           "now": the model holds them already (Whisper and s3prl models load their own)
+
+    The smaller side rotates (side="smaller"), as in ESPnet. Weights and biases of the adapted layers are frozen; what
+    else trains is left to freeze_param, as with ESPnet's LoRA, and is reported. Raises ValueError or TypeError naming
+    the argument, its value and what is allowed, with nothing changed.
+    """
+    if rotation_map not in _MAPS:
+        raise ValueError(f"rotation_map={rotation_map!r} is unknown: allowed are 'linear', 'cayley'")
+    if weights not in ("later", "now"):
+        raise ValueError(f"weights={weights!r} is unknown: allowed are 'later', 'now'")
+    if ssvd_layers(model):
+        raise ValueError("model has SSVD layers already: create_adapter is called once")
+    if not isinstance(target_modules, str):
+        target_modules = _names_that_end(model, target_modules)
+    config = SSVDConfig(rank, rotation_ratio, "smaller", rotation_map, target_modules)
+    plan = {name: (linear, config) for name, linear in find_targets(model, config).items()}
+    if weights == "now":
+        found = factorize_all(plan, progress=True)
+    else:
+        found = {name: _placeholder(linear, config) for name, (linear, _) in plan.items()}
+    others = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adapted = {id(p) for linear, _ in plan.values() for p in linear.parameters()}
+    report = install(model, plan, found, ESPnetSSVDLinear)
+    trained_too = [parameter.requires_grad_(True) for parameter in others if id(parameter) not in adapted]
+    model.register_load_state_dict_pre_hook(_refuse_strays)
+    logger.info("%s", report)
+    if trained_too:
+        count = sum(parameter.numel() for parameter in trained_too)
+        logger.warning("%s other parameters of the model train, too: freeze_param freezes them", f"{count:,}")
+    return report
+
+
+class ESPnetSSVDLinear(SSVDLinear):
+    """An SSVDLinear that may be built before its weight is there and is factorised when a state dict brings it."""
+
+    def __init__(self, linear: nn.Linear, config: SSVDConfig, factorization: Factorization | None = None) -> None:
+        super().__init__(linear, config, factorization)
+        self.factorized = bool(self.basis.sketch.any())
+
+    def core(self) -> Tensor:
+        if not self.factorized:
+            raise RuntimeError(
+                "no pretrained weight was loaded into this SSVD layer, so it has no singular vectors: load one "
+                "(init_param) first, or give adapter_conf weights='now' for a model that brings its own"
+            )
+        return super().core()
+
+    def get_extra_state(self) -> Tensor:
+        """(7, k): sketch of the basis, and the number of the rotation. Floats, for ESPnet averages all it saved."""
+        rotation = torch.full((1, self.k), float(_MAPS.index(self.rotation)))
+        return torch.cat([self.basis.sketch, rotation])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to do: `_load_from_state_dict` has compared it with the basis."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        known = self.basis
+        if not self.merged:
+            try:
+                state_dict = self._with_basis(state_dict, prefix)
+            except ValueError as error:
+                self.basis = known
+                args[-1].append(f"{prefix[:-1]}: {error}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.factorized = bool(self.basis.sketch.any())
+
+    def _with_basis(self, state_dict: Any, prefix: str) -> Any:
+        """`state_dict` with the U, sigma and V that belong to its weight and theta; ValueError if there are none."""
+        given = self._given(state_dict, prefix)
+        weight, identity = given.get("weight"), state_dict.get(prefix + _IDENTITY)
+        if any(tensor.shape != self._parameters[name].shape for name, tensor in given.items()):  # type: ignore[union-attr]
+            return state_dict  # torch says so
+        present = [name for name in _TRAINED if prefix + name in state_dict]
+        if present and len(present) < len(_TRAINED):
+            raise ValueError(f"the state dict has {present[0]}, but not all of {', '.join(_TRAINED)}")
+        if identity is not None and not identity[:-1].any():
+            identity = None  # of a layer without a weight
+        base = self.base_weight if weight is None else weight.to(self.base_weight.device, self.base_weight.dtype)
+        if all(name in given for name in _BASIS) and bool(given["U"].any()):
+            U, sigma, V = (given[name] for name in _BASIS)
+            _check_basis(base, U, sigma, V)
+        elif self.factorized:
+            if not torch.equal(base, self.base_weight):
+                raise ValueError(
+                    "the base weight differs from the one that was factorised: load base weights once, before training"
+                )
+            U, sigma, V = self.U, self.sigma, self.V
+        elif weight is not None:
+            found = factorize(base, self.k)
+            logger.info("SSVD: factorised %s (%d x %d, k = %d)", prefix[:-1], *base.shape, self.k)
+            self.basis = BasisIdentity(found.fingerprint, found.gap, found.sketch)
+            U, sigma, V = found.U, found.sigma, found.V
+        elif any(name in given for name in _TRAINED):
+            raise ValueError("the state dict has a trained theta, but no base weight was loaded: load that first")
+        else:
+            return state_dict  # the model's own, or without this layer
+        if identity is not None:
+            signs = self._match(identity, sketch(U, V)).to(U.device, U.dtype)
+            U, V = U * signs, V * signs
+        elif any(name in given for name in _TRAINED):
+            raise ValueError("the state dict has theta, but no sketch of the singular vectors that it rotates")
+        return {**state_dict, **{prefix + name: tensor for name, tensor in zip(_BASIS, (U, sigma, V))}}
+
+    def _given(self, state_dict: Any, prefix: str) -> dict[str, Tensor]:
+        """What comes from outside: ESPnet updates the model's own state dict with a file's and loads the result."""
+        given = {}
+        for name, own in self._parameters.items():
+            tensor = state_dict.get(prefix + name)
+            if own is not None and tensor is not None and tensor.data_ptr() != own.data_ptr():
+                given[name] = tensor
+        return given
+
+    def _match(self, identity: Tensor, found: Tensor) -> Tensor:
+        rotation = _MAPS[round(float(identity[-1, 0]))]
+        if rotation != self.rotation:
+            raise ValueError(f"theta was trained with rotation_map={rotation!r}, but the layer has {self.rotation!r}")
+        signs = match_signs(identity[:-1].to("cpu", torch.float32), found)
+        if signs is None:
+            raise ValueError("theta was trained with the singular vectors of another base weight")
+        return signs
+
+
+def _names_that_end(model: nn.Module, endings: Sequence[str]) -> list[str]:
+    names = [name for name, _ in model.named_modules() if name]
+    for ending in endings:
+        if not any(name.endswith(ending) for name in names):
+            raise ValueError(f"target_modules holds {ending!r}, with which no module name of {_kind(model)} ends")
+    return [name for name in names if name.endswith(tuple(endings))]
+
+
+def _placeholder(linear: nn.Linear, config: SSVDConfig) -> Factorization:
+    """Zeros in the shapes that a factorisation will have."""
+    k, _ = config.resolve_ranks(linear.in_features, linear.out_features)
+    zeros = linear.weight.new_zeros
+    dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+    U, sigma, V = (zeros(shape, dtype=dtype) for shape in ((linear.out_features, k), (k,), (linear.in_features, k)))
+    return Factorization(U, sigma, V, "", 0.0, torch.zeros(2 * SKETCH_ROWS, k))
+
+
+def _check_basis(weight: Tensor, U: Tensor, sigma: Tensor, V: Tensor) -> None:
+    allowed = max(MATCH_TOLERANCE, torch.finfo(weight.dtype).eps)  # the weight may be a rounding to half precision
+    error = basis_error(weight, U, sigma, V)
+    if not error <= allowed:
+        raise ValueError(
+            f"U, sigma and V of the state dict belong to another weight: U^T W V differs from sigma by {error:.2g} of "
+            f"||W|| (allowed is {allowed:.2g})"
+        )
+
+
+def _refuse_strays(model: nn.Module, state_dict: Any, prefix: str, *args: Any) -> None:
+    """Hook before loading: trained layers of the state dict and of the model are the same, or it brings none."""
+    error_msgs: list[str] = args[-1]
+    layers = {prefix + name for name in ssvd_layers(model)}
+    carried = {key.removesuffix(".delta_sigma") for key in state_dict if key.endswith(".delta_sigma")}
+    if carried and carried != layers:
+        error_msgs.append(
+            f"the state dict has {len(carried)} SSVD layers and {_kind(model)} has {len(layers)}; they differ, e.g. in "
+            f"{min(carried ^ layers)!r}: create the adapter with the target_modules that it was trained with"
+        )
+    if any(key.endswith(".K_vec") for key in state_dict):
+        error_msgs.append(
+            "the state dict is of ESPnet's own SSVD adapter: convert it (python -m ssvd_kernels convert --help)"
+        )
+
+
+def _kind(model: nn.Module) -> str:
+    return type(model).__name__
+
+
+def main() -> None:
+    """Registers the adapter and runs the ESPnet program named first on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m ssvd_kernels.integrations.espnet", description=main.__doc__)
+    parser.add_argument("program", help="a module with a main(), e.g. espnet2.bin.s2t_train")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
+    parser.parse_args()
+    register()
+    del sys.argv[0]
+    importlib.import_module(sys.argv[0]).main()
+
+
+if __name__ == "__main__":
+    importlib.import_module("ssvd_kernels.integrations.espnet").main()
+elif __name__ == "__mp_main__":  # in processes that ESPnet spawns, one a GPU
+    importlib.import_module("ssvd_kernels.integrations.espnet").register()
