@@ -8,22 +8,20 @@ again, compares with the sketch, repairs signs, and refuses anything that does n
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import ROTATIONS, SIDES, SSVDConfig
 from .factorize import SAFE_GAP, SKETCH_ROWS, Factorization, fingerprint, match_signs
+from .files import digest, write_atomically
 from .functional import theta_length
 from .layers import SSVDLinear, check_linear
 from .model import Plan, factorize_all, install, require_layers, ssvd_layers
@@ -74,13 +72,20 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], save_bases: boo
             ", ".join(unsafe[:3]) + (", ..." if len(unsafe) > 3 else ""),
         )
     header = {"version": FORMAT_VERSION, "layers": layers}
-    header["digest"] = _digest(header, tensors)
+    header["digest"] = digest(header, tensors)
     # one entry only: safetensors writes several in random order, and equal adapters should be equal files
-    _write_atomically(path, tensors, {"ssvd_kernels": json.dumps(header, separators=(",", ":"))})
+    write_atomically(path, tensors, {"ssvd_kernels": json.dumps(header, separators=(",", ":"))})
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, progress: bool = True) -> list[str]:
-    """Loads an adapter into `model` and returns the names of its layers.
+def load_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    progress: bool = True,
+    cache_dir: str | os.PathLike[str] | None = None,
+    share: bool = True,
+) -> list[str]:
+    """Loads an adapter into `model` and returns the names of its layers. cache_dir and share are as in `inject`.
 
     A model without SSVD layers is injected as the file says (other parameters frozen); one with SSVD layers must have
     the same ones. Raises FileNotFoundError, or AdapterError for a file that is damaged, altered, of another version,
@@ -99,7 +104,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, progress: bo
             if f"{name}.U" not in tensors:
                 _check_fingerprint(path, name, described[name], fingerprint(linear.weight))
         missing = {name: entry for name, entry in plan.items() if f"{name}.U" not in tensors}
-        found = {**factorize_all(missing, progress), **_stored_bases(path, plan, described, tensors)}
+        found = {**factorize_all(missing, progress, cache_dir, share), **_stored_bases(path, plan, described, tensors)}
     signs = {}
     for name in described:
         dtype = present[name].theta.dtype if present else torch.promote_types(plan[name][0].weight.dtype, torch.float32)
@@ -165,7 +170,7 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
         version = header["version"]
         if version != FORMAT_VERSION:
             raise AdapterError(f"{path} has format version {version!r}: this package reads version {FORMAT_VERSION}")
-        digest = header.pop("digest")
+        saved_digest = header.pop("digest")
         layers = header["layers"]
         if not isinstance(layers, dict):
             raise AdapterError(f"{path} has a damaged header: layers={layers!r} is no table")
@@ -173,7 +178,7 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
             _check_description(path, name, layer)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{path} has a damaged header ({type(error).__name__}: {error})") from None
-    if digest != _digest(header, tensors):
+    if saved_digest != digest(header, tensors):
         raise AdapterError(f"{path} was altered or damaged after it was saved: its digest does not match")
     expected = {key: shape for name, layer in layers.items() for key, shape in _expected_shapes(name, layer).items()}
     for key, shape in expected.items():
@@ -219,15 +224,6 @@ def _expected_shapes(name: str, layer: dict[str, Any]) -> dict[str, tuple[int, .
         shapes["theta_out"] = (theta_length(k_out, rotation),)
     shapes |= {"sketch": (2 * SKETCH_ROWS, k), "U": (d_out, k), "sigma": (k,), "V": (d_in, k)}
     return {f"{name}.{key}": shape for key, shape in shapes.items()}
-
-
-def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for key in sorted(tensors):
-        value = tensors[key]
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _check_present(path: Path, present: dict[str, SSVDLinear], described: dict[str, dict[str, Any]]) -> None:
@@ -319,23 +315,3 @@ def _stored_bases(
         U, sigma, V = (tensors[f"{name}.{key}"].to(linear.weight.device, wide, copy=True) for key in _BASIS)
         stored[name] = Factorization(U, sigma, V, fingerprint(linear.weight), 0.0, tensors[f"{name}.sketch"].clone())
     return stored
-
-
-def _write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -66,10 +66,10 @@ def factorize(weight: Tensor, k: int, name: str = "weight") -> Factorization:
     return Factorization(U, sigma, V, fingerprint(weight), gap, sketch(U, V))
 
 
-def fingerprint(weight: Tensor) -> str:
-    """SHA-256 (first 32 hexadecimal digits) of the weight's shape and its values cast to float32."""
+def fingerprint(weight: Tensor, dtype: torch.dtype = torch.float32) -> str:
+    """SHA-256 (first 32 hexadecimal digits) of the weight's shape and its values cast to float32, or to `dtype`."""
     digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
-    digest.update(weight.detach().to("cpu", torch.float32).contiguous().numpy().data)
+    digest.update(weight.detach().to("cpu", dtype).contiguous().numpy().data)
     return digest.hexdigest()[:32]
 
 

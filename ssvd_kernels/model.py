@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +14,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import SSVDConfig
+from .distributed import Task, Tasks, rank, several_ranks, share_out
+from .factor_cache import cache_folder, load, store
 from .factorize import Factorization, check_weight, factorize
 from .functional import rotation_deltas
 from .layers import HandedRotations, SSVDLinear
 from .targets import find_targets
+from .triplets import cost
 from .workspace import InputSharing
+
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"  # tqdm's own, without the cost's digits
 
 
 @dataclass
@@ -54,11 +62,22 @@ def ssvd_layers(model: nn.Module) -> dict[str, SSVDLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SSVDLinear)}
 
 
-def inject(model: nn.Module, config: SSVDConfig, *, progress: bool = True) -> InjectReport:
+def inject(
+    model: nn.Module,
+    config: SSVDConfig,
+    *,
+    progress: bool = True,
+    cache_dir: str | os.PathLike[str] | None = None,
+    share: bool = True,
+) -> InjectReport:
     """Replaces the linear layers that `config` targets by SSVDLinear, in place, and freezes all other parameters.
 
     The weights are factorised here, in float64 on their own device, with a progress bar. The rotations of all layers
-    are computed in one batched call at the start of each forward of `model`. Nothing changes if anything is refused:
+    are computed in one batched call at the start of each forward of `model`.
+    cache_dir: a folder that keeps factorisations for the next time (default: the environment's SSVD_CACHE, else none).
+    share: where torch.distributed is initialised, every rank must call this, on the same weights; each factorises a
+    part and sends it to all. share=False has a rank factorise everything alone.
+    Nothing changes if anything is refused:
     ValueError or TypeError name the module, the value and what is allowed (no module matched, a tied weight named
     explicitly, NaN or infinite weights, a rank that does not fit, a second injection).
     """
@@ -81,18 +100,43 @@ def inject(model: nn.Module, config: SSVDConfig, *, progress: bool = True) -> In
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     plan = {name: (linear, config) for name, linear in targets.items()}
-    return install(model, plan, factorize_all(plan, progress))
+    return install(model, plan, factorize_all(plan, progress, cache_dir, share))
 
 
 Plan = Mapping[str, tuple[nn.Linear, SSVDConfig]]  # module name -> the layer and how to adapt it
 
 
-def factorize_all(plan: Plan, progress: bool) -> dict[str, Factorization]:
-    """The factorisation of each planned layer, with a progress bar."""
-    found = {}
-    for name, (linear, config) in tqdm(plan.items(), desc="SSVD: factorising", unit="layer", disable=not progress):
-        k_in, k_out = config.resolve_ranks(linear.in_features, linear.out_features)
-        found[name] = factorize(linear.weight, max(k_in, k_out or 0), f"{name}.weight")
+def factorize_all(
+    plan: Plan, progress: bool, cache_dir: str | os.PathLike[str] | None = None, share: bool = True
+) -> dict[str, Factorization]:
+    """The factorisation of each planned layer, from the cache or made one by one; shared out over ranks (`inject`)."""
+    folder = cache_folder(cache_dir)
+    tasks = {}
+    for name, (linear, config) in plan.items():
+        d_in, d_out = linear.in_features, linear.out_features
+        k_in, k_out = config.resolve_ranks(d_in, d_out)
+        k = max(k_in, k_out or 0)
+        tasks[name] = Task(partial(getattr, linear, "weight"), k, cost(d_out, d_in, k))
+    if share and several_ranks():
+        return share_out(tasks, partial(_factorize_each, folder=folder, progress=progress and rank() == 0))
+    return _factorize_each(tasks, folder, progress)
+
+
+def _factorize_each(tasks: Tasks, folder: Path | None, progress: bool) -> dict[str, Factorization]:
+    cached = {} if folder is None else {name: load(folder, task.weight(), task.k) for name, task in tasks.items()}
+    found = {name: entry for name, entry in cached.items() if entry is not None}
+    missing = {name: task for name, task in tasks.items() if name not in found}
+    total = sum(task.cost for task in missing.values())
+    # by cost, not by layer, so that the time that is left is not a guess
+    with tqdm(
+        total=total, desc="SSVD: factorising", bar_format=_BAR, smoothing=0, disable=not (progress and missing)
+    ) as bar:
+        for number, (name, task) in enumerate(missing.items(), 1):
+            found[name] = factorize(task.weight(), task.k, f"{name}.weight")
+            if folder is not None:
+                store(folder, task.weight(), found[name])
+            bar.set_postfix_str(f"{number} of {len(missing)} layers", refresh=False)
+            bar.update(task.cost)
     return found
 
 

@@ -27,6 +27,12 @@ def top_triplets(W: Tensor, k: int) -> Triplets:
     return by_gram(W, k) or by_svd(W, k)
 
 
+def cost(d_out: int, d_in: int, k: int) -> float:
+    """FLOPs of `by_gram` at a matrix product's speed, for time estimates; eigh takes as long as 10 r^3 of those."""
+    r, longer = min(d_out, d_in), max(d_out, d_in)
+    return 10.0 * r**3 + 1.2 * longer * r**2 + 2.0 * longer * k * (r + 2 * k) + 2.0 * r * k**2
+
+
 def by_svd(W: Tensor, k: int) -> Triplets:
     """`top_triplets` by LAPACK's (on CUDA, cuSOLVER's) SVD."""
     U, S, Vh = torch.linalg.svd(W.to(torch.float64), full_matrices=False)

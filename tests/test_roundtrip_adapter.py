@@ -26,7 +26,7 @@ from roundtrip import (
 from torch import nn
 
 import ssvd_kernels as sk
-from ssvd_kernels import checkpoint
+from ssvd_kernels import files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -178,9 +178,9 @@ def test_crash_while_saving_leaves_the_old_file_and_nothing_else(tmp_path, monke
         raise error
 
     if when == "writing":
-        monkeypatch.setattr(checkpoint, "save_file", half_written)
+        monkeypatch.setattr(files, "save_file", half_written)
     else:
-        monkeypatch.setattr(checkpoint.os, "replace", not_replaced)
+        monkeypatch.setattr(files.os, "replace", not_replaced)
     with pytest.raises(type(error)):
         sk.save_adapter(net, path)
     monkeypatch.undo()
