@@ -20,11 +20,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config import ROTATIONS, SIDES, SSVDConfig
+from .distributed import rank, wait_for_all
 from .factorize import SAFE_GAP, SKETCH_ROWS, Factorization, fingerprint, match_signs
 from .files import digest, write_atomically
 from .functional import theta_length
 from .layers import SSVDLinear, check_linear
-from .model import Plan, factorize_all, install, require_layers, ssvd_layers
+from .model import Plan, check_not_ddp, factorize_all, install, require_layers, ssvd_layers, unwrapped
+from .sharded import assign, gathered
 
 logger = logging.getLogger(__name__)
 
@@ -44,21 +46,25 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], save_bases: boo
     Layers whose singular values lie too close together to recompute their basis safely are stored with it anyway,
     and a log line says so. Raises ValueError if the model has no SSVD layer or a parameter is not finite, and
     FileNotFoundError if the folder does not exist; nothing is left half-written.
+    A model that FSDP2 has sharded is gathered: every rank must call this, rank 0 writes, and all return when it has.
+    Otherwise nothing is sent, and whoever calls it writes; under DDP that may be rank 0 alone.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
+    path, present = Path(path), require_layers(unwrapped(model))
+    sharded = any(layer.sharded for layer in present.values())
+    writes = not sharded or rank() == 0
+    if writes and not path.parent.is_dir():
         raise FileNotFoundError(f"path={str(path)!r}: the folder {str(path.parent)!r} does not exist")
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
     unsafe = []
-    for name, layer in require_layers(model).items():
+    for name, layer in present.items():
         close = layer.basis.gap < SAFE_GAP
         if close and not save_bases:
             unsafe.append(name)
         kept = [key for key in _TRAINED if getattr(layer, key) is not None]
         kept += _BASIS if save_bases or close else []
         for key in kept:
-            value = getattr(layer, key).detach().cpu().contiguous()
+            value = gathered(getattr(layer, key)).detach().cpu().contiguous()
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name}.{key} holds NaN or infinity: nothing was saved")
             tensors[f"{name}.{key}"] = value
@@ -73,8 +79,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], save_bases: boo
         )
     header = {"version": FORMAT_VERSION, "layers": layers}
     header["digest"] = digest(header, tensors)
-    # one entry only: safetensors writes several in random order, and equal adapters should be equal files
-    write_atomically(path, tensors, {"ssvd_kernels": json.dumps(header, separators=(",", ":"))})
+    try:
+        if writes:
+            # one entry only: safetensors writes several in random order, and equal adapters should be equal files
+            write_atomically(path, tensors, {"ssvd_kernels": json.dumps(header, separators=(",", ":"))})
+    finally:
+        if sharded:
+            wait_for_all()
 
 
 def load_adapter(
@@ -94,6 +105,9 @@ def load_adapter(
     """
     path = Path(path)
     described, tensors = _read(path)
+    if not ssvd_layers(model):
+        check_not_ddp(model)
+    model = unwrapped(model)
     present = ssvd_layers(model)
     found: dict[str, Factorization] = {}
     if present:
@@ -112,7 +126,7 @@ def load_adapter(
         identity = present[name].basis if present else found[name]
         if f"{name}.U" in tensors:
             if present:
-                _check_base(path, name, described[name], present[name].base_weight, tensors)
+                _check_base(path, name, described[name], gathered(present[name].base_weight), tensors)
             continue
         _check_fingerprint(path, name, described[name], identity.fingerprint)
         matched = match_signs(tensors[f"{name}.sketch"], identity.sketch)
@@ -139,7 +153,7 @@ def _fill(layer: SSVDLinear, name: str, tensors: dict[str, Tensor], signs: Tenso
         for key in _TRAINED:
             parameter = getattr(layer, key)
             if parameter is not None:
-                parameter.copy_(tensors[f"{name}.{key}"])
+                assign(parameter, tensors[f"{name}.{key}"])
     layer._forget()
 
 

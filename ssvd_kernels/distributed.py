@@ -1,4 +1,4 @@
-"""Several processes (torch.distributed): factorisations shared out over the ranks, and sharded (FSDP2) parameters."""
+"""The ranks of torch.distributed: factorisations shared out over them."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ def several_ranks() -> bool:
 def rank() -> int:
     """This process's number in the default group."""
     return dist.get_rank()
+
+
+def wait_for_all() -> None:
+    """Returns when every rank of the default group has called it."""
+    dist.barrier()
 
 
 def share_out(tasks: Tasks, work: Work) -> dict[str, Factorization]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import check_rank
+from .sharded import is_sharded
 from .triplets import top_triplets
 
 SKETCH_ROWS = 3  # random projections of each basis; 24 k bytes a layer in float32
@@ -42,6 +43,8 @@ def check_weight(weight: Tensor, name: str) -> None:
         raise TypeError(f"{name} has dtype {weight.dtype}: allowed are floating-point dtypes")
     if weight.is_meta:
         raise ValueError(f"{name} is on the meta device and holds no values: load the weights before factorising")
+    if is_sharded(weight):
+        raise ValueError(f"{name} is sharded and whole on no rank: inject before fully_shard")
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{name} holds NaN or infinity: allowed are finite values")
 

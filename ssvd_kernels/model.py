@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .config import SSVDConfig
@@ -83,6 +84,7 @@ def inject(
     """
     if not isinstance(config, SSVDConfig):
         raise TypeError(f"config={config!r}: allowed is an SSVDConfig")
+    check_not_ddp(model)
     present = ssvd_layers(model)
     if present:
         raise ValueError(
@@ -159,10 +161,11 @@ def merge(model: nn.Module, unload: bool = False) -> None:
     """Fixes W' = W + U core V^T in every SSVD layer. W is kept, so that `unmerge` is exact.
 
     unload=True leaves plain nn.Linear layers that hold W' instead (their base weights are gone).
-    Raises ValueError, with nothing changed, if there is no SSVD layer or a W' would not be finite. Warns if a
+    Raises ValueError, with nothing changed, if there is no SSVD layer, FSDP2 has sharded one, or a W' would not be
+    finite. Warns if a
     half-precision W' loses the update to rounding.
     """
-    layers = require_layers(model)
+    layers = _whole_layers(model)
     composed = {name: layer.composed_for_merge(name) for name, layer in layers.items() if not layer.merged}
     for name, weight in composed.items():
         layers[name].merge(weight)
@@ -181,7 +184,7 @@ def unmerge(model: nn.Module) -> None:
 
 def remove(model: nn.Module) -> None:
     """Puts the original nn.Linear modules back, weights bit for bit, and makes trainable what was so before inject."""
-    _take_out(model, require_layers(model))
+    _take_out(model, _whole_layers(model))
 
 
 def _take_out(model: nn.Module, layers: Mapping[str, SSVDLinear]) -> dict[str, nn.Linear]:
@@ -209,6 +212,30 @@ def require_layers(model: nn.Module) -> dict[str, SSVDLinear]:
     layers = ssvd_layers(model)
     if not layers:
         raise ValueError(f"model ({type(model).__name__}) has no SSVD layer: call inject() first")
+    return layers
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within DistributedDataParallel's or torch.compile's wrapper: an adapter names its layers."""
+    if isinstance(model, DistributedDataParallel):
+        return unwrapped(model.module)
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else unwrapped(inner)
+
+
+def check_not_ddp(model: nn.Module) -> None:
+    """Raises ValueError for a model that DDP has looked over already: it would not see new parameters."""
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError("model is a DistributedDataParallel: inject or load the adapter first, then wrap the model")
+
+
+def _whole_layers(model: nn.Module) -> dict[str, SSVDLinear]:
+    layers = require_layers(model)
+    for name, layer in layers.items():
+        if layer.sharded:
+            raise ValueError(
+                f"{name} is sharded by FSDP2: save_adapter(), and load the adapter where the model is whole"
+            )
     return layers
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .config import PRESETS, SSVDConfig
 from .layers import SSVDLinear, check_linear, is_linear
+from .sharded import is_sharded
 
 
 def find_targets(model: nn.Module, config: SSVDConfig) -> dict[str, nn.Linear]:
@@ -98,7 +99,7 @@ def _weight_holders(model: nn.Module) -> dict[tuple, list[str]]:
 
 
 def _storage(tensor: Tensor) -> tuple:
-    if tensor.is_meta:
+    if tensor.is_meta or is_sharded(tensor):
         return (id(tensor),)
     return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.device)
 
