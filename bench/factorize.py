@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import os
 import random
 import statistics
@@ -157,7 +158,8 @@ def _quantiles(samples: Sequence[float]) -> Row:
 
 
 def _reset_peak() -> int:
-    """Starts a new peak of resident memory (Linux) and returns what is resident now."""
+    """Starts a new peak of resident memory (Linux, glibc) and returns what is resident now, free heap given back."""
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _memory("VmRSS")
 
@@ -169,30 +171,48 @@ def _memory(field: str) -> int:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown of all that the file holds."""
-    lines = ["Made by `python -m bench.factorize` from the CSV file of the same name. Float32 weights, k = 40 %.", ""]
-    about = sorted({f"{row['device']}, {row['threads']} threads, torch {row['torch']}" for row in rows})
-    lines += [*about, ""]
+    about = sorted({f"{row['device']}, {row['threads']} threads, torch {row['torch']}." for row in rows})
+    lines = [
+        "Made by `python -m bench.factorize` from the CSV file of the same name. Float32 weights, k = 40 %.",
+        *about,
+    ]
     ways = [row for row in rows if row["part"] == "ways"]
     if ways:
-        lines += ["| d_out x d_in | way | runs | median ms (20 %, 80 %) | over svd float64 | error of a reloaded update |",
-                  "|---|---|---:|---:|---:|---:|"]  # fmt: skip
-        for row in ways:
-            lines.append(f"| {row['d_out']} x {row['d_in']} | {row['way']} | {row['measured']} | {row['p50_ms']} "
-                         f"({row['p20_ms']}, {row['p80_ms']}) | {row['over_svd']} | {row['error'] or '-'} |")  # fmt: skip
-        lines.append("")
+        columns = ("d_out x d_in", "way", "runs", "median ms (20 %, 80 %)", "over svd float64", "error once reloaded")
+        cells = [(_shape(row), row["way"], row["measured"], _spread(row), row["over_svd"], row["error"] or "-")
+                 for row in ways]  # fmt: skip
+        lines += [_loads(ways), "", *_markdown(columns, cells)]
     for model in MODELS:
         parts = [row for row in rows if row["model"] == model]
         if not parts:
             continue
-        lines += [f"**{model}**, layer by layer:", "",
-                  "| d_out x d_in | layers | measured | median ms (20 %, 80 %) | working memory, MB |", "|---|---:|---:|---:|---:|"]  # fmt: skip
-        for row in parts:
-            lines.append(f"| {row['d_out']} x {row['d_in']} | {row['count']} | {row['measured']} | {row['p50_ms']} "
-                         f"({row['p20_ms']}, {row['p80_ms']}) | {int(str(row['peak_bytes'])) / 1e6:.0f} |")  # fmt: skip
+        columns = ("d_out x d_in", "layers", "measured", "median ms (20 %, 80 %)", "working memory, MB")
+        cells = [(_shape(row), row["count"], row["measured"], _spread(row), f"{int(str(row['peak_bytes'])) / 1e6:.0f}")
+                 for row in parts]  # fmt: skip
         total = sum(float(str(row["p50_ms"])) * int(str(row["count"])) for row in parts) / 1e3
         layers, measured = (sum(int(str(row[name])) for row in parts) for name in ("count", "measured"))
-        lines += ["", f"Sum of medians times layers: {total:.0f} s for {layers} layers ({measured} measured).", ""]
-    return "\n".join(lines)
+        lines += ["", f"**{model}**, layer by layer. {_loads(parts)}", "", *_markdown(columns, cells)]
+        lines += ["", f"Medians times layers: {total:.0f} s for {layers} layers, of which {measured} were measured."]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown(columns: Sequence[str], cells: Sequence[Sequence[object]]) -> list[str]:
+    rows = [columns, ["---"] * len(columns), *cells]
+    return ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+
+
+def _shape(row: Row) -> str:
+    return f"{row['d_out']} x {row['d_in']}"
+
+
+def _spread(row: Row) -> str:
+    return f"{row['p50_ms']} ({row['p20_ms']}, {row['p80_ms']})"
+
+
+def _loads(rows: Sequence[Row]) -> str:
+    """Whether others used the machine: a load above the number of threads makes times long, ratios less so."""
+    loads = [float(str(row["load"])) for row in rows]
+    return f"Load of the machine before it began: {min(loads):.1f} to {max(loads):.1f}."
 
 
 def main(argv: Sequence[str] | None = None) -> int:

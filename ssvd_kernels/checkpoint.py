@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config import ROTATIONS, SIDES, SSVDConfig
-from .distributed import rank, wait_for_all
 from .factorize import SAFE_GAP, SKETCH_ROWS, Factorization, fingerprint, match_signs
 from .files import digest, write_atomically
 from .functional import theta_length
@@ -51,7 +51,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], save_bases: boo
     """
     path, present = Path(path), require_layers(unwrapped(model))
     sharded = any(layer.sharded for layer in present.values())
-    writes = not sharded or rank() == 0
+    writes = not sharded or dist.get_rank() == 0
     if writes and not path.parent.is_dir():
         raise FileNotFoundError(f"path={str(path)!r}: the folder {str(path.parent)!r} does not exist")
     tensors: dict[str, Tensor] = {}
@@ -85,7 +85,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], save_bases: boo
             write_atomically(path, tensors, {"ssvd_kernels": json.dumps(header, separators=(",", ":"))})
     finally:
         if sharded:
-            wait_for_all()
+            dist.barrier()
 
 
 def load_adapter(

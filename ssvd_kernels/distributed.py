@@ -29,30 +29,18 @@ def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def rank() -> int:
-    """This process's number in the default group."""
-    return dist.get_rank()
-
-
-def wait_for_all() -> None:
-    """Returns when every rank of the default group has called it."""
-    dist.barrier()
-
-
 def share_out(tasks: Tasks, work: Work) -> dict[str, Factorization]:
     """`work(tasks)` with each task done on one rank and its result sent to all, so that all hold the same bits.
 
     Every rank of the default group must call it. Raises ValueError on every rank if their weights or ranks k differ,
     and RuntimeError on the others if one rank's work raises.
     """
-    plans = _gather(
-        {name: (tuple(task.weight().shape), task.k, fingerprint(task.weight())) for name, task in tasks.items()}
-    )
-    for rank, plan in enumerate(plans):
+    plans = _gather({name: _identity(task.weight(), task.k) for name, task in tasks.items()})
+    for other, plan in enumerate(plans):
         if list(plan.items()) != list(plans[0].items()):
             names = [name for name in {**plans[0], **plan} if plans[0].get(name) != plan.get(name)] or ["their order"]
             raise ValueError(
-                f"ranks 0 and {rank} are to factorise different layers or weights, e.g. {names[0]!r}: allowed is the "
+                f"ranks 0 and {other} are to factorise different layers or weights, e.g. {names[0]!r}: allowed is the "
                 "same model on every rank; share=False factorises on each rank alone"
             )
     owners = _owners(tasks, len(plans))
@@ -65,14 +53,18 @@ def share_out(tasks: Tasks, work: Work) -> dict[str, Factorization]:
     reports = _gather(({name: result.gap for name, result in found.items()}, failure and repr(failure)))
     if failure is not None:
         raise failure
-    for rank, (_, failed) in enumerate(reports):
+    for other, (_, failed) in enumerate(reports):
         if failed:
-            raise RuntimeError(f"rank {rank} could not factorise its layers: {failed}")
+            raise RuntimeError(f"rank {other} could not factorise its layers: {failed}")
     gaps = {name: gap for part, _ in reports for name, gap in part.items()}
     return {
-        name: _broadcast(task, owners[name], found.get(name), plans[0][name][2], gaps[name])
+        name: _broadcast(task, owners[name], found.get(name), plans[0][name][0], gaps[name])
         for name, task in tasks.items()
     }
+
+
+def _identity(weight: Tensor, k: int) -> tuple[str, str, tuple[int, ...], int]:
+    return fingerprint(weight), str(weight.dtype), tuple(weight.shape), k
 
 
 def _gather(value: Any) -> list[Any]:
@@ -91,7 +83,7 @@ def _owners(tasks: Tasks, ranks: int) -> dict[str, int]:
     return owners
 
 
-def _broadcast(task: Task, owner: int, found: Factorization | None, identity: str, gap: float) -> Factorization:
+def _broadcast(task: Task, owner: int, found: Factorization | None, weight_hash: str, gap: float) -> Factorization:
     weight, k = task.weight(), task.k
     (d_out, d_in), channel = weight.shape, _channel()
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -104,7 +96,7 @@ def _broadcast(task: Task, owner: int, found: Factorization | None, identity: st
         received[name] = sent.to("cpu" if name == "sketch" else weight.device)
     if found is not None:
         return found
-    return Factorization(received["U"], received["sigma"], received["V"], identity, gap, received["sketch"])
+    return Factorization(received["U"], received["sigma"], received["V"], weight_hash, gap, received["sketch"])
 
 
 def _channel() -> torch.device:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .config import SSVDConfig
-from .distributed import Task, Tasks, rank, several_ranks, share_out
+from .distributed import Task, Tasks, several_ranks, share_out
 from .factor_cache import cache_folder, load, store
 from .factorize import Factorization, check_weight, factorize
 from .functional import rotation_deltas
@@ -120,7 +121,7 @@ def factorize_all(
         k = max(k_in, k_out or 0)
         tasks[name] = Task(partial(getattr, linear, "weight"), k, cost(d_out, d_in, k))
     if share and several_ranks():
-        return share_out(tasks, partial(_factorize_each, folder=folder, progress=progress and rank() == 0))
+        return share_out(tasks, partial(_factorize_each, folder=folder, progress=progress and dist.get_rank() == 0))
     return _factorize_each(tasks, folder, progress)
 
 

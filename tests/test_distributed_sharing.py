@@ -102,12 +102,16 @@ def _different(rank: int, how: str) -> str:
             model[1].block["inner"].weight[0, 0] += 1e-6
     if how == "layers" and rank == 1:
         return _caught(model, sk.SSVDConfig(rank=4, exclude=["first"]))
+    if how == "dtype":
+        return _caught(model.bfloat16().to(torch.float32 if rank == 0 else torch.bfloat16))
     if how == "rank":
         return _caught(model, sk.SSVDConfig(rank=4 + rank))
     return _caught(model)
 
 
-@pytest.mark.parametrize(("how", "named"), [("weight", "1.block.inner"), ("layers", "0.first"), ("rank", "0.first")])
+@pytest.mark.parametrize(
+    ("how", "named"), [("weight", "1.block.inner"), ("layers", "0.first"), ("rank", "0.first"), ("dtype", "0.first")]
+)
 def test_different_models_are_refused_on_every_rank(ranks, how, named):
     for message in ranks.run(_different, how):
         assert message.startswith("ValueError: ranks 0 and 1 are to factorise different layers or weights"), message
