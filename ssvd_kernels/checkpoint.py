@@ -26,7 +26,7 @@ from .files import digest, write_atomically
 from .functional import theta_length
 from .layers import SSVDLinear, check_linear
 from .model import Plan, check_not_ddp, factorize_all, install, require_layers, ssvd_layers, unwrapped
-from .sharded import assign, gathered
+from .sharded import assign, gathered, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -250,6 +250,8 @@ def _check_present(path: Path, present: dict[str, SSVDLinear], described: dict[s
     for name, layer in present.items():
         if layer.merged:
             raise AdapterError(f"{name} is merged: unmerge before loading {path}")
+        if layer.sharded and not is_sharded(layer.theta):  # what is written now would not reach the shards
+            raise AdapterError(f"FSDP2 left {name} whole after a forward: reshard() the model before loading {path}")
         mine, theirs = _describe(layer), {key: described[name].get(key) for key in _describe(layer)}
         if mine != theirs:
             raise AdapterError(f"{path} was saved for {name} as {theirs}, but the model has {mine}")

@@ -79,9 +79,9 @@ def inject(
     cache_dir: a folder that keeps factorisations for the next time (default: the environment's SSVD_CACHE, else none).
     share: where torch.distributed is initialised, every rank must call this, on the same weights; each factorises a
     part and sends it to all. share=False has a rank factorise everything alone.
-    Nothing changes if anything is refused:
-    ValueError or TypeError name the module, the value and what is allowed (no module matched, a tied weight named
-    explicitly, NaN or infinite weights, a rank that does not fit, a second injection).
+    Nothing changes if anything is refused: ValueError or TypeError name the module, the value and what is allowed (no
+    module matched, a tied weight named explicitly, NaN or infinite weights, a rank that does not fit, a second
+    injection, a model wrapped by DDP or FSDP2 already, ranks that hold different weights).
     """
     if not isinstance(config, SSVDConfig):
         raise TypeError(f"config={config!r}: allowed is an SSVDConfig")
@@ -163,8 +163,7 @@ def merge(model: nn.Module, unload: bool = False) -> None:
 
     unload=True leaves plain nn.Linear layers that hold W' instead (their base weights are gone).
     Raises ValueError, with nothing changed, if there is no SSVD layer, FSDP2 has sharded one, or a W' would not be
-    finite. Warns if a
-    half-precision W' loses the update to rounding.
+    finite. Warns if a half-precision W' loses the update to rounding.
     """
     layers = _whole_layers(model)
     composed = {name: layer.composed_for_merge(name) for name, layer in layers.items() if not layer.merged}

@@ -316,6 +316,27 @@ def test_saved_by_one_process_loads_on_ranks(ranks, tmp_path, wrap, when, bases)
             assert torch.equal(found[name], value), name
 
 
+def _load_after_eval(rank: int, path: str) -> tuple[str, dict[str, Tensor]]:
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    model = _fsdp(_model())
+    with torch.no_grad():
+        model(_batch(1))
+    with pytest.raises(sk.AdapterError) as caught:
+        sk.load_adapter(model, path, progress=False)
+    model.reshard()
+    sk.load_adapter(model, path, progress=False)
+    return str(caught.value), _adapter(model)
+
+
+def test_loading_where_fsdp2_would_lose_it_is_refused(ranks, tmp_path):
+    model = train_randomly(_model(), seed=4)
+    sk.save_adapter(model, tmp_path / "a.safetensors")
+    for message, found in ranks.run(_load_after_eval, str(tmp_path / "a.safetensors")):
+        assert "head" in message and "reshard() the model before loading" in message
+        for name, value in _adapter(model).items():
+            assert torch.equal(found[name], value), name
+
+
 def _state_dict(rank: int, wrap: Wrap) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     model, other = wrap(_model()), wrap(_model())
     _train(model, rank, SIZE)

@@ -187,3 +187,14 @@ def test_crash_while_saving_leaves_the_old_file_and_nothing_else(tmp_path, monke
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     sk.save_adapter(net, path)
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_compiled_model_saves_and_loads_under_its_own_names(tmp_path):
+    """torch.compile's wrapper puts a name before every other; an adapter does not have it."""
+    net, base = Net(8, 12, 10), Net(8, 12, 10)
+    base.load_state_dict(net.state_dict())
+    sk.inject(net, sk.SSVDConfig(rank=3), progress=False)
+    train_randomly(net)
+    sk.save_adapter(torch.compile(net), tmp_path / "a.safetensors")
+    assert sk.load_adapter(torch.compile(base), tmp_path / "a.safetensors", progress=False) == list(sk.ssvd_layers(net))
+    assert_same_outputs(base, net)
