@@ -8,27 +8,27 @@ again, compares with the sketch, repairs signs, and refuses anything that does n
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import ROTATIONS, SIDES, SSVDConfig
 from .factorize import SAFE_GAP, SKETCH_ROWS, Factorization, basis_error, fingerprint, match_signs
+from .files import digest, write_atomically
 from .functional import flip_theta, theta_length
 from .layers import SSVDLinear
-from .model import Plan, factorize_all, install, require_layers, ssvd_layers
+from .model import Plan, check_not_ddp, factorize_all, install, require_layers, ssvd_layers, unwrapped
 from .parked import TRAINED
 from .quantized import base_weight, check_adaptable
+from .sharded import assign, gathered, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -51,21 +51,25 @@ def save_adapter(
     Layers whose singular values lie too close together to recompute their basis safely are stored with it anyway,
     and a log line says so. Raises ValueError if the model has no SSVD layer or no such adapter, or if a parameter is
     not finite, and FileNotFoundError if the folder does not exist; nothing is left half-written.
+    A model that FSDP2 has sharded is gathered: every rank must call this, rank 0 writes, and all return when it has.
+    Otherwise nothing is sent, and whoever calls it writes; under DDP that may be rank 0 alone.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
+    path, present = Path(path), require_layers(unwrapped(model))
+    sharded = any(layer.sharded for layer in present.values())
+    writes = not sharded or dist.get_rank() == 0
+    if writes and not path.parent.is_dir():
         raise FileNotFoundError(f"path={str(path)!r}: the folder {str(path.parent)!r} does not exist")
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
     unsafe = []
-    for name, layer in require_layers(model).items():
+    for name, layer in present.items():
         close = layer.basis.gap < SAFE_GAP
         if close and not save_bases:
             unsafe.append(name)
         kept: dict[str, Tensor] = dict(layer.adapter(adapter))
         kept |= {key: getattr(layer, key) for key in _BASIS} if save_bases or close else {}
         for key, tensor in kept.items():
-            value = tensor.detach().cpu().contiguous()
+            value = gathered(tensor).detach().cpu().contiguous()
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name}.{key} holds NaN or infinity: nothing was saved")
             tensors[f"{name}.{key}"] = value
@@ -79,13 +83,25 @@ def save_adapter(
             ", ".join(unsafe[:3]) + (", ..." if len(unsafe) > 3 else ""),
         )
     header = {"version": FORMAT_VERSION, "layers": layers}
-    header["digest"] = _digest(header, tensors)
-    # one entry only: safetensors writes several in random order, and equal adapters should be equal files
-    _write_atomically(path, tensors, {"ssvd_kernels": json.dumps(header, separators=(",", ":"))})
+    header["digest"] = digest(header, tensors)
+    try:
+        if writes:
+            # one entry only: safetensors writes several in random order, and equal adapters should be equal files
+            write_atomically(path, tensors, {"ssvd_kernels": json.dumps(header, separators=(",", ":"))})
+    finally:
+        if sharded:
+            dist.barrier()
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, progress: bool = True) -> list[str]:
-    """Loads an adapter into `model` and returns the names of its layers.
+def load_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    progress: bool = True,
+    cache_dir: str | os.PathLike[str] | None = None,
+    share: bool = True,
+) -> list[str]:
+    """Loads an adapter into `model` and returns the names of its layers. cache_dir and share are as in `inject`.
 
     A model without SSVD layers is injected as the file says (other parameters frozen); one with SSVD layers must have
     the same ones, and of several adapters the one in use is replaced. Raises FileNotFoundError, or AdapterError for a
@@ -94,6 +110,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, progress: bo
     """
     path = Path(path)
     described, tensors = read_adapter(path)
+    if not ssvd_layers(model):
+        check_not_ddp(model)
+    model = unwrapped(model)
     present = ssvd_layers(model)
     found: dict[str, Factorization] = {}
     if any(layer.inactive for layer in present.values()):  # whose bases belong to other adapters, too
@@ -108,7 +127,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, progress: bo
             if f"{name}.U" not in tensors:
                 _check_fingerprint(path, name, described[name], fingerprint(base_weight(linear, name)))
         missing = {name: entry for name, entry in plan.items() if f"{name}.U" not in tensors}
-        found = {**factorize_all(missing, progress), **_stored_bases(path, plan, described, tensors)}
+        found = {**factorize_all(missing, progress, cache_dir, share), **_stored_bases(path, plan, described, tensors)}
     signs = {}
     for name in described:
         dtype = present[name].theta.dtype if present else torch.promote_types(plan[name][0].weight.dtype, torch.float32)
@@ -116,7 +135,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, progress: bo
         identity = present[name].basis if present else found[name]
         if f"{name}.U" in tensors:
             if present:
-                _check_base(path, name, described[name], present[name].base_weight, tensors)
+                _check_base(path, name, described[name], gathered(present[name].base_weight), tensors)
             continue
         _check_fingerprint(path, name, described[name], identity.fingerprint)
         remedy = "save the adapter with save_bases=True"
@@ -140,7 +159,7 @@ def _fill(layer: SSVDLinear, name: str, tensors: dict[str, Tensor], signs: Tenso
 def _copy(values: dict[str, Tensor], layer: SSVDLinear) -> None:
     with torch.no_grad():
         for key, parameter in layer.adapter().items():
-            parameter.copy_(values[key])
+            assign(parameter, values[key])
     layer._forget()
 
 
@@ -206,7 +225,7 @@ def read_adapter(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tenso
         version = header["version"]
         if version != FORMAT_VERSION:
             raise AdapterError(f"{path} has format version {version!r}: this package reads version {FORMAT_VERSION}")
-        digest = header.pop("digest")
+        saved_digest = header.pop("digest")
         layers = header["layers"]
         if not isinstance(layers, dict):
             raise AdapterError(f"{path} has a damaged header: layers={layers!r} is no table")
@@ -214,7 +233,7 @@ def read_adapter(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tenso
             _check_description(path, name, layer)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{path} has a damaged header ({type(error).__name__}: {error})") from None
-    if digest != _digest(header, tensors):
+    if saved_digest != digest(header, tensors):
         raise AdapterError(f"{path} was altered or damaged after it was saved: its digest does not match")
     expected = {key: shape for name, layer in layers.items() for key, shape in _expected_shapes(name, layer).items()}
     for key, shape in expected.items():
@@ -262,15 +281,6 @@ def _expected_shapes(name: str, layer: dict[str, Any]) -> dict[str, tuple[int, .
     return {f"{name}.{key}": shape for key, shape in shapes.items()}
 
 
-def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for key in sorted(tensors):
-        value = tensors[key]
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _check_present(path: Path, present: dict[str, SSVDLinear], described: dict[str, dict[str, Any]]) -> None:
     if set(present) != set(described):
         differing = sorted(set(present) ^ set(described))
@@ -281,6 +291,8 @@ def _check_present(path: Path, present: dict[str, SSVDLinear], described: dict[s
     for name, layer in present.items():
         if layer.merged:
             raise AdapterError(f"{name} is merged: unmerge before loading {path}")
+        if layer.sharded and not is_sharded(layer.theta):  # what is written now would not reach the shards
+            raise AdapterError(f"FSDP2 left {name} whole after a forward: reshard() the model before loading {path}")
         mine, theirs = _describe(layer), {key: described[name].get(key) for key in _describe(layer)}
         if mine != theirs:
             raise AdapterError(f"{path} was saved for {name} as {theirs}, but the model has {mine}")
@@ -361,23 +373,3 @@ def _stored_bases(
         U, sigma, V = (tensors[f"{name}.{key}"].to(weight.device, wide, copy=True) for key in _BASIS)
         stored[name] = Factorization(U, sigma, V, fingerprint(weight), 0.0, tensors[f"{name}.sketch"].clone())
     return stored
-
-
-def _write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .config import check_rank
+from .sharded import is_sharded
+from .triplets import top_triplets
 
 SKETCH_ROWS = 3  # random projections of each basis; 24 k bytes a layer in float32
 SAFE_GAP = 1e-7  # float64 factorisations move a vector by about 1e-15 sigma_1 / gap: below this, store the basis
@@ -41,6 +43,8 @@ def check_weight(weight: Tensor, name: str) -> None:
         raise TypeError(f"{name} has dtype {weight.dtype}: allowed are floating-point dtypes")
     if weight.is_meta:
         raise ValueError(f"{name} is on the meta device and holds no values: load the weights before factorising")
+    if is_sharded(weight):
+        raise ValueError(f"{name} is sharded and whole on no rank: inject before fully_shard")
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{name} holds NaN or infinity: allowed are finite values")
 
@@ -56,20 +60,19 @@ def factorize(weight: Tensor, k: int, name: str = "weight") -> Factorization:
     d_out, d_in = weight.shape
     check_rank("rank", k, d_in, d_out)
     W = weight.detach()
-    W = (W.to("cpu") if W.device.type == "mps" else W).to(torch.float64)  # mps has no float64
-    full_U, S, full_Vh = torch.linalg.svd(W, full_matrices=False)
-    U, V, sigma = full_U[:, :k], full_Vh[:k].mT, S[:k]
+    U, sigma, V, following = top_triplets(W.to("cpu") if W.device.type == "mps" else W, k)  # mps has no float64
+    gap = _relative_gap(sigma, following)
     signs = torch.where(_project(V)[0] < 0, -1.0, 1.0)
     U, V = U * signs, V * signs
     dtype = torch.promote_types(weight.dtype, torch.float32)
     U, sigma, V = (t.to(weight.device, dtype).contiguous() for t in (U, sigma, V))
-    return Factorization(U, sigma, V, fingerprint(weight), _relative_gap(S, k), sketch(U, V))
+    return Factorization(U, sigma, V, fingerprint(weight), gap, sketch(U, V))
 
 
-def fingerprint(weight: Tensor) -> str:
-    """SHA-256 (first 32 hexadecimal digits) of the weight's shape and its values cast to float32."""
+def fingerprint(weight: Tensor, dtype: torch.dtype = torch.float32) -> str:
+    """SHA-256 (first 32 hexadecimal digits) of the weight's shape and its values cast to float32, or to `dtype`."""
     digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
-    digest.update(weight.detach().to("cpu", torch.float32).contiguous().numpy().data)
+    digest.update(weight.detach().to("cpu", dtype).contiguous().numpy().data)
     return digest.hexdigest()[:32]
 
 
@@ -95,13 +98,11 @@ def match_signs(saved: Tensor, found: Tensor) -> Tensor | None:
     return signs if bool(matches.all()) else None
 
 
-def _relative_gap(S: Tensor, k: int) -> float:
-    if float(S[0]) == 0.0:
+def _relative_gap(sigma: Tensor, following: Tensor) -> float:
+    if float(sigma[0]) == 0.0:
         return 0.0
-    neighbours = S[: k + 1]  # sigma_{k+1} bounds the last pair; at full rank zero does
-    if k == len(S):
-        neighbours = torch.cat([neighbours, S.new_zeros(1)])
-    return float((neighbours[:-1] - neighbours[1:]).min() / S[0])
+    neighbours = torch.cat([sigma, following.unsqueeze(0)])  # sigma_{k+1} bounds the last pair; at full rank zero does
+    return float((neighbours[:-1] - neighbours[1:]).min() / sigma[0])
 
 
 def _project(basis: Tensor) -> Tensor:

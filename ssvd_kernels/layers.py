@@ -17,6 +17,7 @@ from .factorize import Factorization, factorize, fingerprint, match_signs, sketc
 from .functional import compute_dtype, rotation_delta, ssvd_linear, theta_length
 from .merging import merged_weight
 from .parked import TRAINED, ParkedAdapter, other_adapters
+from .sharded import assign, gathered, is_sharded
 from .workspace import SharedInputs, Workspace, capturing
 
 
@@ -137,7 +138,13 @@ class SSVDLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The effective weight W' (d_out, d_in) in the base weight's dtype, differentiable; composed once a forward."""
+        """The effective weight W' (d_out, d_in) in the base weight's dtype, differentiable; composed once a forward.
+
+        Where FSDP2 has sharded the layer and it is not in use: the sharded base weight, by whose name FSDP2 asks.
+        """
+        if is_sharded(self.base_weight):
+            self._share_parameters()  # not to keep the whole weight alive
+            return self.base_weight
         try:
             return self._effective_weight()
         except AttributeError as error:  # nn.Module would take it for a missing property and give the base weight
@@ -188,7 +195,8 @@ class SSVDLinear(nn.Module):
         if self._may_cache() and self._as_if_merged(x):
             return F.linear(x, self._cached_weight(), self.bias)
         core, frozen = self._core_for(x), (self.base_weight, self.U, self.V)
-        return ssvd_linear(x, *frozen, core, self.bias, self.mode, workspace=self._workspace)
+        workspace = None if self.sharded else self._workspace  # which would keep W' whole
+        return ssvd_linear(x, *frozen, core, self.bias, self.mode, workspace=workspace)
 
     def _core_for(self, x: Tensor) -> Tensor:
         """The core for a call on x, which the root is told of as one that reads x."""
@@ -196,9 +204,15 @@ class SSVDLinear(nn.Module):
             return self._cached_core()
         self._cache = None
         inputs = None if self._handed is None else self._handed.inputs
-        if inputs is not None and torch.is_grad_enabled():
+        if inputs is not None and not self.sharded and torch.is_grad_enabled():
             inputs.note(x, self._workspace, self.k, compute_dtype(x))
         return self.core()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 has sharded the layer: its parameters are whole within a forward or backward only."""
+        original = self.__dict__.get("_original")
+        return is_sharded(self._parameters.get("weight")) or is_sharded(getattr(original, "weight", None))
 
     # -- adapters ----------------------------------------------------------------------------------------------
 
@@ -275,7 +289,7 @@ class SSVDLinear(nn.Module):
                 raise ValueError(
                     f"{name} has shape {tuple(value.shape)}: allowed is {tuple(present.shape)}, as the layer's own"
                 )
-            present.copy_(value)
+            assign(present, value)
         self._recognise_basis()
         self._forget()
 
@@ -283,15 +297,15 @@ class SSVDLinear(nn.Module):
     def flip_basis(self, signs: Tensor) -> None:
         """Multiplies each pair (u_i, v_i) by signs[i] = +-1: the same W, and the basis that another theta means."""
         for tensor in (self.U, self.V):
-            tensor.mul_(signs.to(tensor.device, tensor.dtype))
+            assign(tensor, gathered(tensor) * signs.to(tensor.device, tensor.dtype))
         self.basis = self.basis._replace(sketch=self.basis.sketch * signs)
         self._forget()
 
     def _recognise_basis(self) -> None:
         """Brings `basis` up to date with U and V; one that W's own factorisation cannot give gets gap 0 (see save)."""
-        found, known = sketch(self.U, self.V), self.basis
+        found, known = sketch(gathered(self.U), gathered(self.V)), self.basis
         same = match_signs(known.sketch, found) is not None
-        self.basis = BasisIdentity(fingerprint(self.base_weight), known.gap if same else 0.0, found)
+        self.basis = BasisIdentity(fingerprint(gathered(self.base_weight)), known.gap if same else 0.0, found)
 
     # -- caching -----------------------------------------------------------------------------------------------
 
@@ -300,7 +314,8 @@ class SSVDLinear(nn.Module):
             self.training
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
-            or type(self.theta) is not nn.Parameter  # functional_call, FSDP
+            or type(self.theta) is not nn.Parameter  # functional_call
+            or self.sharded
             or self.theta.is_inference()
             or torch._C._are_functorch_transforms_active()
         )

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .config import SSVDConfig
+from .distributed import Task, Tasks, several_ranks, share_out
+from .factor_cache import cache_folder, load, store
 from .factorize import Factorization, check_weight, factorize
 from .functional import rotation_deltas
 from .layers import HandedRotations, SSVDLinear
-from .quantized import base_weight, is_quantized
+from .quantized import adapt, base_weight, is_quantized
 from .targets import find_targets
+from .triplets import cost
 from .workspace import InputSharing
+
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"  # tqdm's own, without the cost's digits
 
 
 @dataclass
@@ -55,17 +65,29 @@ def ssvd_layers(model: nn.Module) -> dict[str, SSVDLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SSVDLinear)}
 
 
-def inject(model: nn.Module, config: SSVDConfig, *, progress: bool = True) -> InjectReport:
+def inject(
+    model: nn.Module,
+    config: SSVDConfig,
+    *,
+    progress: bool = True,
+    cache_dir: str | os.PathLike[str] | None = None,
+    share: bool = True,
+) -> InjectReport:
     """Replaces the linear layers that `config` targets by SSVDLinear, in place, and freezes all other parameters.
 
     The weights are factorised here, in float64 on their own device, with a progress bar. The rotations of all layers
     are computed in one batched call at the start of each forward of `model`. Linear layers that bitsandbytes or torchao
-    quantised become SSVDQuantizedLinear. Nothing changes if anything is refused: ValueError or TypeError name the
-    module, the value and what is allowed (no module matched, a tied weight named explicitly, NaN or infinite weights, a
-    rank that does not fit, a second injection).
+    quantised become SSVDQuantizedLinear.
+    cache_dir: a folder that keeps factorisations for the next time (default: the environment's SSVD_CACHE, else none).
+    share: where torch.distributed is initialised, every rank must call this, on the same weights; each factorises a
+    part and sends it to all. share=False has a rank factorise everything alone.
+    Nothing changes if anything is refused: ValueError or TypeError name the module, the value and what is allowed (no
+    module matched, a tied weight named explicitly, NaN or infinite weights, a rank that does not fit, a second
+    injection, a model wrapped by DDP or FSDP2 already, ranks that hold different weights).
     """
     if not isinstance(config, SSVDConfig):
         raise TypeError(f"config={config!r}: allowed is an SSVDConfig")
+    check_not_ddp(model)
     present = ssvd_layers(model)
     if present:
         raise ValueError(
@@ -83,18 +105,43 @@ def inject(model: nn.Module, config: SSVDConfig, *, progress: bool = True) -> In
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     plan = {name: (linear, config) for name, linear in targets.items()}
-    return install(model, plan, factorize_all(plan, progress))
+    return install(model, plan, factorize_all(plan, progress, cache_dir, share))
 
 
 Plan = Mapping[str, tuple[nn.Linear, SSVDConfig]]  # module name -> the layer and how to adapt it
 
 
-def factorize_all(plan: Plan, progress: bool) -> dict[str, Factorization]:
-    """The factorisation of each planned layer, with a progress bar."""
-    found = {}
-    for name, (linear, config) in tqdm(plan.items(), desc="SSVD: factorising", unit="layer", disable=not progress):
-        k_in, k_out = config.resolve_ranks(linear.in_features, linear.out_features)
-        found[name] = factorize(base_weight(linear, name), max(k_in, k_out or 0), f"{name}.weight")
+def factorize_all(
+    plan: Plan, progress: bool, cache_dir: str | os.PathLike[str] | None = None, share: bool = True
+) -> dict[str, Factorization]:
+    """The factorisation of each planned layer, from the cache or made one by one; shared out over ranks (`inject`)."""
+    folder = cache_folder(cache_dir)
+    tasks = {}
+    for name, (linear, config) in plan.items():
+        d_in, d_out = linear.in_features, linear.out_features
+        k_in, k_out = config.resolve_ranks(d_in, d_out)
+        k = max(k_in, k_out or 0)
+        tasks[name] = Task(partial(base_weight, linear, name), k, cost(d_out, d_in, k))
+    if share and several_ranks():
+        return share_out(tasks, partial(_factorize_each, folder=folder, progress=progress and dist.get_rank() == 0))
+    return _factorize_each(tasks, folder, progress)
+
+
+def _factorize_each(tasks: Tasks, folder: Path | None, progress: bool) -> dict[str, Factorization]:
+    cached = {} if folder is None else {name: load(folder, task.weight(), task.k) for name, task in tasks.items()}
+    found = {name: entry for name, entry in cached.items() if entry is not None}
+    missing = {name: task for name, task in tasks.items() if name not in found}
+    total = sum(task.cost for task in missing.values())
+    # by cost, not by layer, so that the time that is left is not a guess
+    with tqdm(
+        total=total, desc="SSVD: factorising", bar_format=_BAR, smoothing=0, disable=not (progress and missing)
+    ) as bar:
+        for number, (name, task) in enumerate(missing.items(), 1):
+            found[name] = factorize(task.weight(), task.k, f"{name}.weight")
+            if folder is not None:
+                store(folder, task.weight(), found[name])
+            bar.set_postfix_str(f"{number} of {len(missing)} layers", refresh=False)
+            bar.update(task.cost)
     return found
 
 
@@ -126,10 +173,11 @@ def merge(model: nn.Module, unload: bool = False, *, rounding: str = "nearest") 
     hash: no small update is lost (its projection on the true one is 1.00 +- 0.02 from ||K|| = 1e-4 on), but rounding
     costs up to 2.3e-3 of ||W|| instead of 1.7e-3. It affects no other dtype, and no layer that is merged already.
     (Autocast rounds a merged float32 W' to nearest in every call, like any weight: unmerged, small updates survive.)
-    Raises ValueError, with nothing changed, if there is no SSVD layer, a W' would not be finite, or `rounding` is
-    unknown, and for a quantised base unless unload=True. Warns if a half-precision W' loses the update to rounding.
+    Raises ValueError, with nothing changed, if there is no SSVD layer, FSDP2 has sharded one, a W' would not be finite,
+    or `rounding` is unknown, and for a quantised base unless unload=True. Warns if a half-precision W' loses the update
+    to rounding.
     """
-    layers = require_layers(model)
+    layers = _whole_layers(model)
     composed = {
         name: layer.weight if layer.merged else layer.composed_for_merge(name, rounding, unload)
         for name, layer in layers.items()
@@ -149,7 +197,7 @@ def unmerge(model: nn.Module) -> None:
 
 def remove(model: nn.Module) -> None:
     """Puts the original nn.Linear modules back, weights bit for bit, and makes trainable what was so before inject."""
-    _take_out(model, {name: layer.original() for name, layer in require_layers(model).items()})
+    _take_out(model, {name: layer.original() for name, layer in _whole_layers(model).items()})
 
 
 def _take_out(model: nn.Module, replacements: Mapping[str, nn.Linear]) -> None:
@@ -193,6 +241,30 @@ def require_layers(model: nn.Module) -> dict[str, SSVDLinear]:
     layers = ssvd_layers(model)
     if not layers:
         raise ValueError(f"model ({type(model).__name__}) has no SSVD layer: call inject() first")
+    return layers
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within DistributedDataParallel's or torch.compile's wrapper: an adapter names its layers."""
+    if isinstance(model, DistributedDataParallel):
+        return unwrapped(model.module)
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else unwrapped(inner)
+
+
+def check_not_ddp(model: nn.Module) -> None:
+    """Raises ValueError for a model that DDP has looked over already: it would not see new parameters."""
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError("model is a DistributedDataParallel: inject or load the adapter first, then wrap the model")
+
+
+def _whole_layers(model: nn.Module) -> dict[str, SSVDLinear]:
+    layers = require_layers(model)
+    for name, layer in layers.items():
+        if layer.sharded:
+            raise ValueError(
+                f"{name} is sharded by FSDP2: save_adapter(), and load the adapter where the model is whole"
+            )
     return layers
 
 

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from ranks import started
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
@@ -37,6 +38,13 @@ def one_thread(monkeypatch: pytest.MonkeyPatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory):
+    """Two processes with gloo between them, see ranks.py."""
+    with started(tmp_path_factory.mktemp("ranks") / "store") as processes:
+        yield processes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

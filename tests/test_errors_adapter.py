@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
-from ssvd_kernels import checkpoint
+from ssvd_kernels import files
 from ssvd_kernels import model as model_module
 from ssvd_kernels.factorize import Factorization, factorize, sketch
 
@@ -50,7 +50,7 @@ def rewrite(path: Path, change, digest: bool = True) -> None:
     header = json.loads(metadata["ssvd_kernels"])
     stored = header.pop("digest")
     change(header, tensors)
-    header["digest"] = checkpoint._digest(header, tensors) if digest else stored
+    header["digest"] = files.digest(header, tensors) if digest else stored
     save_file(tensors, path, metadata={**metadata, "ssvd_kernels": json.dumps(header)})
 
 

@@ -26,7 +26,7 @@ from roundtrip import (
 from torch import nn
 
 import ssvd_kernels as sk
-from ssvd_kernels import checkpoint
+from ssvd_kernels import files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -178,12 +178,23 @@ def test_crash_while_saving_leaves_the_old_file_and_nothing_else(tmp_path, monke
         raise error
 
     if when == "writing":
-        monkeypatch.setattr(checkpoint, "save_file", half_written)
+        monkeypatch.setattr(files, "save_file", half_written)
     else:
-        monkeypatch.setattr(checkpoint.os, "replace", not_replaced)
+        monkeypatch.setattr(files.os, "replace", not_replaced)
     with pytest.raises(type(error)):
         sk.save_adapter(net, path)
     monkeypatch.undo()
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     sk.save_adapter(net, path)
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_compiled_model_saves_and_loads_under_its_own_names(tmp_path):
+    """torch.compile's wrapper puts a name before every other; an adapter does not have it."""
+    net, base = Net(8, 12, 10), Net(8, 12, 10)
+    base.load_state_dict(net.state_dict())
+    sk.inject(net, sk.SSVDConfig(rank=3), progress=False)
+    train_randomly(net)
+    sk.save_adapter(torch.compile(net), tmp_path / "a.safetensors")
+    assert sk.load_adapter(torch.compile(base), tmp_path / "a.safetensors", progress=False) == list(sk.ssvd_layers(net))
+    assert_same_outputs(base, net)

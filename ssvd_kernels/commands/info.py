@@ -14,6 +14,7 @@ ENVIRONMENT = {
     "SSVD_DISABLE_EXT": "1: do not load the compiled extension",
     "SSVD_TUNING": "a file: measured tile choices, read and written (see triton/tuning.py)",
     "SSVD_CUDA_GRAPHS": "1: the Cayley op as one CUDA graph per batch and rank",
+    "SSVD_CACHE": "a folder: keep factorisations there (else only where cache_dir= is given)",
     "SSVD_BUILD": "auto | none | cpu | cuda: what `pip install` compiles",
     "TRITON_INTERPRET": "1: run the Triton kernels on the CPU, for tests",
 }
