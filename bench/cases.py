@@ -29,7 +29,18 @@ from bench.harness import BACKWARD, FORWARD, WHOLE, Case, Passes, Run, Version
 from bench.injection import inject_case
 from bench.layers import Factors, Problem, cayley_by_solve, naive
 from bench.parts import decode_case, extras_case
-from bench.versions import PEER_BOUND, chosen, exactly, layer_versions, leaf, served, trained, twice, within
+from bench.versions import (
+    CAYLEY_BOUND,
+    PEER_BOUND,
+    chosen,
+    exactly,
+    layer_versions,
+    leaf,
+    served,
+    trained,
+    twice,
+    within,
+)
 from bench.whisper import whisper_case
 from ssvd_kernels import dispatch, reference
 
@@ -174,6 +185,10 @@ def cayley_case(B: int, k: int) -> Case:
         for backend in served(device, torch.float32, "cayley"):
             run = Passes(lambda t: sk.cayley_delta(t, k), [theta], dE, within=within(backend))
             versions.append(Version("ssvd", run, exact, bound, work.rotation_flops(k) * B, moved, backend))
+            if backend == "triton":  # products of two terms, where torch may use them
+                high = Passes(lambda t: sk.cayley_delta(t, k), [theta], dE, within=within(backend, "high"))
+                loose, flops = [CAYLEY_BOUND] * len(exact), work.rotation_flops(k) * B
+                versions.append(Version("ssvd", high, exact, loose, flops, moved, backend, "high"))
         return versions
 
     return Case("cayley", torch.float32, build, "linalg.solve", k=k, batch=B)

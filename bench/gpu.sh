@@ -119,7 +119,7 @@ check)
     stage "GPU tests" 160 tests.log "${pytest[@]}" -rfEs -m "gpu and not slow" tests
     sanitize memcheck 75
     stage "op and kernel tests" 120 tests.log "${pytest[@]}" -rfE -m "not gpu and not slow and not data" \
-        tests/test_triton.py tests/test_triton_layer.py tests/test_ext.py tests/test_cayley.py tests/test_linear.py
+        tests/test_triton.py tests/test_triton_cayley.py tests/test_triton_layer.py tests/test_ext.py tests/test_cayley.py tests/test_linear.py
     stage benchmark 90 bench.log "$PYTHON" -m bench.run --device cuda --quick --no-figures --out "$OUT/quick.csv"
     ;;
 sanitize)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from ssvd_kernels import dispatch
 # A fast path may have twice the error of plain PyTorch in its dtype. The others are that yardstick themselves, or
 # other methods: they are only checked to compute their own function.
 ALLOWED = 2.0
+CAYLEY_BOUND = 1e-5  # of the Cayley map where torch may multiply float32 as sums of two bfloat16 numbers
 PEER_BOUND = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
@@ -64,8 +64,20 @@ def served(device: torch.device, dtype: torch.dtype, op: str) -> list[str]:
     return [name for name in names if name != "triton" or device.type == "cuda"]
 
 
-def within(backend: str) -> Callable[[], AbstractContextManager[Any]]:
-    return partial(sk.use_backend, backend)
+def within(backend: str, precision: str = "highest") -> Callable[[], AbstractContextManager[Any]]:
+    """Context with `backend` forced and torch's precision of float32 products."""
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            with sk.use_backend(backend):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return context
 
 
 def chosen(

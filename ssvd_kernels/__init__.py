@@ -18,10 +18,21 @@ _HOMES = {
     "config": ["SSVDConfig"],
     "functional": ["cayley", "cayley_delta", "ssvd_linear"],
     "layers": ["SSVDLinear"],
+    "quantized": ["SSVDQuantizedLinear"],
     "model": ["InjectReport", "inject", "merge", "remove", "ssvd_layers", "unmerge"],
     "checkpoint": ["AdapterError", "load_adapter", "save_adapter"],
+    "adapters": [
+        "adapter_names",
+        "add_adapter",
+        "average_adapters",
+        "delete_adapter",
+        "disable_adapter",
+        "set_adapter",
+    ],
+    "probe": ["TrainingReport", "check_training"],
     "convert": ["ConversionError", "from_espnet", "to_espnet"],
     "dispatch": ["use_backend"],
+    "export": ["LoraReport", "export_merged", "to_lora"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -29,31 +40,54 @@ __all__ = [
     "AdapterError",
     "ConversionError",
     "InjectReport",
+    "LoraReport",
     "SSVDConfig",
     "SSVDLinear",
+    "SSVDQuantizedLinear",
+    "TrainingReport",
+    "adapter_names",
+    "add_adapter",
+    "average_adapters",
     "cayley",
     "cayley_delta",
+    "check_training",
+    "delete_adapter",
+    "disable_adapter",
+    "export_merged",
     "from_espnet",
     "inject",
     "load_adapter",
     "merge",
     "remove",
     "save_adapter",
+    "set_adapter",
     "ssvd_layers",
     "ssvd_linear",
     "to_espnet",
+    "to_lora",
     "unmerge",
     "use_backend",
 ]
 
 if TYPE_CHECKING:
+    from .adapters import (
+        adapter_names,
+        add_adapter,
+        average_adapters,
+        delete_adapter,
+        disable_adapter,
+        set_adapter,
+    )
     from .checkpoint import AdapterError, load_adapter, save_adapter
     from .config import SSVDConfig
     from .convert import ConversionError, from_espnet, to_espnet
     from .dispatch import use_backend
+    from .export import LoraReport, export_merged, to_lora
     from .functional import cayley, cayley_delta, ssvd_linear
     from .layers import SSVDLinear
     from .model import InjectReport, inject, merge, remove, ssvd_layers, unmerge
+    from .probe import TrainingReport, check_training
+    from .quantized import SSVDQuantizedLinear
 
 
 def __getattr__(name: str) -> Any:

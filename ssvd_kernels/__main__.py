@@ -1,87 +1,103 @@
-"""Command line: `python -m ssvd_kernels info` says what is built and why something is not available."""
+"""Command line: python -m ssvd_kernels info | selftest | inspect | merge | convert
+
+Exit status: 0 done; 1 a check failed (an adapter that is damaged or made for another base model, a failed self-test);
+2 a command that cannot be run as it was given (an unknown option, a missing file, a folder that exists already).
+"""
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
+import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
-from . import __version__
+from .commands import UsageError
 
-ENVIRONMENT = {
-    "SSVD_BACKEND": "auto | reference | ext | triton: forces a backend (an op that it cannot serve raises)",
-    "SSVD_DISABLE_EXT": "1: do not load the compiled extension",
-    "SSVD_BUILD": "auto | none | cpu | cuda: what `pip install` compiles",
-    "TRITON_INTERPRET": "1: run the Triton kernels on the CPU, for tests",
-}
+QUANTIZATIONS = ("float32", "float16", "bfloat16", "int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16")
 
 
-def info() -> str:
-    """One line per part: version or reason why it is missing. Needs neither torch nor triton."""
-    lines = [f"ssvd_kernels {__version__}, Python {platform.python_version()}, {platform.machine()}"]
-    try:
-        import torch
-    except ImportError as error:
-        lines.append(f"torch        missing ({error}): nothing but this command works; pip install torch")
-        return "\n".join(lines)
-    lines.append(f"torch        {torch.__version__}, {torch.get_num_threads()} threads")
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        lines.append(f"cuda         {torch.version.cuda}, {torch.cuda.get_device_name()}, sm_{major}{minor}")
-    else:
-        reason = "torch is built without CUDA" if torch.version.cuda is None else "no device visible"
-        lines.append(f"cuda         not available ({reason})")
-    lines += [_extension_line(), _triton_line(torch), "", "backend that serves each op (auto), or why one refuses:"]
-    lines += _backend_lines(torch)
-    lines += ["", "environment:"]
-    lines += [f"  {name}={os.environ.get(name, '')}  {text}" for name, text in ENVIRONMENT.items()]
-    return "\n".join(lines)
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m ssvd_kernels",
+        description="SSVD adapters from the command line. COMMAND --help says more about each.",
+        epilog=(__doc__ or "").partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
 
+    def add(name: str, summary: str, more: str = "") -> argparse.ArgumentParser:
+        text = f"{summary[0].upper()}{summary[1:]}. {more}".strip()
+        return commands.add_parser(name, help=summary, description=text)
 
-def _extension_line() -> str:
-    from . import _ext
+    add("info", "what is built and installed, and why something is not available")
 
-    if not _ext.available():
-        return f"extension    not available ({_ext.unavailable_reason()}): the PyTorch twin serves"
-    build = _ext.build_info()
-    return f"extension    built for torch {build.get('torch')}, cuda {build.get('cuda') or 'none'}"
+    selftest = add(
+        "selftest",
+        "checks on this machine that the installed package computes what it should",
+        "Takes less than a minute: the Cayley map and the linear op, forward and backward, in every dtype and on every "
+        "backend, against float64; then adapting, saving, loading and merging a small model.",
+    )
+    selftest.add_argument("--device", default="all", help="cpu, cuda, cuda:1, ... (default: all kinds that are here)")
 
+    inspect = add(
+        "inspect",
+        "what an adapter file holds, and whether it fits a base model",
+        "Columns: ||K|| is how far the adapter turns (rotation free: ||G - I||), shift the largest |delta_sigma|, "
+        "and with --base also relative to sigma, and the whole update relative to the weight.",
+    )
+    inspect.add_argument("adapter", type=Path, metavar="ADAPTER", help="the file that save_adapter wrote")
+    inspect.add_argument("--base", type=Path, metavar="FOLDER", help="check that it fits this transformers model")
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
-def _triton_line(torch: Any) -> str:
-    from .triton import unavailable_reason
+    merge = add(
+        "merge",
+        "writes a base model and its adapter as one model that does not need this package",
+        "Writes a transformers folder; or, as asked, a LoRA adapter for PEFT, or a folder for CTranslate2 and "
+        "faster-whisper. OUTPUT must not exist, or be empty.",
+    )
+    merge.add_argument("base", type=Path, metavar="BASE", help="folder of the transformers model that was adapted")
+    merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="the file that save_adapter wrote")
+    merge.add_argument("output", type=Path, metavar="OUTPUT", help="the folder to write")
+    merge.add_argument("--float32", action="store_true", help="load the base model in float32 (default: as stored)")
+    kind = merge.add_mutually_exclusive_group()
+    kind.add_argument("--lora", action="store_true", help="write a PEFT LoRA adapter of the same update instead")
+    kind.add_argument("--ctranslate2", action="store_true", help="write a CTranslate2 model instead")
+    merge.add_argument("--rank", type=int, metavar="R", help="with --lora: the largest rank (default: exact)")
+    stored = f"with --ctranslate2: type of the stored weights, {', '.join(QUANTIZATIONS)}"
+    merge.add_argument("--quantization", choices=QUANTIZATIONS, metavar="TYPE", help=stored)
 
-    reason = unavailable_reason(torch.device("cuda"), torch.bfloat16)
-    try:
-        import triton
-    except ImportError:
-        return f"triton       not available ({reason})"
-    return f"triton       {triton.__version__}" + (f", not usable on cuda ({reason})" if reason else "")
-
-
-def _backend_lines(torch: Any) -> list[str]:
-    from .dispatch import backend_for, refusals
-
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    lines = []
-    for device in map(torch.device, devices):
-        for op, dtype in (("cayley", torch.float32), ("linear", torch.float32), ("linear", torch.bfloat16)):
-            chosen = backend_for(op, device, dtype)
-            refused = "; ".join(f"{name}: {why}" for name, why in refusals(op, device, dtype).items() if why)
-            name = str(dtype).removeprefix("torch.")
-            lines.append(f"  {op:7s} {device.type:5s} {name:9s} {chosen:10s}" + (f" ({refused})" if refused else ""))
-    return lines
+    convert = add("convert", "turns checkpoints of ESPnet's own SSVD adapter into adapters, and back")
+    directions = convert.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
+    more = "Nothing is written if the result would not compute the same."
+    ours = directions.add_parser("from-espnet", help="an ESPnet checkpoint to an adapter", description=more)
+    ours.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the .pth file that ESPnet wrote")
+    ours.add_argument("adapter", type=Path, metavar="ADAPTER", help="the adapter file to write")
+    ours.add_argument("--rotation-map", choices=("linear", "cayley"), help="as it was trained (default: linear)")
+    ours.add_argument("--base", type=Path, metavar="PTH", help="the model before fine-tuning, if there is one")
+    ours.add_argument("--base-out", type=Path, metavar="PTH", help="write the base weights that the adapter belongs to")
+    theirs = directions.add_parser("to-espnet", help="an adapter to an ESPnet checkpoint", description=more)
+    theirs.add_argument("adapter", type=Path, metavar="ADAPTER", help="the file that save_adapter wrote")
+    theirs.add_argument("base", type=Path, metavar="BASE", help="the .pth file of the model before fine-tuning")
+    theirs.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the .pth file to write")
+    theirs.add_argument("--unmerged", action="store_true", help="keep W in `weight` (default: W', as ESPnet writes it)")
+    return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ssvd_kernels", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="what is built and installed, and why something is not available")
-    parser.parse_args(argv)
-    print(info())
-    return 0
+    args = parser().parse_args(argv)
+    try:
+        return int(importlib.import_module(f".commands.{args.command}", __package__).run(args))
+    except (UsageError, OSError, ImportError) as error:
+        return _refused(error, 2)
+    except ValueError as error:  # AdapterError among them
+        return _refused(error, 1)
+
+
+def _refused(error: Exception, status: int) -> int:
+    message = " ".join(str(error).split()) or type(error).__name__
+    print(f"error: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

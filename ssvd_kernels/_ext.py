@@ -61,6 +61,7 @@ def _load() -> tuple[Any, str | None]:
     except ImportError as error:
         return None, f"_C could not be loaded: {error}"
     _register_fakes()
+    _register_vmaps()
     return module, None
 
 
@@ -97,3 +98,25 @@ def _register_fakes() -> None:
     def _(grad: torch.Tensor, E: torch.Tensor) -> torch.Tensor:
         k = E.shape[-1]
         return E.new_empty(E.shape[0], k * (k - 1) // 2)
+
+
+def _register_vmaps() -> None:
+    """Under torch.func.vmap the mapped dimension joins the batch that the ops have anyway."""
+    import torch
+
+    def batched(op: Any) -> Any:
+        def call(info: Any, in_dims: tuple, *args: Any) -> tuple[torch.Tensor, int]:
+            size = info.batch_size
+            tensors = [
+                (arg.expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)).flatten(0, 1)
+                for arg, dim in zip(args, in_dims)
+                if isinstance(arg, torch.Tensor)
+            ]
+            rest = [arg for arg in args if not isinstance(arg, torch.Tensor)]
+            result = op(*(tensor.contiguous() for tensor in tensors), *rest)
+            return result.unflatten(0, (size, len(result) // size)), 0
+
+        return call
+
+    for name in ("cayley_delta", "cayley_delta_backward"):
+        torch.library.register_vmap(f"ssvd_kernels::{name}", batched(getattr(torch.ops.ssvd_kernels, name)))

@@ -12,7 +12,9 @@ from .workspace import Workspace
 
 
 class CayleyDeltaFunction(torch.autograd.Function):
-    """theta (B, m) -> E (B, k, k); the backward needs E alone (see `reference.cayley_delta_backward_ref`)."""
+    """theta (B, m) -> E (B, n, n), zero beyond k <= n; the backward needs E alone (see the twin in `reference`)."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(theta: Tensor, k: int) -> Tensor:
@@ -20,18 +22,19 @@ class CayleyDeltaFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.k = inputs[1]
         ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (E,) = ctx.saved_tensors
+        (E,), k = ctx.saved_tensors, ctx.k
         if torch.is_grad_enabled():  # create_graph: the twin is made of differentiable operations
-            return reference.cayley_delta_backward_ref(grad, E), None
-        return dispatch.cayley_delta_backward(grad.contiguous(), E), None
+            return reference.cayley_delta_backward_ref(grad[:, :k, :k], E[:, :k, :k]), None
+        return dispatch.cayley_delta_backward(grad.contiguous(), E, k), None
 
 
 class SSVDLinearFunction(torch.autograd.Function):
-    """(x, weight, U, V, core, bias) -> y = x (W + U core V^T)^T + b, computed in `dtype`.
+    """(x, weight, U, V, core, bias) -> y = x (W + U core V^T)^T + b, computed in `dtype`; without `weight`, of W = 0.
 
     Besides the frozen tensors that the layer holds anyway it saves what dcore needs of x: `saves` is "z" for
     z = x V (T, k), "x" for x itself, of which z is computed again, or "" for nothing. Nothing weight-sized is added.
@@ -39,10 +42,12 @@ class SSVDLinearFunction(torch.autograd.Function):
     reach x through it.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         U: Tensor,
         V: Tensor,
         core: Tensor,

@@ -24,14 +24,15 @@ from torch import Tensor, nn
 
 from .config import ROTATIONS, SIDES, SSVDConfig
 from .factorize import SAFE_GAP, SKETCH_ROWS, Factorization, basis_error, fingerprint, match_signs
-from .functional import theta_length
-from .layers import SSVDLinear, check_linear
+from .functional import flip_theta, theta_length
+from .layers import SSVDLinear
 from .model import Plan, factorize_all, install, require_layers, ssvd_layers
+from .parked import TRAINED
+from .quantized import base_weight, check_adaptable
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-_TRAINED = ("theta", "theta_out", "delta_sigma")
 _BASIS = ("U", "sigma", "V")
 
 
@@ -39,13 +40,17 @@ class AdapterError(ValueError):
     """An adapter file that cannot be used: damaged, of another format, or made for another base model."""
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str], save_bases: bool = False) -> None:
+def save_adapter(
+    model: nn.Module, path: str | os.PathLike[str], save_bases: bool = False, *, adapter: str | None = None
+) -> None:
     """Writes every SSVD layer of `model` to one safetensors file, atomically.
+
+    adapter: of several adapters (see `add_adapter`) the one to save; by default the one in use.
 
     save_bases=True adds every U, sigma and V: such an adapter also loads on a rounding (fp16, bf16) of its base.
     Layers whose singular values lie too close together to recompute their basis safely are stored with it anyway,
-    and a log line says so. Raises ValueError if the model has no SSVD layer or a parameter is not finite, and
-    FileNotFoundError if the folder does not exist; nothing is left half-written.
+    and a log line says so. Raises ValueError if the model has no SSVD layer or no such adapter, or if a parameter is
+    not finite, and FileNotFoundError if the folder does not exist; nothing is left half-written.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -57,10 +62,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], save_bases: boo
         close = layer.basis.gap < SAFE_GAP
         if close and not save_bases:
             unsafe.append(name)
-        kept = [key for key in _TRAINED if getattr(layer, key) is not None]
-        kept += _BASIS if save_bases or close else []
-        for key in kept:
-            value = getattr(layer, key).detach().cpu().contiguous()
+        kept: dict[str, Tensor] = dict(layer.adapter(adapter))
+        kept |= {key: getattr(layer, key) for key in _BASIS} if save_bases or close else {}
+        for key, tensor in kept.items():
+            value = tensor.detach().cpu().contiguous()
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name}.{key} holds NaN or infinity: nothing was saved")
             tensors[f"{name}.{key}"] = value
@@ -83,21 +88,25 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, progress: bo
     """Loads an adapter into `model` and returns the names of its layers.
 
     A model without SSVD layers is injected as the file says (other parameters frozen); one with SSVD layers must have
-    the same ones. Raises FileNotFoundError, or AdapterError for a file that is damaged, altered, of another version,
-    for another base model, whose basis cannot be matched, or whose precision would be lost; the model is then
-    unchanged.
+    the same ones, and of several adapters the one in use is replaced. Raises FileNotFoundError, or AdapterError for a
+    file that is damaged, altered, of another version, for another base model, whose basis cannot be matched, or whose
+    precision would be lost; the model is then unchanged.
     """
     path = Path(path)
-    described, tensors = _read(path)
+    described, tensors = read_adapter(path)
     present = ssvd_layers(model)
     found: dict[str, Factorization] = {}
+    if any(layer.inactive for layer in present.values()):  # whose bases belong to other adapters, too
+        for name, values in adapter_values(present, path).items():
+            _copy(values, present[name])
+        return list(described)
     if present:
         _check_present(path, present, described)
     else:
         plan = _plan(path, model, described)
         for name, (linear, _) in plan.items():
             if f"{name}.U" not in tensors:
-                _check_fingerprint(path, name, described[name], fingerprint(linear.weight))
+                _check_fingerprint(path, name, described[name], fingerprint(base_weight(linear, name)))
         missing = {name: entry for name, entry in plan.items() if f"{name}.U" not in tensors}
         found = {**factorize_all(missing, progress), **_stored_bases(path, plan, described, tensors)}
     signs = {}
@@ -110,13 +119,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, progress: bo
                 _check_base(path, name, described[name], present[name].base_weight, tensors)
             continue
         _check_fingerprint(path, name, described[name], identity.fingerprint)
-        matched = match_signs(tensors[f"{name}.sketch"], identity.sketch)
-        if matched is None:
-            raise AdapterError(
-                f"{path}: the singular vectors of {name} cannot be matched with those that were adapted, although the "
-                "base weight is the same: save the adapter with save_bases=True"
-            )
-        signs[name] = matched
+        remedy = "save the adapter with save_bases=True"
+        signs[name] = _matched_signs(path, name, tensors, identity.sketch, remedy)
     if not present:
         install(model, plan, found)
         present = ssvd_layers(model)
@@ -130,12 +134,49 @@ def _fill(layer: SSVDLinear, name: str, tensors: dict[str, Tensor], signs: Tenso
         layer.set_basis(*(tensors[f"{name}.{key}"] for key in _BASIS))
     elif bool((signs < 0).any()):
         layer.flip_basis(signs)
+    _copy({key: tensors[f"{name}.{key}"] for key in layer.adapter()}, layer)
+
+
+def _copy(values: dict[str, Tensor], layer: SSVDLinear) -> None:
     with torch.no_grad():
-        for key in _TRAINED:
-            parameter = getattr(layer, key)
-            if parameter is not None:
-                parameter.copy_(tensors[f"{name}.{key}"])
+        for key, parameter in layer.adapter().items():
+            parameter.copy_(values[key])
     layer._forget()
+
+
+def adapter_values(layers: dict[str, SSVDLinear], path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
+    """Layer name -> theta, delta_sigma (and theta_out) of an adapter file, in terms of the bases that `layers` hold.
+
+    Where the file means another sign of a singular pair, its theta changes instead of the basis: K' = S K S.
+    Raises as `load_adapter` does, and AdapterError where the file's basis is another one altogether.
+    """
+    path = Path(path)
+    described, tensors = read_adapter(path)
+    _check_present(path, layers, described)
+    values = {}
+    for name, layer in layers.items():
+        _check_precision(path, name, tensors, layer.theta.dtype)
+        if f"{name}.U" in tensors:
+            _check_base(path, name, described[name], layer.base_weight, tensors)
+        else:
+            _check_fingerprint(path, name, described[name], layer.basis.fingerprint)
+        remedy = "the adapters of one model share its bases, so load this one into a model of its own"
+        signs = _matched_signs(path, name, tensors, layer.basis.sketch, remedy)
+        values[name] = {key: tensors[f"{name}.{key}"] for key in layer.adapter()}
+        for key, k in (("theta", layer.k_in), ("theta_out", layer.k_out)):
+            if key in values[name]:
+                values[name][key] = flip_theta(values[name][key], signs[:k], layer.rotation)
+    return values
+
+
+def _matched_signs(path: Path, name: str, tensors: dict[str, Tensor], sketch: Tensor, remedy: str) -> Tensor:
+    signs = match_signs(tensors[f"{name}.sketch"], sketch)
+    if signs is None:
+        raise AdapterError(
+            f"{path}: the singular vectors of {name} cannot be matched with those that were adapted, although the "
+            f"base weight is the same: {remedy}"
+        )
+    return signs
 
 
 def _describe(layer: SSVDLinear) -> dict[str, Any]:
@@ -148,7 +189,7 @@ def _describe(layer: SSVDLinear) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+def read_adapter(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
     """(layer name -> description, tensors) of a file that is whole, unaltered and of this version."""
     if not path.is_file():
         raise FileNotFoundError(f"path={str(path)!r}: no such adapter file")
@@ -255,7 +296,7 @@ def _plan(path: Path, model: nn.Module, described: dict[str, dict[str, Any]]) ->
                 f"{path} adapts {name!r}, which {type(model).__name__} does not have: another base model?"
             )
         try:
-            check_linear(linear, name)
+            check_adaptable(linear, name)
             assert isinstance(linear, nn.Linear)
             shape = [linear.out_features, linear.in_features]
             if shape != layer["shape"]:
@@ -272,7 +313,7 @@ def _plan(path: Path, model: nn.Module, described: dict[str, dict[str, Any]]) ->
 
 def _check_precision(path: Path, name: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Refuses to round what was trained: theta in the file may not be wider than the layer's."""
-    for key in _TRAINED:
+    for key in TRAINED:
         value = tensors.get(f"{name}.{key}")
         if value is not None and torch.promote_types(value.dtype, dtype) != dtype:
             raise AdapterError(
@@ -285,7 +326,8 @@ def _check_fingerprint(path: Path, name: str, described: dict[str, Any], found: 
     if described["fingerprint"] != found:
         raise AdapterError(
             f"{path} was trained on another base model: the weight of {name} differs. If yours is a half-precision "
-            "copy of that base, load the adapter before casting, or save it with save_bases=True"
+            "copy of that base, load the adapter before casting, or save it with save_bases=True; a quantised base is "
+            "a base of its own"
         )
 
 
@@ -312,11 +354,12 @@ def _stored_bases(
     for name, (linear, _) in plan.items():
         if f"{name}.U" not in tensors:
             continue
-        _check_base(path, name, described[name], linear.weight, tensors)
-        wide = torch.promote_types(linear.weight.dtype, torch.float32)
+        weight = base_weight(linear, name)
+        _check_base(path, name, described[name], weight, tensors)
+        wide = torch.promote_types(weight.dtype, torch.float32)
         # copies: the file's tensors are views of a mapped file, and aligned as the file is
-        U, sigma, V = (tensors[f"{name}.{key}"].to(linear.weight.device, wide, copy=True) for key in _BASIS)
-        stored[name] = Factorization(U, sigma, V, fingerprint(linear.weight), 0.0, tensors[f"{name}.sketch"].clone())
+        U, sigma, V = (tensors[f"{name}.{key}"].to(weight.device, wide, copy=True) for key in _BASIS)
+        stored[name] = Factorization(U, sigma, V, fingerprint(weight), 0.0, tensors[f"{name}.sketch"].clone())
     return stored
 
 

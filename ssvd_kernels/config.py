@@ -75,11 +75,7 @@ class SSVDConfig:
                 )
             _check_amount("rank_out", self.rank_out, "ratio_out", self.ratio_out)
         for argument in ("targets", "exclude"):
-            value = getattr(self, argument)
-            if not isinstance(value, str):
-                if not isinstance(value, Sequence) or not all(isinstance(item, str) and item for item in value):
-                    raise TypeError(f"{argument}={value!r}: allowed is a string or a list of module-name suffixes")
-                object.__setattr__(self, argument, tuple(value))
+            object.__setattr__(self, argument, check_names(argument, getattr(self, argument)))
         if not self.targets:
             raise ValueError(
                 f"targets={self.targets!r} is empty: give 'all-linear', a preset, suffixes or a regular expression"
@@ -104,6 +100,15 @@ class SSVDConfig:
         """The configuration as plain JSON values; `SSVDConfig(**d)` restores it."""
         fields = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
+def check_names(argument: str, value: str | Sequence[str]) -> str | tuple[str, ...]:
+    """`value` if it is a string or, as a tuple, a list of module-name suffixes; else a TypeError that says so."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Sequence) or not all(isinstance(item, str) and item for item in value):
+        raise TypeError(f"{argument}={value!r}: allowed is a string or a list of module-name suffixes")
+    return tuple(value)
 
 
 def _check_choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _ext, reference
 from . import triton as triton_backend
 from .costs import linear_flops
+from .replay import replayed
 from .triton.configs import CONCAT_MAX_D
 from .workspace import Compose, Workspace, padded
 
@@ -30,8 +32,8 @@ _forced = os.environ.get("SSVD_BACKEND", "auto")
 def use_backend(name: str) -> Iterator[None]:
     """Forces a backend within a `with` block: "reference", "ext" (the C++/CUDA op), "triton", or "auto".
 
-    An op that the named backend does not have at all (Triton has no Cayley, the extension no linear) keeps its own
-    choice; one that it has but cannot serve raises RuntimeError.
+    An op that the named backend does not have at all (the extension has no linear) keeps its own choice; one that it
+    has but cannot serve raises RuntimeError.
     """
     global _forced
     _check_choice("name", name, BACKENDS)
@@ -45,7 +47,9 @@ def use_backend(name: str) -> Iterator[None]:
 def refusals(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """For `op` "cayley" or "linear": backend -> why it refuses these inputs (None = it serves), fastest first."""
     if op == "cayley":
-        return {"ext": _ext.supports(device), "reference": None}
+        wide = f"dtype {dtype} is not served, only float32" if dtype != torch.float32 else None
+        triton = wide or triton_backend.unavailable_reason(device, dtype)
+        return {"triton": triton, "ext": _ext.supports(device), "reference": None}
     return {"triton": triton_backend.unavailable_reason(device, dtype), "reference": None}
 
 
@@ -59,9 +63,10 @@ def backend_for(op: str, device: torch.device, dtype: torch.dtype) -> str:
             raise RuntimeError(f"backend {_forced!r} cannot serve {op} on {device} in {dtype}: {options[_forced]}")
         if _forced in options:
             return _forced
-    if op == "linear" and not (device.type == "cuda" and dtype in _HALF):
-        return "reference"  # float32 products are the vendor library's; the interpreter is for tests
-    return next(name for name, reason in refusals(op, device, dtype).items() if reason is None)
+    serving = [name for name, reason in refusals(op, device, dtype).items() if reason is None]
+    # the interpreter is for tests, and the linear's float32 products are the vendor library's
+    passed_over = device.type != "cuda" or (op == "linear" and dtype not in _HALF)
+    return next(name for name in serving if not (passed_over and name == "triton"))
 
 
 def linear_mode(
@@ -90,24 +95,54 @@ def linear_mode(
 
 
 def cayley_delta(theta: Tensor, k: int) -> Tensor:
-    """E (B, k, k) from theta (B, m)."""
-    if backend_for("cayley", theta.device, theta.dtype) == "ext":
+    """E (B, n, n) from theta (B, m): n = k, or more with zeros beyond k where the kernels want it."""
+    return replayed(_cayley_delta, (theta,), k, _variant)
+
+
+def _cayley_delta(theta: Tensor, k: int) -> Tensor:
+    backend = _cayley_backend(theta)
+    if backend == "triton":
+        return _kernels().cayley_delta(theta, k)
+    if backend == "ext":
         return torch.ops.ssvd_kernels.cayley_delta(theta, k)
     with _full_precision():
         return reference.cayley_delta_ref(theta, k)
 
 
-def cayley_delta_backward(grad: Tensor, E: Tensor) -> Tensor:
-    """dtheta (B, m) from dE and E (B, k, k)."""
-    if backend_for("cayley", E.device, E.dtype) == "ext":
+def cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
+    """dtheta (B, m) from dE and E (B, n, n), as `cayley_delta` gave it."""
+    return replayed(_cayley_delta_backward, (grad, E), k, _variant)
+
+
+def _cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
+    backend = _cayley_backend(grad, E)
+    if backend == "triton":
+        pad = -E.shape[-1] % 16  # not zero only where another backend computed E
+        return _kernels().cayley_delta_backward(F.pad(grad, (0, pad, 0, pad)), F.pad(E, (0, pad, 0, pad)), k)
+    grad, E = grad[:, :k, :k].contiguous(), E[:, :k, :k].contiguous()
+    if backend == "ext":
         return torch.ops.ssvd_kernels.cayley_delta_backward(grad, E)
     with _full_precision():
         return reference.cayley_delta_backward_ref(grad, E)
 
 
+def _cayley_backend(*tensors: Tensor) -> str:
+    """As `backend_for`; torch.func.vmap, which cannot batch Triton's launches, has the twin."""
+    backend = backend_for("cayley", tensors[0].device, tensors[0].dtype)
+    if backend == "triton" and not torch.compiler.is_compiling() and vmapped(*tensors):
+        if _forced == "triton":
+            raise RuntimeError("backend 'triton' cannot serve cayley under torch.func.vmap: allowed are the others")
+        return "reference"
+    return backend
+
+
+def _variant(tensor: Tensor) -> str:
+    return f"{_cayley_backend(tensor)} {torch.get_float32_matmul_precision()}"
+
+
 def ssvd_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     U: Tensor,
     V: Tensor,
     core: Tensor,
@@ -120,6 +155,8 @@ def ssvd_linear(
 
     z may have columns of zeros beyond its k: see `Workspace.operand`.
     """
+    if weight is None:  # the base product is made elsewhere
+        return reference.ssvd_linear_ref(x, None, U, V, core, None, None, need_z)
     if mode == "composed":
         composed = _composed(x, weight, U, V, core, workspace)
         if need_z and _concatenated(x, weight):
@@ -134,7 +171,7 @@ def ssvd_linear(
 def ssvd_linear_backward(
     dy: Tensor,
     z: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     U: Tensor,
     V: Tensor,
     core: Tensor,
@@ -144,6 +181,9 @@ def ssvd_linear_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dcore), None where not needed; arguments and formula as `reference.ssvd_linear_backward_ref`."""
     k = core.shape[0]
+    if weight is None:
+        z = None if z is None else z[..., :k]
+        return reference.ssvd_linear_backward_ref(dy, z, None, U, V, core, None, need_dx)
     composed = _composed(dy, weight, U, V, core, workspace) if mode == "composed" and need_dx else None
     if backend_for("linear", dy.device, dy.dtype) != "triton":
         z = None if z is None else z[..., :k]
@@ -158,6 +198,17 @@ def ssvd_linear_backward(
         operands = _padded(dy.dtype, U, V, core, workspace)
         dx, dcore = _kernels().ssvd_linear_bwd(dy, z, weight, *operands, need_dx)
     return dx, None if dcore is None else dcore[:k, :k].to(core.dtype)
+
+
+def vmapped(*tensors: Tensor) -> bool:
+    """Whether torch.func.vmap batches one of the tensors, at whatever level of nested transforms."""
+    functorch = torch._C._functorch
+    for tensor in tensors:
+        while functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_batchedtensor(tensor):
+                return True
+            tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def _concatenated(x: Tensor, weight: Tensor) -> bool:

@@ -28,7 +28,7 @@ def cayley_delta(theta: Tensor, k: int) -> Tensor:
     flat = theta.to(dtype).reshape(math.prod(theta.shape[:-1]), theta.shape[-1])
     with torch.autocast(theta.device.type, enabled=False):
         E = CayleyDeltaFunction.apply(flat.contiguous(), k)
-    return E.view(*theta.shape[:-1], k, k)
+    return E[:, :k, :k].view(*theta.shape[:-1], k, k)
 
 
 def cayley(theta: Tensor, k: int) -> Tensor:
@@ -61,6 +61,18 @@ def rotation_deltas(thetas: Sequence[Tensor], ks: Sequence[int], rotations: Sequ
     return result
 
 
+def flip_theta(theta: Tensor, signs: Tensor, rotation: str) -> Tensor:
+    """theta (m,) that means in the basis (s_i u_i, s_i v_i) what the given one means in (u_i, v_i): K' = S K S.
+
+    signs (k,) of +-1, of the pairs that theta rotates; exact, as only signs change.
+    """
+    products = torch.outer(signs, signs).to(theta.device, theta.dtype)
+    if rotation == "free":
+        return theta * products.flatten()
+    rows, columns = torch.triu_indices(len(signs), len(signs), 1, device=theta.device)
+    return theta * products[rows, columns]
+
+
 def ssvd_linear(
     x: Tensor,
     weight: Tensor,
@@ -89,17 +101,41 @@ def ssvd_linear(
         raise ValueError(f"x has dtype {x.dtype} and weight {weight.dtype}: allowed is one dtype, or autocast")
     if torch.compiler.is_compiling():
         workspace = None
-    saves = ""
-    if torch.is_grad_enabled() and core.requires_grad:
-        saves = "x" if workspace is not None and workspace.save_input else "z"
+    saves = _saves(core, workspace)
     backward = saves != "" or (torch.is_grad_enabled() and x.requires_grad)
     # not whether W' is there already: the mode, and with it the last bit, must not depend on what went before
     compositions = 2 if workspace is None and backward else 1
     T, fused = x.numel() // x.shape[-1], dispatch.backend_for("linear", x.device, dtype) == "triton"
+    if fused and not torch.compiler.is_compiling() and dispatch.vmapped(x, core):
+        raise RuntimeError(
+            "torch.func.vmap cannot batch the Triton kernels: loop over the adapters with torch.func.functional_call, "
+            "or map within ssvd_kernels.use_backend('reference')"
+        )
     chosen = dispatch.linear_mode(dtype, T, weight.shape, core.shape[0], mode, backward, compositions, fused)
     with torch.autocast(x.device.type, enabled=False):
         y, _ = SSVDLinearFunction.apply(x, weight, U, V, core, bias, chosen, dtype, saves, workspace)
     return y
+
+
+def ssvd_update(x: Tensor, U: Tensor, V: Tensor, core: Tensor, *, workspace: Workspace | None = None) -> Tensor:
+    """((x V) core^T) U^T: what U core V^T adds to a base product that somebody else makes, e.g. of a quantised weight.
+
+    x (..., d_in), U (d_out, k), V (d_in, k), core (k, k) -> (..., d_out). The rest is as in `ssvd_linear`.
+    """
+    _check_linear(x, None, U, V, core, None)
+    if torch.compiler.is_compiling():
+        workspace = None
+    rest = ("factored", compute_dtype(x), _saves(core, workspace), workspace)
+    with torch.autocast(x.device.type, enabled=False):
+        y, _ = SSVDLinearFunction.apply(x, None, U, V, core, None, *rest)
+    return y
+
+
+def _saves(core: Tensor, workspace: Workspace | None) -> str:
+    """What the backward needs of x: "" nothing, "x" itself, or "z" = x V."""
+    if not (torch.is_grad_enabled() and core.requires_grad):
+        return ""
+    return "x" if workspace is not None and workspace.save_input else "z"
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -129,14 +165,13 @@ def theta_length(k: int, rotation: str) -> int:
     return k * k if rotation == "free" else k * (k - 1) // 2
 
 
-def _check_linear(x: Tensor, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, bias: Tensor | None) -> None:
+def _check_linear(x: Tensor, weight: Tensor | None, U: Tensor, V: Tensor, core: Tensor, bias: Tensor | None) -> None:
     if not x.is_floating_point():
         raise TypeError(f"x has dtype {x.dtype}: allowed are floating-point dtypes")
-    if weight.ndim != 2 or U.ndim != 2:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)} and U {tuple(U.shape)}: allowed are (d_out, d_in) and (d_out, k)"
-        )
-    (d_out, d_in), k = weight.shape, U.shape[1]
+    shape = (len(U), len(V)) if weight is None else tuple(weight.shape)
+    if len(shape) != 2 or U.ndim != 2:
+        raise ValueError(f"weight has shape {shape} and U {tuple(U.shape)}: allowed are (d_out, d_in) and (d_out, k)")
+    (d_out, d_in), k = shape, U.shape[1]
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "U": (U, (d_out, k)),
         "V": (V, (d_in, k)),
@@ -152,8 +187,8 @@ def _check_linear(x: Tensor, weight: Tensor, U: Tensor, V: Tensor, core: Tensor,
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: allowed is one device")
     if x.ndim == 0 or x.shape[-1] != d_in:
         raise ValueError(f"x has shape {tuple(x.shape)}: allowed is (..., {d_in}) for weight {(d_out, d_in)}")
-    if weight.device != x.device:
+    if weight is not None and weight.device != x.device:
         raise ValueError(f"weight is on {weight.device} and x on {x.device}: allowed is one device")
     for name, tensor in (("weight", weight), ("U", U), ("V", V)):
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} requires a gradient: allowed is a frozen {name} (SSVD trains the core alone)")

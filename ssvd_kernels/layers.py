@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,9 +15,9 @@ from . import dispatch, reference
 from .config import SSVDConfig
 from .factorize import Factorization, factorize, fingerprint, match_signs, sketch
 from .functional import compute_dtype, rotation_delta, ssvd_linear, theta_length
+from .merging import merged_weight
+from .parked import TRAINED, ParkedAdapter, other_adapters
 from .workspace import SharedInputs, Workspace, capturing
-
-logger = logging.getLogger(__name__)
 
 
 class BasisIdentity(NamedTuple):
@@ -62,6 +62,10 @@ class SSVDLinear(nn.Module):
     layer.weight   the effective weight (d_out, d_in), differentiable; layer.base_weight the untouched one
     layer.mode     "auto", "composed" or "factored" (see `ssvd_linear`)
 
+    theta, delta_sigma, U, sigma and V are float32 (float64 over a float64 base), also over a half-precision base; x has
+    the base's dtype or autocast's. Casting an adapted model (`to(dtype)`, `half()`) casts them all, warning where theta
+    becomes half precision, and casting back restores no digits. The core is computed in float32 even then.
+
     Before training the output is bit-identical to the base layer's. The Parameters of `linear` are shared and frozen.
     A composed weight is kept: in training from forward to backward and over micro-batches, in eval with gradients off
     from call to call. train(), eval(), loading, moving and merging drop it, and so does a change of the parameters (in
@@ -79,23 +83,18 @@ class SSVDLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, config: SSVDConfig, factorization: Factorization | None = None) -> None:
         super().__init__()
-        check_linear(linear, "linear")
-        weight = linear.weight
+        weight = self._weight_of(linear)
         d_out, d_in = weight.shape
         k_in, k_out = config.resolve_ranks(d_in, d_out)
         self.in_features, self.out_features = d_in, d_out
         self.k_in, self.k_out, self.k = k_in, k_out, max(k_in, k_out or 0)
         self.side, self.rotation = config.resolve_side(d_in, d_out), config.rotation
         self.mode = "auto"
+        self.active_adapter, self.disabled = "default", False  # see adapters.py
         found = factorization or factorize(weight, self.k)
         self.basis = BasisIdentity(found.fingerprint, found.gap, found.sketch)
-        self.__dict__["_original"] = linear  # not a submodule: `original()` gives it back
-        linear.requires_grad_(False)
-        self._parameters["weight"] = linear._parameters["weight"]  # by hand: the name `weight` is a property
-        self.register_parameter("bias", linear.bias)
-        for name, tensor in (("U", found.U), ("sigma", found.sigma), ("V", found.V)):
-            # frozen parameters, not buffers: DDP broadcasts buffers, even non-persistent ones, every step
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self._hold(linear)
+        self._hold_basis(found)
         zeros = found.sigma.new_zeros  # float32 or float64, on the weight's device
         self.theta = nn.Parameter(zeros(theta_length(k_in, self.rotation)))
         theta_out = None if k_out is None else nn.Parameter(zeros(theta_length(k_out, self.rotation)))
@@ -106,6 +105,21 @@ class SSVDLinear(nn.Module):
         self._handed: HandedRotations | None = None
         self._cache: tuple[Any, Tensor] | None = None
         self._workspace = Workspace()
+
+    @staticmethod
+    def _weight_of(linear: nn.Linear) -> Tensor:
+        check_linear(linear, "linear")
+        return linear.weight
+
+    def _hold(self, linear: nn.Linear) -> None:
+        self.__dict__["_original"] = linear.requires_grad_(False)  # not a submodule: `original()` gives it back
+        self._parameters["weight"] = linear._parameters["weight"]  # by hand: the name `weight` is a property
+        self.register_parameter("bias", linear.bias)
+
+    def _hold_basis(self, found: Factorization) -> None:
+        for name, tensor in (("U", found.U), ("sigma", found.sigma), ("V", found.V)):
+            # frozen parameters, not buffers: DDP broadcasts buffers, even non-persistent ones, every step
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: SSVDConfig) -> SSVDLinear:
@@ -153,6 +167,8 @@ class SSVDLinear(nn.Module):
     def _effective_weight(self) -> Tensor:
         if self._merged_weight is not None:
             return self._merged_weight
+        if self.disabled:
+            return self.base_weight
         if self._may_cache():
             return self._cached_weight()
         handed = self._handed
@@ -167,18 +183,42 @@ class SSVDLinear(nn.Module):
             if self.training and torch.is_grad_enabled() and self.theta.requires_grad:
                 raise RuntimeError("this SSVDLinear is merged and would not train: call unmerge() first, or eval()")
             return F.linear(x, self._merged_weight, self.bias)
-        if not self._may_cache():
-            self._cache = None
-            core = self.core()
-        elif self._as_if_merged(x):
+        if self.disabled:
+            return F.linear(x, self.base_weight, self.bias)
+        if self._may_cache() and self._as_if_merged(x):
             return F.linear(x, self._cached_weight(), self.bias)
-        else:
-            core = self._cached_core()
+        core, frozen = self._core_for(x), (self.base_weight, self.U, self.V)
+        return ssvd_linear(x, *frozen, core, self.bias, self.mode, workspace=self._workspace)
+
+    def _core_for(self, x: Tensor) -> Tensor:
+        """The core for a call on x, which the root is told of as one that reads x."""
+        if self._may_cache():
+            return self._cached_core()
+        self._cache = None
         inputs = None if self._handed is None else self._handed.inputs
         if inputs is not None and torch.is_grad_enabled():
             inputs.note(x, self._workspace, self.k, compute_dtype(x))
-        frozen = (self.base_weight, self.U, self.V)
-        return ssvd_linear(x, *frozen, core, self.bias, self.mode, workspace=self._workspace)
+        return self.core()
+
+    # -- adapters ----------------------------------------------------------------------------------------------
+
+    @property
+    def inactive(self) -> dict[str, ParkedAdapter]:
+        """The adapters that are not in use, by name: the layer's submodule `parked`, which is there if they are."""
+        return dict(self._modules.get("parked") or {})  # type: ignore[arg-type]
+
+    def adapter_names(self) -> list[str]:
+        """The adapter in use, then the others."""
+        return [self.active_adapter, *self.inactive]
+
+    def adapter(self, name: str | None = None) -> dict[str, nn.Parameter]:
+        """theta, delta_sigma (and theta_out) of the adapter `name`, or of the one in use."""
+        if name is None or name == self.active_adapter:
+            return {key: p for key in TRAINED if (p := self._parameters[key]) is not None}
+        if name not in self.inactive:
+            raise ValueError(f"adapter={name!r}: allowed are {', '.join(map(repr, self.adapter_names()))}")
+        parked = self.inactive[name]
+        return {key: parked[key] for key in TRAINED if key in parked}
 
     # -- merging -----------------------------------------------------------------------------------------------
 
@@ -187,29 +227,36 @@ class SSVDLinear(nn.Module):
         """Whether the forward uses a fixed W' composed by `merge`."""
         return self._merged_weight is not None
 
-    def composed_for_merge(self, name: str = "weight") -> Tensor:
-        """W' as `merge` stores it. Raises ValueError if it is not finite; warns if rounding loses the update."""
-        with torch.no_grad():
-            core = self.core()
-            merged = self.compose()
-            if not bool(torch.isfinite(merged).all()):
-                raise ValueError(f"merging {name} would produce NaN or infinity in {merged.dtype}: nothing was changed")
-            if merged.dtype in (torch.float16, torch.bfloat16) and bool((core != 0).any()):
-                update = self.U.float() @ core.float() @ self.V.float().mT
-                gain = (((merged.float() - self.base_weight.float()) * update).sum() / update.square().sum()).item()
-                if abs(gain - 1) > 0.02:
-                    logger.warning("merging %s into %s keeps %.0f %% of the update", name, merged.dtype, 100 * gain)
-        return merged
+    @property
+    def in_use(self) -> bool:
+        """Whether a forward of the model needs this layer's rotation."""
+        return not (self.merged or self.disabled)
 
-    def merge(self, composed: Tensor | None = None) -> None:
-        """Uses W' as a fixed weight from now on; W is kept, so `unmerge` is exact and state dicts never hold W'."""
+    def composed_for_merge(self, name: str = "weight", rounding: str = "nearest", unload: bool = False) -> Tensor:
+        """W' as `merge(model, unload)` stores it; see `merged_weight`."""
+        if self.disabled:
+            raise ValueError(f"merging {name} while its adapter is disabled: leave the disable_adapter block first")
+        return merged_weight(self.base_weight, self.U, self.V, self.core(), rounding, name)
+
+    def merge(self, composed: Tensor | None = None, *, rounding: str = "nearest") -> None:
+        """Uses W' as a fixed weight from now on; W is kept, so `unmerge` is exact and state dicts never hold W'.
+
+        rounding: see `ssvd_kernels.merge`; `composed` is a W' that `composed_for_merge` has made already.
+        """
         if self._merged_weight is None:
-            self._merged_weight = self.composed_for_merge() if composed is None else composed
+            self._merged_weight = self.composed_for_merge(rounding=rounding) if composed is None else composed
             self._forget()
 
     def unmerge(self) -> None:
         """Goes back to W + U core V^T computed at each forward."""
         self._merged_weight = None
+
+    def unloaded(self, weight: Tensor) -> nn.Linear:
+        """The plain layer that `merge(model, unload=True)` leaves: `original()` with W' for a weight."""
+        linear = self.original()
+        # a new Parameter: the old one may be in use elsewhere, e.g. in a copy of the base model
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        return linear
 
     def original(self) -> nn.Linear:
         """The nn.Linear that this layer was made from, with the present (base) weight and bias."""
@@ -223,8 +270,7 @@ class SSVDLinear(nn.Module):
     def set_basis(self, U: Tensor, sigma: Tensor, V: Tensor) -> None:
         """Replaces the basis by another of the same weight, e.g. an adapter's own. Shapes as the present ones."""
         for name, value in (("U", U), ("sigma", sigma), ("V", V)):
-            present = self._parameters[name]
-            assert present is not None
+            present: Tensor = getattr(self, name)
             if value.shape != present.shape:
                 raise ValueError(
                     f"{name} has shape {tuple(value.shape)}: allowed is {tuple(present.shape)}, as the layer's own"
@@ -313,7 +359,14 @@ class SSVDLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SSVDLinear:
         self._forget()
+        before = self.theta.dtype
         super()._apply(fn, recurse)
+        if self.theta.dtype != before and self.theta.dtype.itemsize < 4:
+            warnings.warn(  # once, not for each layer
+                f"theta and delta_sigma of SSVD layers were rounded from {before} to {self.theta.dtype}, in which an "
+                "optimizer's small steps are lost: cast the model before adapting it",
+                stacklevel=2,
+            )
         self._share_parameters()
         return self
 
@@ -321,7 +374,7 @@ class SSVDLinear(nn.Module):
         self.__dict__["_original"]._parameters.update(weight=self._parameters["weight"], bias=self._parameters["bias"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handed": None, "_cache": None}
+        return {**self.__dict__, "_handed": None, "_cache": None, "disabled": False}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Refuses another base weight without its basis, and any load while merged: both would be silently wrong."""
@@ -330,6 +383,10 @@ class SSVDLinear(nn.Module):
         weight, basis = state_dict.get(prefix + "weight"), [state_dict.get(prefix + name) for name in ("U", "V")]
         if self.merged:
             error_msgs.append(f"{prefix[:-1]} is merged: unmerge before loading")
+            return
+        others = other_adapters(state_dict, prefix, self.adapter_names())
+        if others is not None:
+            error_msgs.append(others)
             return
         moved = weight is not None and weight.shape == self.base_weight.shape and not _same(weight, self.base_weight)
         if moved and any(tensor is None for tensor in basis):
@@ -353,14 +410,18 @@ class SSVDLinear(nn.Module):
 def check_linear(module: object, name: str) -> None:
     """Raises TypeError unless `module` is an nn.Linear (or a subclass that keeps its forward and its weight)."""
     if not is_linear(module):
-        raise TypeError(f"{name} is a {type(module).__name__}: allowed is torch.nn.Linear with a weight of its own")
+        raise TypeError(
+            f"{name} is a {type(module).__name__}: allowed is torch.nn.Linear with a weight of its own "
+            "(a quantised one: SSVDQuantizedLinear)"
+        )
 
 
 def is_linear(module: object) -> bool:
     """Whether `module` computes x W^T + b from a plain parameter W (a parametrized one, say, does not)."""
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         return False
-    return module._parameters.get("weight") is not None
+    # not of a tensor subclass, which may compute otherwise, nor a lazy one, which has no values yet
+    return type(module._parameters.get("weight")) in (Tensor, nn.Parameter)
 
 
 def _pad(E: Tensor, k: int) -> Tensor:

@@ -119,7 +119,7 @@ def round_stochastically(values: Tensor) -> Tensor:
 
 def ssvd_linear_ref(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     U: Tensor,
     V: Tensor,
     core: Tensor,
@@ -129,7 +129,8 @@ def ssvd_linear_ref(
 ) -> tuple[Tensor, Tensor | None]:
     """y = x W^T + ((x V) core^T) U^T + b and z = x V (what the backward needs of x); x (..., d_in).
 
-    `composed` is W' in x's dtype, or None: then y is computed from the factors and W' never formed.
+    `composed` is W' in x's dtype, or None: then y is computed from the factors and W' never formed. Without `weight` y
+    is the update ((x V) core^T) U^T alone.
     """
     dtype = x.dtype
     bias = None if bias is None else bias.to(dtype)
@@ -137,21 +138,23 @@ def ssvd_linear_ref(
     if composed is not None:
         return F.linear(x, composed, bias), z
     assert z is not None
-    base = F.linear(x, weight.to(dtype), bias)
-    return base + (z @ core.to(dtype).mT) @ U.to(dtype).mT, z if need_z else None
+    y = (z @ core.to(dtype).mT) @ U.to(dtype).mT
+    if weight is not None:
+        y = F.linear(x, weight.to(dtype), bias) + y
+    return y, z if need_z else None
 
 
 def ssvd_linear_backward_ref(
     dy: Tensor,
     z: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     U: Tensor,
     V: Tensor,
     core: Tensor,
     composed: Tensor | None,
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx = dy W' and dcore = U^T dy^T z = (dy U)^T (x V); dcore is None when z is. `composed` as in the forward."""
+    """dx = dy W' and dcore = U^T dy^T z = (dy U)^T (x V); dcore is None when z is. The rest as in the forward."""
     dtype = dy.dtype
     dx = dcore = None
     rows, Ud = dy.reshape(-1, dy.shape[-1]), U.to(dtype)
@@ -164,8 +167,9 @@ def ssvd_linear_backward_ref(
     else:
         dyU = rows @ Ud
         if need_dx:
-            dx = dy @ weight.to(dtype)
-            dx = dx + ((dyU @ core.to(dtype)) @ V.to(dtype).mT).view_as(dx)
+            dx = ((dyU @ core.to(dtype)) @ V.to(dtype).mT).view(*dy.shape[:-1], len(V))
+            if weight is not None:
+                dx = dy @ weight.to(dtype) + dx
         if z is not None:
             dcore = dyU.mT @ z.reshape(-1, z.shape[-1])
     return dx, None if dcore is None else dcore.to(core.dtype)

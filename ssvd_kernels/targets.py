@@ -6,9 +6,11 @@ import re
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .config import PRESETS, SSVDConfig
-from .layers import SSVDLinear, check_linear, is_linear
+from .layers import SSVDLinear
+from .quantized import check_adaptable, is_adaptable
 
 
 def find_targets(model: nn.Module, config: SSVDConfig) -> dict[str, nn.Linear]:
@@ -21,29 +23,29 @@ def find_targets(model: nn.Module, config: SSVDConfig) -> dict[str, nn.Linear]:
     """
     matched, listed = _match(model, config.targets)
     excluded = set(_match_names([name for name, _ in model.named_modules()], config.exclude)) if config.exclude else ()
-    holders = _weight_holders(model)
+    holders = weight_holders(model)
     output_embeddings = _output_embeddings(model)
     targets: dict[str, nn.Linear] = {}
     for name, module in matched.items():
         if name in excluded:
             continue
         if listed:
-            check_linear(module, f"module {name!r}, named by targets,")
-        elif not is_linear(module):
+            check_adaptable(module, f"module {name!r}, named by targets,")
+        elif not is_adaptable(module):
             continue
         assert isinstance(module, nn.Linear)
-        others = [holder for holder in holders.get(_storage(module.weight), []) if holder != f"{name}.weight"]
-        if others:
+        tied = tied_to(name, module, holders)
+        if tied is not None:
             if listed:
                 raise ValueError(
-                    f"targets names {name!r}, whose weight is tied to {others[0]!r}: adapting would change both"
+                    f"targets names {name!r}, whose weight is tied to {tied!r}: adapting would change both"
                 )
             continue
         if not listed and module is output_embeddings:
             continue
         targets[name] = module
     if not targets:
-        linears = [name for name, module in model.named_modules() if is_linear(module)]
+        linears = [name for name, module in model.named_modules() if is_adaptable(module)]
         raise ValueError(
             f"targets={_shown(config.targets)} and exclude={_shown(config.exclude)} match no untied linear layer of "
             f"{type(model).__name__}: it has {len(linears)} linear layers, e.g. {', '.join(linears[:4]) or 'none'}"
@@ -89,7 +91,7 @@ def _within_layer(model: nn.Module, name: str) -> bool:
     return bool(parent) and isinstance(model.get_submodule(parent), SSVDLinear)
 
 
-def _weight_holders(model: nn.Module) -> dict[tuple, list[str]]:
+def weight_holders(model: nn.Module) -> dict[tuple, list[str]]:
     """Storage of each parameter -> every name that holds it, shared modules and shared tensors included."""
     holders: dict[tuple, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -97,8 +99,13 @@ def _weight_holders(model: nn.Module) -> dict[tuple, list[str]]:
     return holders
 
 
+def tied_to(name: str, linear: nn.Linear, holders: dict[tuple, list[str]]) -> str | None:
+    """Another name in `holders` under which a parameter is the weight of the module `name`, or None."""
+    return next((other for other in holders.get(_storage(linear.weight), []) if other != f"{name}.weight"), None)
+
+
 def _storage(tensor: Tensor) -> tuple:
-    if tensor.is_meta:
+    if tensor.is_meta or is_traceable_wrapper_subclass(tensor):  # these have no storage of their own
         return (id(tensor),)
     return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.device)
 

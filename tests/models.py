@@ -108,9 +108,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[int]]]:
     def spy(name: str) -> Callable:
         original = getattr(dispatch, name)
 
-        def call(tensor: Tensor, other: object) -> Tensor:
+        def call(tensor: Tensor, *rest: object) -> Tensor:
             calls[name].append(tensor.shape[0])
-            return original(tensor, other)
+            return original(tensor, *rest)
 
         return call
 

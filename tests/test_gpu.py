@@ -13,13 +13,13 @@ from cases import exact_delta, linear_inputs, naive_linear, relative_error, solv
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
-from ssvd_kernels import _ext
+from ssvd_kernels import _ext, replay
 
 pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda")
 HALF = [torch.float16, torch.bfloat16]
-CAYLEY = ["reference", "ext"]
+CAYLEY = ["reference", "ext", "triton"]
 RANKS = [1, 2, 63, 64, 65, 153, 409, 512]
 # (tokens, d_in, d_out, k)
 SHAPES = [
@@ -43,6 +43,14 @@ def cayley_backend(request: pytest.FixtureRequest) -> str:
         yield request.param
 
 
+@pytest.fixture(params=[False, True], ids=["called", "replayed"])
+def cuda_graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """The Cayley op as it is, and as one CUDA graph per bucket."""
+    monkeypatch.setenv(replay.VARIABLE, str(int(request.param)))
+    yield
+    replay._graphs.clear()
+
+
 @pytest.fixture
 def as_trained():
     """Without the suite's poison, which brings deterministic (and synchronising) kernels of torch's own."""
@@ -61,7 +69,7 @@ def precision(request: pytest.FixtureRequest):
     """ "high" lets float32 products use TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(request.param)
-    yield
+    yield request.param
     torch.set_float32_matmul_precision(before)
 
 
@@ -106,6 +114,8 @@ def on_device(
 @pytest.mark.parametrize("B", [1, 5])
 @pytest.mark.parametrize("k", RANKS)
 def test_cayley_error(cayley_backend, precision, k, B, dtype):
+    if cayley_backend == "triton" and dtype == torch.float64:
+        pytest.skip("float32 only: test_triton_cayley.py has the refusal")
     theta = theta_of_norm(k, 0.7, B).to(dtype)
     grad = torch.randn(B, k, k, dtype=dtype)
     E, dtheta = (t.cpu() for t in cayley_passes(theta.to(DEVICE), grad.to(DEVICE), k))
@@ -114,8 +124,9 @@ def test_cayley_error(cayley_backend, precision, k, B, dtype):
         assert relative_error(E, plain[0]) <= 1e-12 and relative_error(dtheta, plain[1]) <= 1e-12
         return
     exact = solve_passes(theta.double(), grad.double(), k)
-    assert relative_error(E, exact[0]) <= bound(plain[0], exact[0])
-    assert relative_error(dtheta, exact[1]) <= bound(plain[1], exact[1])
+    two_terms = cayley_backend == "triton" and precision == "high"
+    assert relative_error(E, exact[0]) <= (1e-5 if two_terms else bound(plain[0], exact[0]))
+    assert relative_error(dtheta, exact[1]) <= (1e-5 if two_terms else bound(plain[1], exact[1]))
 
 
 @pytest.mark.parametrize("k", [1, 2, 65])
@@ -125,7 +136,7 @@ def test_cayley_of_an_empty_batch(cayley_backend, k):
 
 
 @pytest.mark.parametrize("k", [65, 512])
-def test_cayley_on_another_stream(cayley_backend, as_trained, k):
+def test_cayley_on_another_stream(cayley_backend, cuda_graphs, as_trained, k):
     """theta is written by the stream of the caller, late: a kernel on any other stream would read NaN."""
     ready, grad = theta_of_norm(k, 0.7, 2, torch.float32).to(DEVICE), torch.randn(2, k, k, device=DEVICE)
     expected = cayley_passes(ready, grad, k)
@@ -140,13 +151,43 @@ def test_cayley_on_another_stream(cayley_backend, as_trained, k):
 
 
 @pytest.mark.parametrize("k", [1, 64, 409])
-def test_cayley_does_not_wait_for_the_device(cayley_backend, as_trained, no_sync, k):
+def test_cayley_does_not_wait_for_the_device(cayley_backend, cuda_graphs, as_trained, no_sync, k):
     theta, grad = theta_of_norm(k, 0.7, 3, torch.float32).to(DEVICE), torch.randn(3, k, k, device=DEVICE)
     expected = cayley_passes(theta, grad, k)
     no_sync()
     again = cayley_passes(theta, grad, k)
     torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(a, b) for a, b in zip(again, expected))
+
+
+def test_replayed_buckets_do_not_mix(cayley_backend, as_trained, monkeypatch):
+    """Two ranks, two batches, forwards before backwards, results kept while their bucket is used again."""
+    monkeypatch.setenv(replay.VARIABLE, "1")
+    draws = [(theta_of_norm(k, 0.7, B, torch.float32).to(DEVICE), torch.randn(B, k, k, device=DEVICE), k)
+             for B, k in [(2, 65), (3, 65), (2, 130), (2, 65)]]  # fmt: skip
+    kept = [sk.cayley_delta(theta.requires_grad_(), k) for theta, _, k in draws]
+    gradients = [torch.autograd.grad(E, theta, grad)[0] for E, (theta, grad, _) in zip(kept, draws)]
+    assert len(replay._graphs) == 6
+    monkeypatch.setenv(replay.VARIABLE, "0")
+    for E, dtheta, draw in zip(kept, gradients, draws):
+        wanted = cayley_passes(*draw)
+        assert torch.equal(E, wanted[0]) and torch.equal(dtheta, wanted[1])
+    replay._graphs.clear()
+
+
+def test_measured_tiles_change_no_result(as_trained, monkeypatch, tmp_path):
+    from ssvd_kernels.triton import tuning
+
+    monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / "choices.json"))
+    with sk.use_backend("triton"):
+        for mode in ("factored", "composed"):
+            linear_is_accurate([on_device((300, 384, 640, 153), torch.bfloat16)], torch.bfloat16, mode)
+        theta, grad = theta_of_norm(153, 0.7, 3, torch.float32), torch.randn(3, 153, 153)
+        E, dtheta = (t.cpu() for t in cayley_passes(theta.to(DEVICE), grad.to(DEVICE), 153))
+    plain, exact = (solve_passes(theta.to(kind), grad.to(kind), 153) for kind in (torch.float32, torch.float64))
+    assert relative_error(E, exact[0]) <= bound(plain[0], exact[0])
+    assert relative_error(dtheta, exact[1]) <= bound(plain[1], exact[1])
+    assert len((tmp_path / "choices.json").read_text()) > 100
 
 
 # -- the linear op -------------------------------------------------------------------------------------------------
@@ -360,9 +401,11 @@ def small_pass() -> None:
     assert _ext.supports(DEVICE) is None, _ext.supports(DEVICE)
     for k in (1, 65, 153):
         for dtype in (torch.float32, torch.float64):
-            theta = theta_of_norm(k, 0.5, 2, dtype)
-            E, dtheta = cayley_passes(theta.to(DEVICE), torch.randn(2, k, k, dtype=dtype, device=DEVICE), k)
-            assert relative_error(E.cpu(), exact_delta(theta, k)) <= 1e-5 and bool(dtheta.isfinite().all())
+            theta, grad = theta_of_norm(k, 0.5, 2, dtype), torch.randn(2, k, k, dtype=dtype, device=DEVICE)
+            for backend in ("ext", "triton") if dtype == torch.float32 else ("ext",):
+                with sk.use_backend(backend):
+                    E, dtheta = cayley_passes(theta.to(DEVICE), grad, k)
+                assert relative_error(E.cpu(), exact_delta(theta, k)) <= 1e-5 and bool(dtheta.isfinite().all())
     with sk.use_backend("triton"):
         for shape in ((37, 70, 130, 33), (300, 128, 96, 64)):
             for dtype in (torch.float32, torch.bfloat16):

@@ -11,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import ssvd_kernels as sk
 from ssvd_kernels import dispatch
 from ssvd_kernels import triton as triton_backend
+from ssvd_kernels.functional import ssvd_update
 
 CPU = torch.device("cpu")
 _WHY_NOT = triton_backend.unavailable_reason(CPU, torch.float32)
@@ -65,6 +66,23 @@ def test_gradcheck_and_gradgradcheck(mode, bias):
     arguments = (x, core, b) if bias else (x, core, None)
     assert gradcheck(op, arguments)
     assert gradgradcheck(op, arguments)
+
+
+@pytest.mark.parametrize("shape", [(6,), (0, 6), (1, 6), (2, 3, 6), (2, 0, 6)])
+def test_update_alone_is_the_linear_op_over_a_zero_weight(shape):
+    inputs = linear_inputs((4, 6, 5, 3), torch.float64)
+    U, V, core = inputs["U"], inputs["V"], inputs["core"].requires_grad_()
+    x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    expected = sk.ssvd_linear(x, torch.zeros(5, 6, dtype=torch.float64), U, V, core, mode="factored")
+    update = ssvd_update(x, U, V, core)
+    torch.testing.assert_close(update, expected)
+    grads, references = (torch.autograd.grad(y.sin().sum(), [x, core]) for y in (update, expected))
+    torch.testing.assert_close(grads, references)
+    if x.numel():
+        assert gradcheck(lambda x, core: ssvd_update(x, U, V, core), (x, core))
+        assert gradgradcheck(lambda x, core: ssvd_update(x, U, V, core), (x, core))
+    with pytest.raises(ValueError, match=r"x has shape \(4, 7\): allowed is \(\.\.\., 6\)"):
+        ssvd_update(torch.randn(4, 7), U, V, core)
 
 
 @pytest.mark.parametrize("mode", ["composed", "factored", "auto"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -107,22 +108,50 @@ def test_dropped_layers_get_no_gradient_and_the_others_do(monkeypatch):
     assert some, "no seed dropped a layer"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["whisper", "wav2vec2", "wavlm"])
-def test_autocast_bf16_trains_and_evaluates(name):
+def test_autocast_trains_and_evaluates(name, dtype):
     model = adapted(name).train()
     twin = plain_twin(model)
     full = loss_gradients(model.eval())
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         output = run(model)
         loss = loss_of(output.float())
         plain = run(twin.eval())
-    loss.backward()
+    (2.0**10 * loss).backward()  # scaled, for float16
     grads = gradients(model)
     assert all(grad.dtype == torch.float32 for grad in grads.values())
     exact = run(model).detach()
     bound = 2 * relative_error(plain.detach(), exact)
     assert relative_error(output.detach(), exact) <= bound
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    with torch.autocast("cpu", dtype), torch.no_grad():
+        assert relative_error(run(model), exact) <= bound
+        sk.merge(model)
         assert relative_error(run(model), exact) <= bound
     ours, expected = (torch.cat([grad.flatten() for grad in g.values()]) for g in (grads, full))
     assert torch.cosine_similarity(ours, expected, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["whisper", "wav2vec2", "wavlm"])
+def test_half_precision_model_with_a_float32_adapter(name, dtype):
+    """No autocast: everything but theta, delta_sigma and the basis is half; WavLM's attention reads the weights."""
+    make, preset, _ = MODELS[name]
+    model = make().to(dtype)
+    inject(model, targets=preset)
+    train_randomly(model).eval()
+
+    def run_in(network: torch.nn.Module, dtype: torch.dtype) -> Tensor:
+        return network(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs(model).items()})[0]
+
+    exact = run_in(plain_twin(copy.deepcopy(model).double()), torch.float64).detach()
+    bound = 2 * relative_error(run_in(plain_twin(model), dtype).detach(), exact)
+    output = run_in(model, dtype)
+    assert output.dtype == dtype and relative_error(output.detach(), exact) <= bound
+    (2.0**10 * loss_of(output.float())).backward()
+    for grad in gradients(model).values():
+        assert grad.dtype == torch.float32 and grad.abs().max() > 0
+    for rounding in ("nearest", "stochastic"):
+        sk.merge(model, rounding=rounding)
+        assert relative_error(run_in(model, dtype).detach(), exact) <= bound
+        sk.unmerge(model)

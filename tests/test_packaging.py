@@ -121,6 +121,7 @@ def test_wheel_holds_what_it_should(cpu_site, pure_site):
         assert any(name.startswith("ssvd_kernels/_C.") for name in names) == compiled
         assert wheel.name.endswith("-none-any.whl") != compiled
         assert {"ssvd_kernels/py.typed", "ssvd_kernels/_build_info.json", "ssvd_kernels/triton/__init__.py"} <= {*names}
+        assert {f"ssvd_kernels/commands/{name}.py" for name in ("info", "merge", "convert")} <= {*names}
         assert all(name.startswith(("ssvd_kernels/", "ssvd_kernels-")) for name in names)
 
 
@@ -152,6 +153,13 @@ def test_info_says_what_is_missing(cpu_site, hidden):
 
 def test_info_says_why_there_is_no_extension(pure_site):
     assert "SSVD_BUILD=none" in run(pure_site, "-m", "ssvd_kernels", "info").stdout
+
+
+def test_selftest_checks_what_is_installed(cpu_site, pure_site):
+    compiled, pure = (run(site, "-m", "ssvd_kernels", "selftest").stdout for site in (cpu_site, pure_site))
+    assert "ok    cayley k=153, float32, ext, cpu" in compiled
+    assert "ext, cpu: error" not in pure and "cayley, backend ext, cpu: not checked (_C was not built" in pure
+    assert all("checks passed" in text and "FAIL" not in text for text in (compiled, pure))
 
 
 def test_extension_of_another_torch_is_not_imported(cpu_site, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from ssvd_kernels.triton.configs import COMPOSE, CORE_GRAD, LINEAR, ONE_PASS, configs
+from ssvd_kernels.triton.configs import CAYLEY, CAYLEY_LEAF, CAYLEY_PACK, COMPOSE, CORE_GRAD, LINEAR, ONE_PASS, configs
 
 HELPER = Path(__file__).with_name("triton_compile.py")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -80,6 +80,8 @@ def test_default_cases_cover_every_configuration():
     covered = {(case.kernel, case.config) for case in configs() if not case.slow}
     kernels = {"_ssvd_linear_fwd_kernel": LINEAR, "_ssvd_linear_one_pass_kernel": ONE_PASS}
     kernels["_ssvd_linear_concat_kernel"] = {key: LINEAR[key] for key in ("half", "half_odd")}
-    kernels |= {"_compose_kernel": COMPOSE, "_core_grad_kernel": CORE_GRAD}
+    kernels |= {"_compose_kernel": COMPOSE, "_core_grad_kernel": CORE_GRAD, "_cayley_product_kernel": CAYLEY}
+    kernels["_cayley_leaf_kernel"] = {"": (CAYLEY_LEAF,)}
+    kernels |= {name: {"": (CAYLEY_PACK,)} for name in ("_skew_kernel", "_unskew_kernel")}
     by_name = {(kernel.split(":")[1], config) for kernel, config in covered}
     assert by_name == {(name, c) for name, tables in kernels.items() for table in tables.values() for c in table}

@@ -36,8 +36,9 @@ def source(case: Case) -> ASTSource:
             signature[arg] = "constexpr"
             constants[(position,)] = case.constants.get(arg, 1)
             continue
-        signature[arg] = "*" + case.pointers.get(arg, case.dtype) if arg.endswith("_ptr") else "i32"
-        odd = case.odd or arg in ("T", "chunk")
+        number = "fp32" if arg in ("alpha", "beta") else "i32"
+        signature[arg] = "*" + case.pointers.get(arg, case.dtype) if arg.endswith("_ptr") else number
+        odd = case.odd or number == "fp32" or arg in ("T", "chunk")
         if arg.endswith("_ptr") or not odd:
             attributes[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)

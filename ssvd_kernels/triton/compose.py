@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssvd_kernels.triton.configs import COMPOSE_PRECISION, GROUP, compose_config, table_key
+from ssvd_kernels.triton.configs import COMPOSE, COMPOSE_PRECISION, GROUP, Config, compose_config, table_key
 from ssvd_kernels.triton.launch import aligned, current_device
 from ssvd_kernels.triton.tiles import accumulate, cast, grouped_program, round_stochastically
+from ssvd_kernels.triton.tuning import tuned
 
 
 @triton.jit
@@ -71,13 +72,16 @@ def compose(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dty
     P = U.to(torch.float32) @ core.to(torch.float32)
     out = torch.empty((d_out, d_in), dtype=dtype, device=weight.device)
     key = table_key(dtype, (weight.dtype, V.dtype), dtype != torch.float16 and aligned(weight, P, V))
-    config = compose_config(key, d_out, d_in)
-    grid = (triton.cdiv(d_out, config.rows) * triton.cdiv(d_in, config.cols),)
-    with current_device(weight):
-        _compose_kernel[grid](
+
+    def launch(config: Config) -> None:
+        _compose_kernel[(triton.cdiv(d_out, config.rows) * triton.cdiv(d_in, config.cols),)](
             weight, *weight.stride(), P, *P.stride(), V, *V.stride(), out, *out.stride(), d_out, d_in, k,
             BLOCK_N=config.rows, BLOCK_D=config.cols, BLOCK_K=config.depth, GROUP_N=GROUP,
             PRECISION=COMPOSE_PRECISION[dtype],
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
+
+    with current_device(weight):
+        kernel, default = f"compose {key}", compose_config(key, d_out, d_in)
+        launch(tuned(kernel, (d_out, d_in, k), COMPOSE[key], default, weight, launch))
     return out

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssvd_kernels.triton.configs import GROUP, linear_config, table_key
+from ssvd_kernels.triton.configs import GROUP, LINEAR, Config, linear_config, table_key
 from ssvd_kernels.triton.launch import aligned, current_device
 from ssvd_kernels.triton.tiles import accumulate, cast, grouped_program
+from ssvd_kernels.triton.tuning import tuned
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -78,15 +79,20 @@ def concat(x: Tensor, composed: Tensor, V: Tensor, bias: Tensor | None) -> tuple
     rows = x.reshape(-1, x.shape[-1])
     (T, d_in), d_out, k = rows.shape, composed.shape[0], V.shape[1]
     y, z = x.new_empty((T, d_out)), x.new_empty((T, k))
-    config = linear_config(table_key(x.dtype, (composed.dtype, V.dtype), aligned(rows, composed, V)), T, d_out + k)
-    columns = triton.cdiv(d_out, config.cols) + triton.cdiv(k, config.cols)
+    key = table_key(x.dtype, (composed.dtype, V.dtype), aligned(rows, composed, V))
+
+    def launch(config: Config) -> None:
+        columns = triton.cdiv(d_out, config.cols) + triton.cdiv(k, config.cols)
+        _ssvd_linear_concat_kernel[(triton.cdiv(T, config.rows) * columns,)](
+            rows, *rows.stride(), composed, *composed.stride(), V, *V.stride(),
+            y if bias is None else bias, 0 if bias is None else bias.stride(0), y, *y.stride(), z, *z.stride(),
+            T, d_in, d_out, k,
+            HAS_BIAS=bias is not None, BLOCK_T=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth,
+            GROUP_T=GROUP, PRECISION="ieee", num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
     if T:
         with current_device(x):
-            _ssvd_linear_concat_kernel[(triton.cdiv(T, config.rows) * columns,)](
-                rows, *rows.stride(), composed, *composed.stride(), V, *V.stride(),
-                y if bias is None else bias, 0 if bias is None else bias.stride(0), y, *y.stride(), z, *z.stride(),
-                T, d_in, d_out, k,
-                HAS_BIAS=bias is not None, BLOCK_T=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth,
-                GROUP_T=GROUP, PRECISION="ieee", num_warps=config.warps, num_stages=config.stages,
-            )  # fmt: skip
+            kernel, default = f"concat {key}", linear_config(key, T, d_out + k)
+            launch(tuned(kernel, (T, d_out, d_in, k), LINEAR[key], default, x, launch))
     return y.view(*x.shape[:-1], d_out), z.view(*x.shape[:-1], k)

@@ -80,16 +80,23 @@ CORE_GRAD = {
     "float32": (Config(16, 16, 32, 4, 3), Config(64, 64, 16, 4, 3)),
     "float32_odd": (Config(16, 16, 32, 4, 3), Config(32, 32, 16, 4, 3)),
 }
+# Batches of k x k matrices in float32, by the precision of their products (see cayley.py).
+CAYLEY = {
+    "bf16x3": (Config(32, 32, 32, 4, 2), Config(64, 64, 32, 4, 3), Config(128, 128, 32, 8, 3)),
+    "bf16x6": (Config(32, 32, 32, 4, 2), Config(64, 64, 32, 4, 3), Config(64, 128, 32, 8, 3)),
+}
+CAYLEY_LEAF = Config(64, 64, 0, 8, 1)  # the block that one program inverts by itself
+CAYLEY_PACK = Config(32, 32, 0, 4, 1)
 
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _pick(table: tuple[Config, ...], rows: int, cols: int) -> Config:
+def _pick(table: tuple[Config, ...], rows: int, cols: int, batch: int = 1) -> Config:
     """The largest tile that the rows fill at least half and that leaves MIN_PROGRAMS programs, else the smallest."""
     for config in reversed(table):
-        programs = _cdiv(rows, config.rows) * _cdiv(cols, config.cols)
+        programs = batch * _cdiv(rows, config.rows) * _cdiv(cols, config.cols)
         if 2 * rows > config.rows and programs >= MIN_PROGRAMS:
             return config
     return table[0]
@@ -126,6 +133,10 @@ def core_grad_config(key: str, ka: int, kb: int) -> Config:
     return next((c for c in reversed(CORE_GRAD[key]) if 2 * min(ka, kb) > c.rows), CORE_GRAD[key][0])
 
 
+def cayley_config(precision: str, batch: int, rows: int, cols: int) -> Config:
+    return _pick(CAYLEY[precision], rows, cols, batch)
+
+
 def core_grad_splits(config: Config, T: int, ka: int, kb: int) -> tuple[int, int]:
     """(tokens per chunk, number of chunks): every chunk holds a token (a single empty one for T = 0)."""
     tiles = _cdiv(ka, config.rows) * _cdiv(kb, config.cols)
@@ -158,7 +169,8 @@ class Case(NamedTuple):
         layout = "w^T" if "stride_w_n" in self.unit else "w"
         odd = "odd" if self.odd else "aligned"
         launch = f"w{self.config.warps} s{self.config.stages}"
-        return f"{self.kernel.split(':')[1]} {dtypes} {blocks} {launch} {layout} {odd}"
+        precision = self.constants.get("PRECISION", "ieee")
+        return f"{self.kernel.split(':')[1]} {dtypes} {blocks} {launch} {precision} {layout} {odd}"
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -235,10 +247,32 @@ def _core_grad_cases() -> Iterator[Case]:
             yield Case(name, config, dtype, {"out_ptr": "fp32"}, unit, key.endswith("odd"), blocks, half, slow)
 
 
+def _cayley_cases() -> Iterator[Case]:
+    for precision, table in CAYLEY.items():
+        for config in table:
+            blocks = {"BLOCK_M": config.rows, "BLOCK_N": config.cols, "BLOCK_K": config.depth}
+            constants = {**blocks, "PRECISION": precision}
+            # A B, A B^T (backward) and A^T B (backward)
+            for unit in (("stride_a_k", "stride_b_n"), ("stride_a_k", "stride_b_k"), ("stride_a_m", "stride_b_n")):
+                slow = unit != ("stride_a_k", "stride_b_n")
+                yield Case("cayley:_cayley_product_kernel", config, "fp32", {}, unit, False, constants, True, slow)
+    leaf, pack = {"BLOCK": CAYLEY_LEAF.rows}, {"BLOCK": CAYLEY_PACK.rows}
+    yield Case("cayley:_cayley_leaf_kernel", CAYLEY_LEAF, "fp32", {}, (), False, leaf, False, False)
+    yield Case("cayley:_skew_kernel", CAYLEY_PACK, "fp32", {}, (), False, pack, False, False)
+    yield Case("cayley:_unskew_kernel", CAYLEY_PACK, "fp32", {}, (), False, pack, False, False)
+
+
 def _entries(tables: dict[str, tuple[Config, ...]]) -> Iterator[tuple[str, Config, tuple[str, str, str, bool]]]:
     return ((key, config, operands) for key in tables for config in tables[key] for operands in _operands(key))
 
 
 def configs() -> list[Case]:
     """Every configuration that can be launched, with a representative signature each."""
-    return [*_linear_cases(), *_concat_cases(), *_one_pass_cases(), *_compose_cases(), *_core_grad_cases()]
+    return [
+        *_linear_cases(),
+        *_concat_cases(),
+        *_one_pass_cases(),
+        *_compose_cases(),
+        *_core_grad_cases(),
+        *_cayley_cases(),
+    ]

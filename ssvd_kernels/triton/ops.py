@@ -7,6 +7,7 @@ the graph. The annotations are read at run time, by `torch.library`.
 import torch
 from torch import Tensor
 
+from . import cayley as _cayley
 from . import compose as _compose
 from . import concat as _concat
 from . import core_grad as _core_grad
@@ -19,6 +20,29 @@ def _or_empty(value: Tensor | None, like: Tensor) -> Tensor:
 
 def _lead(x: Tensor, last: int, needed: bool = True) -> Tensor:
     return x.new_empty((*x.shape[:-1], last) if needed else (0,))
+
+
+@torch.library.custom_op("ssvd_kernels::triton_cayley_delta", mutates_args=())
+def cayley_delta(theta: Tensor, k: int) -> Tensor:
+    """As `cayley.cayley_delta`."""
+    return _cayley.cayley_delta(theta, k)
+
+
+@cayley_delta.register_fake
+def _(theta, k):
+    n = k + -k % 16
+    return theta.new_empty((theta.shape[0], n, n))
+
+
+@torch.library.custom_op("ssvd_kernels::triton_cayley_delta_backward", mutates_args=())
+def cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
+    """As `cayley.cayley_delta_backward`."""
+    return _cayley.cayley_delta_backward(grad, E, k)
+
+
+@cayley_delta_backward.register_fake
+def _(grad, E, k):
+    return grad.new_empty((grad.shape[0], k * (k - 1) // 2))
 
 
 @torch.library.custom_op("ssvd_kernels::triton_linear_fwd", mutates_args=())

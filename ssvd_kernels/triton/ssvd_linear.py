@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ssvd_kernels.triton.configs import (
     GROUP,
+    LINEAR,
     Config,
     linear_config,
     one_pass_config,
@@ -28,6 +29,7 @@ from ssvd_kernels.triton.configs import (
 from ssvd_kernels.triton.core_grad import core_grad
 from ssvd_kernels.triton.launch import aligned, current_device
 from ssvd_kernels.triton.tiles import accumulate, cast, grouped_program, product
+from ssvd_kernels.triton.tuning import tuned
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -169,15 +171,18 @@ def _products(x: Tensor, weight: Tensor, q: Tensor | None, U: Tensor | None, bia
     else:
         k = q.shape[1]
     key = table_key(x.dtype, (weight.dtype, U.dtype), aligned(x, weight, q, U))
-    config = linear_config(key, T, d_out)
-    grid = (triton.cdiv(T, config.rows) * triton.cdiv(d_out, config.cols),)
-    with current_device(x):
-        _ssvd_linear_fwd_kernel[grid](
+
+    def launch(config: Config) -> None:
+        _ssvd_linear_fwd_kernel[(triton.cdiv(T, config.rows) * triton.cdiv(d_out, config.cols),)](
             x, *x.stride(), weight, *weight.stride(), q, *q.stride(), U, *U.stride(),
             y if bias is None else bias, 0 if bias is None else bias.stride(0), y, *y.stride(), T, d_in, d_out, k,
             HAS_BIAS=bias is not None, BLOCK_T=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth,
             GROUP_T=GROUP, PRECISION="ieee", num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
+
+    with current_device(x):
+        kernel, default = f"linear {key}", linear_config(key, T, d_out)
+        launch(tuned(kernel, (T, d_out, d_in, k), LINEAR[key], default, x, launch))
     return y
 
 

@@ -31,11 +31,30 @@ def round_stochastically(tile, place):
 
 
 @triton.jit
+def bfloat16_terms(tile):
+    """float32 tile as the sum of three tiles of bfloat16 values, largest first."""
+    first = cast(tile, tl.bfloat16).to(tl.float32)
+    second = cast(tile - first, tl.bfloat16).to(tl.float32)
+    return first, second, cast(tile - first - second, tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b, accumulated in float32."""
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    """acc + a b, accumulated in float32. Interpreted, "bf16x3" and "bf16x6" add the terms that the compiler does."""
+    if not INTERPRETED:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+    a, b = a.to(tl.float32), b.to(tl.float32)
+    if PRECISION != "bf16x3" and PRECISION != "bf16x6":
+        return tl.dot(a, b, acc, input_precision="ieee")
+    a0, a1, a2 = bfloat16_terms(a)
+    b0, b1, b2 = bfloat16_terms(b)
+    if PRECISION == "bf16x6":
+        acc = tl.dot(a2, b0, acc, input_precision="ieee")
+        acc = tl.dot(a1, b1, acc, input_precision="ieee")
+        acc = tl.dot(a0, b2, acc, input_precision="ieee")
+    acc = tl.dot(a1, b0, acc, input_precision="ieee")
+    acc = tl.dot(a0, b1, acc, input_precision="ieee")
+    return tl.dot(a0, b0, acc, input_precision="ieee")
 
 
 @triton.jit

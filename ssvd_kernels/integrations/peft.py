@@ -1,0 +1,221 @@
+"""SSVD as a method of PEFT. Importing this module registers it:
+
+    import ssvd_kernels.integrations.peft as ssvd_peft
+    model = peft.get_peft_model(model, ssvd_peft.SSVDPeftConfig(ratio=0.4))
+
+A process that loads a saved adapter needs the import, too, or PEFT raises KeyError: 'SSVD'. The model card and
+adapter_config.json say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..config import PRESETS, Rotation, Side, SSVDConfig, check_names
+from ..model import is_watched, unwatch_forwards, watch_forwards
+from ..targets import tied_to, weight_holders
+from .peft_layer import SSVDPeftLinear
+
+_IMPORT = "import ssvd_kernels.integrations.peft"
+_CARD = f"""
+## Loading
+
+This is an SSVD adapter. PEFT knows the method once the package `ssvd_kernels` has registered it, so before loading:
+
+```python
+{_IMPORT}
+```
+"""
+
+
+class _Method(str):
+    """The key of a method: PEFT's own are members of an enum that is closed to others."""
+
+    @property
+    def value(self) -> str:
+        return str.__str__(self)
+
+    name = value
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"  # as the enum's members print; PEFT's status functions cut it at the dot
+
+
+SSVD: Any = _Method("SSVD")
+
+
+@dataclass
+class SSVDPeftConfig(PeftConfig):
+    """SSVD (arXiv 2509.02830) for `peft.get_peft_model`, `model.add_adapter` and the like.
+
+    rank, ratio, side, rotation, rank_out, ratio_out   as in `ssvd_kernels.SSVDConfig`; one of rank and ratio is needed
+    target_modules       a list of module-name suffixes, a regular expression, "all-linear", a preset ("whisper",
+                         "wav2vec2", "hubert", "wavlm"), or None: the preset of the model's type, else "all-linear"
+    exclude_modules, modules_to_save, layers_to_transform, layers_pattern   as in PEFT's other methods
+    requires_import      for readers of adapter_config.json: what to import before loading
+
+    theta and delta_sigma are float32 at least unless PEFT's autocast_adapter_dtype=False or a cast of the model asks
+    for less. Raises ValueError or TypeError naming the argument, its value and what is allowed.
+    """
+
+    rank: int | None = None
+    ratio: float | None = None
+    side: Side = "input"
+    rotation: Rotation = "cayley"
+    rank_out: int | None = None
+    ratio_out: float | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    requires_import: str = _IMPORT
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SSVD
+        self.ssvd()  # validates
+        for argument in ("target_modules", "exclude_modules"):
+            value = getattr(self, argument)
+            if value is not None:
+                names = check_names(argument, sorted(value) if isinstance(value, set) else value)
+                setattr(self, argument, names if isinstance(names, str) else set(names))
+        by_layer = self.layers_to_transform is not None
+        if by_layer and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform!r} needs a list of suffixes as target_modules "
+                f"(got {self.target_modules!r})"
+            )
+        if self.layers_pattern and not by_layer:
+            raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform")
+
+    def ssvd(self) -> SSVDConfig:
+        """What this asks of each layer."""
+        return SSVDConfig(
+            rank=self.rank,
+            ratio=self.ratio,
+            side=self.side,
+            rotation=self.rotation,
+            rank_out=self.rank_out,
+            ratio_out=self.ratio_out,
+        )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Also names the import in the folder's model card."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory) / "README.md"
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        if _IMPORT not in text:
+            card.write_text(text + _CARD, encoding="utf-8")
+
+
+class SSVDPeftModel(BaseTuner):
+    """Replaces the targeted layers by `SSVDPeftLinear`, and computes all running rotations in one call per forward."""
+
+    prefix = "ssvd_"
+    tuner_layer_cls = SSVDPeftLinear
+    target_module_mapping = PRESETS
+
+    _holders: dict[tuple, list[str]]  # these two only while layers are being replaced
+    _progress: tqdm
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's own, with a progress bar, and with nothing changed if anything is refused."""
+        self._holders = weight_holders(model)
+        self._progress = tqdm(desc="SSVD: factorising", unit="layer", disable=None)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self._take_back(adapter_name)
+            raise
+        finally:
+            self._progress.close()
+            del self._holders, self._progress
+
+    def _take_back(self, adapter_name: str) -> None:
+        for name, layer in list(self.model.named_modules()):
+            if isinstance(layer, SSVDPeftLinear):
+                if adapter_name in layer.ssvd_adapter:
+                    del layer.ssvd_adapter[adapter_name]
+                if not layer.ssvd_adapter:
+                    self.model.set_submodule(name, layer.base_layer)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        targets = peft_config.target_modules
+        preset = model_config.get("model_type") if targets is None else targets
+        if isinstance(preset, str) and preset in PRESETS:
+            peft_config.target_modules = set(PRESETS[preset])
+        elif targets is None:
+            peft_config.target_modules = "all-linear"
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target if isinstance(target, SSVDPeftLinear) else self._new_layer(target, current_key)
+        layer.update_layer(adapter_name, peft_config.ssvd(), peft_config.inference_mode)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+        self._progress.update()
+
+    def _new_layer(self, target: nn.Module, name: str) -> SSVDPeftLinear:
+        layer = SSVDPeftLinear(target, name)
+        tied = tied_to(name, layer.base_layer, self._holders)
+        if tied is not None:
+            raise ValueError(
+                f"{name!r} is targeted and its weight tied to {tied!r}: adapting would change both. Leave it out by "
+                "exclude_modules"
+            )
+        return layer
+
+    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        if not is_watched(model):
+            watch_forwards(model)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if is_watched(self.model):
+            unwatch_forwards(self.model)
+        return self.model
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """float32 at least; without autocast_adapter_dtype the dtype of each layer's base weight."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for layer in self.model.modules():
+                if isinstance(layer, SSVDPeftLinear) and adapter_name in layer.ssvd_adapter:
+                    layer.ssvd_adapter[adapter_name].to(layer.base_layer.weight.dtype)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:  # PEFT would drop it in silence
+            raise ValueError("adapter_names: SSVD has no batches that mix adapters; use set_adapter for each batch")
+        yield
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[SSVD] = SSVDPeftConfig
+PEFT_TYPE_TO_TUNER_MAPPING[SSVD] = SSVDPeftModel
+PEFT_TYPE_TO_PREFIX_MAPPING[SSVD] = SSVDPeftModel.prefix

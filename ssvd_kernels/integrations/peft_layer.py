@@ -1,0 +1,259 @@
+"""The layer that PEFT puts in an nn.Linear's place: named SSVD adapters over one base weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from .. import reference
+from ..checkpoint import FORMAT_VERSION, AdapterError
+from ..config import SSVDConfig
+from ..factorize import SAFE_GAP, SKETCH_ROWS, Factorization, factorize, match_signs
+from ..functional import ssvd_linear
+from ..layers import SSVDLinear, check_linear
+from ..merging import merged_weight
+
+_BASIS = ("U", "sigma", "V")
+_FINGERPRINT_BYTES = 16
+
+
+class SSVDPeftLinear(nn.Module, BaseTunerLayer):
+    """y = x W'^T + b with W' = W + sum of U core V^T over the active adapters; x (..., d_in) -> y (..., d_out).
+
+    Several active adapters add up their updates, as PEFT's additive methods do. `weight` is W', differentiable, so
+    that modules which read it instead of calling the layer (WavLM's attention) train theta, too. `merge` puts W' in
+    the base layer's weight and keeps W, so `unmerge` is exact; it always refuses NaN and infinity, which leaves
+    nothing for PEFT's `safe_merge` to add. Raises TypeError for a base layer that is no plain nn.Linear.
+    """
+
+    adapter_layer_names = ("ssvd_adapter",)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        check_linear(base_layer, name)
+        self.base_layer: nn.Linear = base_layer  # type: ignore[assignment]
+        self.name = name
+        self.in_features, self.out_features = self.base_layer.in_features, self.base_layer.out_features
+        self.ssvd_adapter = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._unmerged: Tensor | None = None  # W, while the base layer's weight is W'
+
+    def update_layer(self, adapter_name: str, config: SSVDConfig, inference_mode: bool = False) -> None:
+        """Adds an adapter that changes nothing yet. Raises ValueError if its rank does not fit."""
+        try:
+            k_in, k_out = config.resolve_ranks(self.in_features, self.out_features)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+        found = self._factorization(max(k_in, k_out or 0))
+        self.ssvd_adapter[adapter_name] = PeftAdapter(self, config, found)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _factorization(self, k: int) -> Factorization:
+        for adapter in self._adapters():
+            if adapter.k == k and adapter.basis.gap >= SAFE_GAP:
+                return Factorization(adapter.U, adapter.sigma, adapter.V, *adapter.basis)
+        return factorize(self.base_weight, k, f"{self.name}.weight")
+
+    def _adapters(self) -> list[PeftAdapter]:
+        return list(self.ssvd_adapter.values())  # type: ignore[arg-type]
+
+    def running(self) -> list[PeftAdapter]:
+        """The adapters that the forward applies: those active here, unless they are disabled or merged."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [self.ssvd_adapter[name] for name in self.active_adapters if name in self.ssvd_adapter]  # type: ignore
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The untouched pretrained weight W (d_out, d_in)."""
+        return self.base_layer.weight if self._unmerged is None else self._unmerged
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight W' (d_out, d_in) in the base weight's dtype, differentiable."""
+        running = self.running()
+        if len(running) == 1:
+            return running[0].weight
+        if not running:
+            return self.base_layer.weight
+        with torch.autocast(self.base_weight.device.type, enabled=False):
+            return reference.compose_ref(self.base_weight, *_sum(running))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        running = self.running()
+        if len(running) == 1:
+            return running[0](x)
+        if not running:
+            return self.base_layer(x)
+        return ssvd_linear(x, self.base_weight, *_sum(running), self.base_layer.bias)
+
+    # -- what PEFT calls ---------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        for adapter in self._adapters():
+            if not adapter.in_use:
+                adapter._forget()  # a composed weight each
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.ssvd_adapter]
+        if not names:
+            return
+        together = [*self.merged_adapters, *names]
+        adapters: list[PeftAdapter] = [self.ssvd_adapter[name] for name in together]  # type: ignore[misc]
+        with torch.no_grad():
+            merged = merged_weight(self.base_weight, *_sum(adapters), "nearest", self.name)
+        self._unmerged = self.base_weight.data
+        self.base_layer.weight.data = merged
+        self.merged_adapters = together
+
+    def unmerge(self) -> None:
+        if self._unmerged is not None:
+            self.base_layer.weight.data = self._unmerged
+        self._unmerged, self.merged_adapters = None, []
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """The update has rank k: PEFT's `convert_to_lora(model, rank=k)` is exact."""
+        return True
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """U core V^T (d_out, d_in) in float32 at least."""
+        U, V, core = _sum([self.ssvd_adapter[adapter]])  # type: ignore[list-item]
+        return U @ core @ V.mT
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Not to its dtype, as PEFT's own would: a reloaded theta would be rounded to a bf16 base's."""
+        adapter = self.ssvd_adapter[adapter_name] if adapter_name in self.ssvd_adapter else None
+        if isinstance(adapter, PeftAdapter) and not adapter.theta.is_meta:
+            adapter.to(device or self.base_layer.weight.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SSVDPeftLinear:
+        """Moves what is registered nowhere, too: W while merged, and the bases, which stay shared and never narrow."""
+        super()._apply(fn, recurse)
+        if self._unmerged is not None:
+            self._unmerged = fn(self._unmerged)
+        moved: dict[int, tuple[Tensor, Tensor]] = {}
+        for adapter in self._adapters():
+            for name in _BASIS:
+                tensor: Tensor = getattr(adapter, name)
+                if id(tensor) not in moved:
+                    new = fn(tensor)
+                    wide = torch.promote_types(new.dtype, tensor.dtype)
+                    moved[id(tensor)] = tensor, new if new.dtype == wide else tensor.to(new.device)
+                adapter.__dict__[name] = moved[id(tensor)][1]
+        return self
+
+
+class PeftAdapter(SSVDLinear):
+    """One adapter of an `SSVDPeftLinear`, whose base weight and bias it uses.
+
+    State: theta, delta_sigma (theta_out) and, as extra state, the identity of its basis: format version, fingerprint
+    of W (16 bytes), the sketch (6, k), and U, sigma, V where singular values lie too close to recompute them. U, sigma
+    and V are plain attributes: neither saved nor counted nor emptied by PEFT, and shared by adapters of one rank.
+    """
+
+    layer: SSVDPeftLinear
+
+    def __init__(self, layer: SSVDPeftLinear, config: SSVDConfig, found: Factorization) -> None:
+        self.__dict__["layer"] = layer  # not a submodule, but the other way round
+        super().__init__(layer.base_layer, config, found)
+
+    def _hold(self, linear: nn.Linear) -> None:
+        """Nothing: the base layer keeps its own."""
+
+    def _hold_basis(self, found: Factorization) -> None:
+        self.__dict__.update(U=found.U, sigma=found.sigma, V=found.V)
+
+    @property
+    def base_weight(self) -> Tensor:
+        return self.layer.base_weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+        return self.layer.base_layer.bias
+
+    @property
+    def merged(self) -> bool:
+        return any(self.layer.ssvd_adapter[name] is self for name in self.layer.merged_adapters)
+
+    @property
+    def in_use(self) -> bool:
+        return any(adapter is self for adapter in self.layer.running())
+
+    def merge(self, composed: Tensor | None = None, *, rounding: str = "nearest") -> None:
+        raise RuntimeError(f"{self.layer.name} was adapted through PEFT: use the PEFT model's merge_adapter()")
+
+    def original(self) -> nn.Linear:
+        raise RuntimeError(f"{self.layer.name} was adapted through PEFT: use the PEFT model's unload()")
+
+    def _share_parameters(self) -> None:
+        """There is nothing to share: the base layer keeps its own."""
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """The identity of the basis as one vector in the basis' dtype."""
+        parts = [torch.tensor([FORMAT_VERSION, *bytes.fromhex(self.basis.fingerprint)]), self.basis.sketch.flatten()]
+        if self.basis.gap < SAFE_GAP:
+            parts += [getattr(self, name).detach().flatten().cpu() for name in _BASIS]
+        return torch.cat([part.to(self.U.dtype) for part in parts])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Compares the basis that an adapter was trained on with this one, and repairs signs (in any order with theta).
+
+        Raises AdapterError for another format, another base weight, or a basis that cannot be matched.
+        """
+        (d_out, d_in), k, name = self.base_weight.shape, self.k, self.layer.name
+        sizes = [1, _FINGERPRINT_BYTES, 2 * SKETCH_ROWS * k, d_out * k, k, d_in * k]
+        if state.ndim != 1 or len(state) not in (sum(sizes[:3]), sum(sizes)):
+            raise AdapterError(f"the adapter's basis for {name} has shape {tuple(state.shape)}, not one of rank {k}")
+        version, digest, flat_sketch, *basis = (
+            state.detach().cpu().split(sizes if len(state) == sum(sizes) else sizes[:3])
+        )
+        if int(version) != FORMAT_VERSION:
+            raise AdapterError(f"the adapter has format version {version.item():g}: this is version {FORMAT_VERSION}")
+        if bytes(digest.to(torch.uint8).tolist()).hex() != self.basis.fingerprint:
+            raise AdapterError(
+                f"the adapter was trained on another base model: the weight of {name} differs. If yours is a "
+                "half-precision copy of that base, load the adapter before casting"
+            )
+        if basis:
+            U, sigma, V = basis
+            self.set_basis(U.view(d_out, k), sigma, V.view(d_in, k))
+            return
+        signs = match_signs(flat_sketch.view(-1, k).float(), self.basis.sketch)
+        if signs is None:
+            raise AdapterError(f"the singular vectors of {name} cannot be matched with those that were adapted")
+        if bool((signs < 0).any()):
+            self.flip_basis(signs)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if prefix + "theta" in state_dict and prefix + "_extra_state" not in state_dict:
+            raise AdapterError(f"the adapter does not tell which basis of {self.layer.name} it was trained on")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def set_basis(self, U: Tensor, sigma: Tensor, V: Tensor) -> None:
+        self._unshare()
+        super().set_basis(U, sigma, V)
+
+    def flip_basis(self, signs: Tensor) -> None:
+        self._unshare()
+        super().flip_basis(signs)
+
+    def _unshare(self) -> None:
+        self.__dict__.update({name: getattr(self, name).clone() for name in _BASIS})
+
+
+def _sum(adapters: list[PeftAdapter]) -> tuple[Tensor, Tensor, Tensor]:
+    """(U, V, core) of the sum of the adapters' updates U core V^T: bases side by side, cores along the diagonal."""
+    if len(adapters) == 1:
+        return adapters[0].U, adapters[0].V, adapters[0].core()
+    U, V = (torch.cat([getattr(adapter, name) for adapter in adapters], dim=1) for name in ("U", "V"))
+    return U, V, torch.block_diag(*[adapter.core() for adapter in adapters])

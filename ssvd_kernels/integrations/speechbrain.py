@@ -1,0 +1,90 @@
+"""SpeechBrain: SSVDAdapter for `speechbrain.nnet.adapters.AdaptedModel`, which calls adapter_class(module, **kwargs).
+
+    AdaptedModel(model, SSVDAdapter, target_layers=["*.q_proj"], adapter_kwargs={"ratio": 0.4})
+
+AdaptedModel saves what requires a gradient and nothing else, and loads with strict=False. What identifies the basis
+that theta refers to therefore travels with it, and loading repairs signs and refuses anything else, as `load_adapter`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Rotation, Side, SSVDConfig
+from ..factorize import SAFE_GAP, SKETCH_ROWS, match_signs
+from ..layers import SSVDLinear
+from ..parked import TRAINED
+
+_BASIS = ("U", "sigma", "V")
+
+
+class SSVDAdapter(SSVDLinear):
+    """SSVDLinear(linear) with the choices of `SSVDConfig` as arguments; exactly one of rank and ratio.
+
+    Give AdaptedModel the pretrained weights first, or manual_adapter_insertion=True and insert_adapters() after they
+    are loaded: the constructor factorises the weight that `linear` holds, and base weights loaded later are refused.
+    `ssvd_kernels.save_adapter`, `load_adapter` and `merge` work on the AdaptedModel. Each layer computes its own
+    rotation; `ssvd_kernels.inject` would compute all of them in one batch. Errors as SSVDLinear.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int | None = None,
+        ratio: float | None = None,
+        side: Side = "input",
+        rotation: Rotation = "cayley",
+        rank_out: int | None = None,
+        ratio_out: float | None = None,
+    ) -> None:
+        super().__init__(linear, SSVDConfig(rank, ratio, side, rotation, rank_out=rank_out, ratio_out=ratio_out))
+
+    def get_extra_state(self) -> Tensor:
+        """[length of text, text, sketch]: what theta means and on which basis; a tensor that is saved as if trained."""
+        text = list(self._meaning().encode())
+        return torch.cat([torch.tensor([len(text), *text]), self.basis.sketch.flatten()]).requires_grad_()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to do: compared before anything is loaded."""
+
+    def _meaning(self) -> str:
+        return f"base weight {self.basis.fingerprint}, k={self.k_in}, {self.k_out}, {self.side}, {self.rotation}"
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if keep_vars and self.basis.gap < SAFE_GAP:  # cannot be recomputed safely: to be saved, too
+            for key in _BASIS:
+                destination[prefix + key] = destination[prefix + key].detach().requires_grad_()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        error_msgs: list[str] = args[-1]
+        signs = None
+        if any(prefix + key in state_dict for key in TRAINED) and prefix + "weight" not in state_dict:
+            try:
+                signs = self._signs(state_dict, prefix)
+            except ValueError as error:
+                error_msgs.append(f"{prefix[:-1]}: {error}")
+                return
+        errors_before = len(error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if signs is not None and len(error_msgs) == errors_before:
+            self.flip_basis(signs)
+
+    def _signs(self, state_dict: Any, prefix: str) -> Tensor | None:
+        """Those that turn the basis into the saved one; None if it is in the state dict. ValueError if nothing does."""
+        state = state_dict.get(f"{prefix}_extra_state")
+        if state is None:
+            raise ValueError("the state dict does not say which singular vectors its theta refers to")
+        length = 1 + int(state[0])
+        saved = bytes(map(int, state[1:length])).decode()
+        if saved != self._meaning():
+            raise ValueError(f"saved for {saved}, but the model has {self._meaning()}")
+        if prefix + "U" in state_dict:
+            return None
+        signs = match_signs(state[length:].detach().view(2 * SKETCH_ROWS, -1), self.basis.sketch)
+        if signs is None:
+            raise ValueError("its singular vectors cannot be matched with those that were adapted")
+        return signs

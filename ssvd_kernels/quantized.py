@@ -1,0 +1,181 @@
+"""Quantised base layers: bitsandbytes' Linear4bit and Linear8bitLt, and nn.Linear with a torchao weight.
+
+Their library goes on making the base product. SSVD factorises the dequantised weight and adds its update in factored
+form, so that the quantised numbers are never rewritten. Nothing here imports a quantising library: whoever has one of
+its layers has imported it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .config import SSVDConfig
+from .factorize import Factorization
+from .functional import ssvd_update
+from .layers import SSVDLinear, is_linear
+
+
+def is_quantized(module: object) -> TypeGuard[nn.Linear]:
+    """Whether `module` is a linear layer whose weight one of the libraries above has quantised, or is about to."""
+    return _is_bitsandbytes(module) or _is_torchao(module)
+
+
+def is_adaptable(module: object) -> bool:
+    """Whether SSVD can adapt `module`: a plain nn.Linear or a quantised one."""
+    return is_linear(module) or is_quantized(module)
+
+
+def check_adaptable(module: object, name: str) -> None:
+    """Raises TypeError unless `module` `is_adaptable`."""
+    if not is_adaptable(module):
+        raise TypeError(
+            f"{name} is a {type(module).__name__}: allowed is torch.nn.Linear with a weight of its own, or one that "
+            "bitsandbytes or torchao quantised"
+        )
+
+
+def adapt(linear: nn.Linear, config: SSVDConfig, factorization: Factorization | None = None) -> SSVDLinear:
+    """The SSVD layer for a plain or quantised linear layer."""
+    return (SSVDQuantizedLinear if is_quantized(linear) else SSVDLinear)(linear, config, factorization)
+
+
+def base_weight(linear: nn.Linear, name: str = "linear") -> Tensor:
+    """W (d_out, d_in) of a plain or quantised layer, the latter dequantised anew by its own library.
+
+    Raises ValueError for a bitsandbytes layer that holds no quantised weight (such layers quantise when they are moved
+    to their device), or one repacked for inference, which cannot be dequantised.
+    """
+    if _is_torchao(linear):
+        return linear.weight.detach().dequantize()
+    if not _is_bitsandbytes(linear):
+        return linear.weight
+    functional, weight = sys.modules["bitsandbytes"].functional, linear.weight
+    kind, state = type(linear).__name__, getattr(weight, "quant_state", None)
+    if _is_bitsandbytes(linear, "Linear8bitLt") and weight.dtype == torch.int8:
+        scales = linear.state.SCB if weight.SCB is None else weight.SCB  # type: ignore[union-attr, attr-defined]
+        return functional.int8_vectorwise_dequant(weight.data, scales)
+    if state is None:
+        raise ValueError(
+            f"{name} is a {kind} whose weight is {weight.dtype}, not quantised: allowed is one that was quantised by "
+            "moving it to its device (8 bits: with has_fp16_weights=False)"
+        )
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError(
+            f"{name} is a {kind} whose weight bitsandbytes has repacked for inference on this CPU, at its first "
+            "forward in eval mode: load the model again and adapt it before any forward"
+        )
+    return functional.dequantize_4bit(weight.data, state)
+
+
+class SSVDQuantizedLinear(SSVDLinear):
+    """SSVDLinear on a quantised layer: y = base(x) + ((x V) core^T) U^T; W' = dequantised W + U core V^T.
+
+    base(x) and its part of dx are the quantising library's; the update is computed in x's dtype (autocast's, where
+    that is on). U, sigma and V are those of the dequantised weight. The quantised layer is the submodule `base`, whose
+    entries of the state dict are as its library writes them ("base.weight", ...). Reading `weight` dequantises.
+
+    It does not merge: rounding W' to the quantised grid would lose the update. `merge(model, unload=True)` leaves a
+    plain nn.Linear that holds W' in the dtype its library dequantises to. Raises as `SSVDLinear` and `base_weight` do.
+    """
+
+    base: nn.Linear
+
+    def __init__(self, linear: nn.Linear, config: SSVDConfig, factorization: Factorization | None = None) -> None:
+        super().__init__(linear, config, factorization)
+        self.train(linear.training)
+
+    @staticmethod
+    def _weight_of(linear: nn.Linear) -> Tensor:
+        if not is_quantized(linear):
+            raise TypeError(
+                f"linear is a {type(linear).__name__}: allowed is one that bitsandbytes or torchao quantised"
+            )
+        return base_weight(linear)
+
+    def _hold(self, linear: nn.Linear) -> None:
+        self.base = linear.requires_grad_(False)
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The pretrained weight W (d_out, d_in), dequantised anew."""
+        return base_weight(self.base)
+
+    @property
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+        """The base layer's."""
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mode not in ("auto", "factored"):
+            raise ValueError(f"mode={self.mode!r} cannot serve a quantised layer: allowed are 'auto' and 'factored'")
+        y = self.base(x)
+        if self.disabled:
+            return y
+        return y + ssvd_update(x, self.U, self.V, self._core_for(x), workspace=self._workspace).to(y.dtype)
+
+    def composed_for_merge(self, name: str = "weight", rounding: str = "nearest", unload: bool = False) -> Tensor:
+        """W' for `merge(model, unload=True)`; else a ValueError."""
+        if not unload:
+            raise ValueError(
+                f"merging {name}: its base weight is quantised, and W' is not: allowed is merge(model, unload=True), "
+                "which leaves plain layers that hold W', or no merging"
+            )
+        return super().composed_for_merge(name, rounding)
+
+    def unloaded(self, weight: Tensor) -> nn.Linear:
+        """A new nn.Linear with W', and the base's bias in its dtype."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(weight.dtype), requires_grad=False)
+        return linear.train(self.training)
+
+    def original(self) -> nn.Linear:
+        """The quantised layer that this one was made from."""
+        return self.base.train(self.training)
+
+    def train(self, mode: bool = True) -> SSVDQuantizedLinear:
+        super().train(mode)
+        if _is_bitsandbytes(self.base, "Linear4bit"):
+            # its forward in eval mode would, on a CPU with AVX512-BF16, repack the weight in place: rounded, never to
+            # be dequantised or trained through again
+            self.base.train()
+        return self
+
+    def _share_parameters(self) -> None:
+        """Nothing to do: the base layer is a submodule."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Refuses another base weight, as the plain layer does; the base itself is loaded by its library."""
+        loaded = state_dict.get(f"{prefix}base.weight")
+        if loaded is not None and not _same(loaded, self.base.weight):
+            args[-1].append(
+                f"{prefix}base.weight differs from the base weight whose singular vectors this layer holds: load base "
+                "weights before inject"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _is_bitsandbytes(module: object, *kinds: str) -> bool:
+    library = sys.modules.get("bitsandbytes.nn")
+    if library is None:
+        return False
+    return isinstance(module, tuple(getattr(library, kind) for kind in kinds or ("Linear4bit", "Linear8bitLt")))
+
+
+def _is_torchao(module: object) -> bool:
+    library = sys.modules.get("torchao.utils")
+    if library is None or not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        return False
+    return isinstance(module._parameters.get("weight"), library.TorchAOBaseTensor)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    a, b = (tensor.dequantize() if is_traceable_wrapper_subclass(tensor) else tensor.data for tensor in (a, b))
+    return a.shape == b.shape and torch.equal(a.to(b.device), b)

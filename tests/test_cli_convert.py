@@ -1,0 +1,92 @@
+"""`python -m ssvd_kernels convert`: ESPnet's checkpoints there and back, and mistakes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_cli import call
+
+import ssvd_kernels as sk
+
+espnet = pytest.importorskip("espnet_checkpoints")
+
+
+@pytest.fixture(params=["linear", "cayley"])
+def files(tmp_path, request):
+    """(folder with model.pth and base.pth, the rotation map)."""
+    state, base, _ = espnet.checkpoint(request.param)
+    torch.save(state, tmp_path / "model.pth")
+    torch.save(base, tmp_path / "base.pth")
+    return tmp_path, request.param
+
+
+def test_there_and_back(capsys, files):
+    folder, rotation_map = files
+    arguments = ["from-espnet", folder / "model.pth", folder / "a.safetensors", "--rotation-map", rotation_map]
+    status, out, _ = call(capsys, "convert", *arguments, "--base", folder / "base.pth")
+    assert status == 0 and f"3 layers, k = 5 to 16, rotation_map {rotation_map}" in out
+    assert out.splitlines()[-1] == f"wrote {folder / 'a.safetensors'}"
+    for options in ([], ["--unmerged"]):
+        name = f"back{len(options)}.pth"
+        arguments = ["to-espnet", folder / "a.safetensors", folder / "base.pth", folder / name, *options]
+        assert call(capsys, "convert", *arguments)[0] == 0
+        found, original = torch.load(folder / name), torch.load(folder / ("base.pth" if options else "model.pth"))
+        for layer in ("0.tall", "1.square", "2.wide"):
+            weight = f"encoder.{layer}.weight"
+            torch.testing.assert_close(found[weight], original[weight], rtol=1e-6, atol=1e-6)
+            K_vec = f"encoder.{layer}.K_vec"
+            torch.testing.assert_close(found[K_vec], torch.load(folder / "model.pth")[K_vec], rtol=0, atol=0)
+
+
+def test_the_base_weights_can_be_written(capsys, files):
+    folder, rotation_map = files
+    arguments = ["from-espnet", folder / "model.pth", folder / "a.safetensors", "--rotation-map", rotation_map]
+    status, out, _ = call(capsys, "convert", *arguments, "--base-out", folder / "rebuilt.pth")
+    assert status == 0 and f"wrote {folder / 'a.safetensors'} and {folder / 'rebuilt.pth'}" in out
+    found, base = torch.load(folder / "rebuilt.pth"), torch.load(folder / "base.pth")
+    assert found.keys() == base.keys()
+    for name, weight in base.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["from-espnet", "nowhere.pth", "a.safetensors"], 2, "no such file"),
+        (["from-espnet", "base.pth", "a.safetensors"], 1, "holds no layer of ESPnet's SSVD adapter"),
+        (["from-espnet", "model.pth", "base.pth"], 2, "base.pth exists already"),
+        (["from-espnet", "model.pth", "no/a.safetensors"], 2, "does not exist"),
+        (["to-espnet", "nowhere.safetensors", "base.pth", "out.pth"], 2, "no such adapter file"),
+        (["to-espnet", "model.pth", "base.pth", "out.pth"], 1, "is damaged or no safetensors file"),
+        (["to-espnet", "model.pth"], 2, "the following arguments are required"),
+        ([], 2, "the following arguments are required: DIRECTION"),
+    ],
+)
+def test_mistakes(capsys, files, monkeypatch, arguments, status, message):
+    folder, rotation_map = files
+    monkeypatch.chdir(folder)
+    options = ["--rotation-map", rotation_map] if arguments[:1] == ["from-espnet"] else []
+    before = sorted(folder.rglob("*"))
+    found, out, err = call(capsys, "convert", *arguments, *options)
+    assert (found, out) == (status, "") and message in err.splitlines()[-1]
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_the_wrong_map_is_refused(capsys, files):
+    folder, rotation_map = files
+    wrong = {"linear": "cayley", "cayley": "linear"}[rotation_map]
+    arguments = ["from-espnet", folder / "model.pth", folder / "a.safetensors", "--rotation-map", wrong]
+    status, _, err = call(capsys, "convert", *arguments)
+    assert status == 1 and f"'{rotation_map}'" in err.splitlines()[-1]
+    assert not (folder / "a.safetensors").exists()
+
+
+def test_an_adapter_that_espnet_cannot_hold(capsys, files):
+    folder, _ = files
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6))
+    sk.inject(net, sk.SSVDConfig(rank=2, rotation="free"), progress=False)
+    sk.save_adapter(net, folder / "free.safetensors")
+    torch.save(torch.nn.Sequential(torch.nn.Linear(4, 6)).state_dict() | net.state_dict(), folder / "net.pth")
+    arguments = ["to-espnet", folder / "free.safetensors", folder / "net.pth", folder / "out.pth"]
+    status, _, err = call(capsys, "convert", *arguments)
+    assert status == 1 and "rotation='free'" in err and not (folder / "out.pth").exists()

@@ -1,0 +1,150 @@
+"""torch.export, and torch.func over the parameters of several adapters."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from models import Stack, inject, train_randomly
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+import ssvd_kernels as sk
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SCALES = (1.0, -1.0, 0.5)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    model = Stack(None)
+    inject(model)
+    return train_randomly(model).eval()
+
+
+def set_mode(model: nn.Module, mode: str) -> None:
+    for layer in sk.ssvd_layers(model).values():
+        layer.mode = mode
+
+
+# -- export ------------------------------------------------------------------------------------------------------------
+
+
+def exported(model: nn.Module, x: Tensor, **options) -> torch.export.ExportedProgram:
+    """Exported, written to a file and read again."""
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(model, (x,), **options), buffer)
+    buffer.seek(0)
+    return torch.export.load(buffer)
+
+
+ANY_BATCH = {"dynamic_shapes": ({0: torch.export.Dim("batch")},)}
+
+
+@pytest.mark.parametrize("unload", [True, False])
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+def test_export_of_a_merged_model_holds_plain_linear_layers(model, strict, unload):
+    x, other = torch.randn(4, 8), torch.randn(7, 8)
+    expected = model(x).detach(), model(other).detach()
+    sk.merge(model, unload=unload)
+    program = exported(model, x, strict=strict, **ANY_BATCH)
+    calls = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert calls == {"aten.linear.default", "aten.tanh.default"}
+    for inputs, outputs in zip((x, other), expected):
+        torch.testing.assert_close(program.module()(inputs), outputs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["composed", "factored", "auto"])
+def test_export_of_an_unmerged_model_computes_with_its_theta(model, mode):
+    """With mode="auto" for the batch that it was exported with, as that decides the mode."""
+    set_mode(model, mode)
+    with torch.no_grad():
+        program = exported(model, torch.randn(4, 8), **({} if mode == "auto" else ANY_BATCH)).module()
+        x = torch.randn(4 if mode == "auto" else 7, 8)
+        torch.testing.assert_close(program(x), model(x), rtol=1e-5, atol=1e-6)
+        before = model(x)
+        for net in (program, model):
+            for name, parameter in net.named_parameters():
+                if name.endswith(("theta", "delta_sigma")):
+                    parameter.mul_(-1)
+        torch.testing.assert_close(program(x), model(x), rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(model(x), before, rtol=1e-2)
+    model.train()(x).sum().backward()  # the export left nothing behind
+    assert model.head.theta.grad.abs().max() > 0
+
+
+# -- torch.func --------------------------------------------------------------------------------------------------------
+
+
+def stacked(model: nn.Module) -> dict[str, Tensor]:
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: torch.stack([scale * p for scale in SCALES]) for name, p in trained.items()}
+
+
+def loaded(model: nn.Module, scale: float) -> nn.Module:
+    """`model` with the parameters of one of the stacked adapters, by other means."""
+    twin = Stack(None)
+    inject(twin)
+    state = model.state_dict()
+    twin.load_state_dict({k: scale * v if k.endswith(("theta", "delta_sigma")) else v for k, v in state.items()})
+    set_mode(twin, model.head.mode)
+    return twin.eval()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("mode", ["auto", "composed", "factored"])
+@pytest.mark.parametrize("shared_input", [True, False])
+@pytest.mark.filterwarnings("error:There is a performance drop")  # no op may fall back to a loop
+def test_vmap_over_adapters(model, mode, backend, shared_input):
+    set_mode(model, mode)
+    parameters = stacked(model)
+    x = torch.randn(4, 8) if shared_input else torch.randn(len(SCALES), 4, 8)
+    dims = (0, None if shared_input else 0)
+
+    def output(adapter: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(model, adapter, (x,))
+
+    def loss(adapter: dict[str, Tensor], x: Tensor) -> Tensor:
+        return output(adapter, x).square().mean()
+
+    with sk.use_backend(backend):
+        found, grads = vmap(output, dims)(parameters, x), vmap(grad(loss), dims)(parameters, x)
+        for index, scale in enumerate(SCALES):
+            mine = x if shared_input else x[index]
+            one = {name: value[index] for name, value in parameters.items()}
+            twin = loaded(model, scale)
+            torch.testing.assert_close(found[index], twin(mine), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(output(one, mine), twin(mine), rtol=1e-5, atol=1e-6)
+            twin(mine).square().mean().backward()
+            alone = grad(loss)(one, mine)
+            for name, parameter in twin.named_parameters():
+                if parameter.requires_grad:
+                    torch.testing.assert_close(grads[name][index], parameter.grad, rtol=1e-4, atol=1e-6)
+                    torch.testing.assert_close(alone[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mapped_call_leaves_nothing_behind(model):
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        before = model(x)
+        vmap(lambda adapter: functional_call(model, adapter, (x,)))(stacked(model))
+        assert torch.equal(model(x), before)
+
+
+def test_vmap_over_the_triton_kernels_is_refused_with_the_alternatives(model):
+    pytest.importorskip("triton")
+    model.bfloat16()
+    x, parameters = torch.randn(4, 8, dtype=torch.bfloat16), stacked(model)
+
+    def output(adapter: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, adapter, (x,))
+
+    with sk.use_backend("triton"):
+        output({name: value[0] for name, value in parameters.items()})  # these do serve it
+        for function in (output, grad(lambda adapter: output(adapter).sum())):
+            with pytest.raises(RuntimeError, match=r"vmap cannot batch the Triton kernels.*functional_call.*reference"):
+                vmap(function)(parameters)
+        with sk.use_backend("reference"):
+            assert vmap(output)(parameters).shape == (len(SCALES), 4, 8)

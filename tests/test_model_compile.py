@@ -1,0 +1,84 @@
+"""torch.compile of whole speech models: one graph, in training and in inference."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cases import relative_error
+from models import assert_close_gradients, gradients, step
+from speech_models import adapted, inputs, loss_of
+from torch import nn
+
+import ssvd_kernels as sk
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def _without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    return model
+
+
+def _pair(name: str) -> tuple[nn.Module, nn.Module]:
+    """(a model, the same once more), fit for one graph in training."""
+    torch._dynamo.reset()
+    model = _without_dropout(adapted(name))
+    if hasattr(model, "freeze_feature_encoder"):  # else transformers' own front end sets requires_grad in its forward
+        model.freeze_feature_encoder()
+    elif hasattr(model, "feature_extractor"):
+        model.feature_extractor._freeze_parameters()
+    return model, copy.deepcopy(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["whisper", "wav2vec2", "wavlm"])
+def test_training_and_evaluating_compile_to_one_graph(name):
+    model, twin = _pair(name)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    batch = inputs(model)
+    for _ in range(2):  # the second with other parameters: nothing of the first is baked in
+        for network in (compiled, twin):
+            loss_of(network.train()(**batch)[0]).backward()
+        assert_close_gradients(gradients(model), gradients(twin))
+        step(model)
+        step(twin)
+        with torch.no_grad():
+            expected = twin.eval()(**batch)[0]
+            assert relative_error(compiled.eval()(**batch)[0], expected) <= 2e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_compiles_to_one_graph(dtype):
+    model, twin = _pair("wav2vec2")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    batch = inputs(model)
+    losses = []
+    for network in (compiled, twin):
+        with torch.autocast("cpu", dtype):
+            loss = loss_of(network.train()(**batch)[0].float())
+        (2.0**10 * loss).backward()
+        losses.append(loss.item())
+    ours, expected = (torch.cat([g.flatten() for g in gradients(network).values()]) for network in (model, twin))
+    assert abs(losses[0] - losses[1]) <= 0.02 * abs(losses[1])
+    assert torch.cosine_similarity(ours, expected, dim=0) > 0.99
+
+
+@pytest.mark.slow
+def test_merged_model_compiles_to_one_graph():
+    model, twin = _pair("wav2vec2")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    batch = inputs(model)
+    with torch.no_grad():
+        expected = twin.eval()(**batch)[0]
+        compiled.eval()(**batch)
+        sk.merge(model)
+        assert relative_error(compiled(**batch)[0], expected) <= 1e-5
+        sk.unmerge(model)
+        assert relative_error(compiled(**batch)[0], expected) <= 2e-6

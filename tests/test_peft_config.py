@@ -1,0 +1,201 @@
+"""PEFT: the configuration, what it targets, what is refused, and what is written beside the weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from models import inject
+from peft_models import (
+    MODELS,
+    RANK,
+    SSVDPeftConfig,
+    adapted,
+    base_model,
+    config,
+    in_new_process,
+    inputs,
+    layers,
+    peft,
+    transformers,
+)
+from refusals import refused
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import ssvd_kernels as sk
+from ssvd_kernels.config import PRESETS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+IMPORT = "import ssvd_kernels.integrations.peft"
+
+
+# -- the configuration -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({}, "exactly one of rank and ratio"),
+        ({"rank": 3, "ratio": 0.5}, "exactly one of rank and ratio"),
+        ({"rank": 0}, "rank=0: allowed is a whole number >= 1"),
+        ({"ratio": 1.5}, r"ratio=1.5: allowed is a number in \(0, 1\]"),
+        ({"rank": 3, "side": "left"}, "side='left' is unknown"),
+        ({"rank": 3, "rotation": "givens"}, "rotation='givens' is unknown"),
+        ({"rank": 3, "rank_out": 2}, "need side='both'"),
+        ({"rank": 3, "layers_to_transform": [0], "target_modules": "all-linear"}, "layers_to_transform=.0. needs"),
+        ({"rank": 3, "layers_pattern": "layers"}, "layers_pattern='layers' needs layers_to_transform"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        SSVDPeftConfig(**options)
+
+
+@pytest.mark.parametrize("argument", ["target_modules", "exclude_modules"])
+def test_names_of_another_kind_are_refused(argument):
+    with pytest.raises(TypeError, match=f"{argument}="):
+        SSVDPeftConfig(rank=3, **{argument: [7]})
+
+
+def test_configuration_survives_its_file(tmp_path):
+    saved = SSVDPeftConfig(
+        ratio=0.5, side="both", rank_out=3, rotation="linear", target_modules=["q_proj"], exclude_modules=["fc2"],
+        modules_to_save=["head"], layers_to_transform=[1], layers_pattern="layers",
+    )  # fmt: skip
+    saved.save_pretrained(str(tmp_path))
+    loaded = peft.PeftConfig.from_pretrained(str(tmp_path))
+    assert type(loaded) is SSVDPeftConfig and loaded.to_dict() == saved.to_dict()
+
+
+# -- what is adapted ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_default_targets(name):
+    model = peft.get_peft_model(base_model(name), config())
+    suffixes = {path.split(".")[-1] for path in layers(model)}
+    assert len(layers(model)) == MODELS[name][1]
+    assert suffixes == (set(PRESETS[name.removesuffix("-ctc")]) if name != "llama" else suffixes)
+    assert not any("lm_head" in path or "proj_out" in path for path in layers(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"target_modules": "whisper"}, 32),
+        ({"target_modules": "all-linear"}, 32),
+        ({"target_modules": r".*decoder.*fc1"}, 2),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["encoder_attn.q_proj"]}, 4),
+        ({"target_modules": ["fc1", "fc2"], "layers_to_transform": 1}, 4),
+        ({"target_modules": ["fc1"], "layers_to_transform": [0, 1], "layers_pattern": "layers"}, 4),
+    ],
+)
+def test_targets(options, expected):
+    assert len(layers(peft.get_peft_model(base_model(), config(**options)))) == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"side": "both", "rank_out": 2}, {"rotation": "free"}])
+def test_numbers_of_parameters_are_those_of_this_package(options, capsys):
+    base = base_model()
+    model = peft.get_peft_model(base_model(), config(**options))
+    report = inject(base, targets="whisper", **options)
+    assert model.get_nb_trainable_parameters() == (report.trainable, report.total)
+    model.print_trainable_parameters()
+    assert f"trainable params: {report.trainable:,} || all params: {report.total:,}" in capsys.readouterr().out
+    assert peft.PeftModel.get_model_status(model).peft_types == {"default": "SSVD"}
+    assert [name for name, _ in model.base_model.model.named_buffers()] == [name for name, _ in base.named_buffers()]
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """A linear layer, one tied to an embedding, and one of GPT-2's kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.narrow = nn.Linear(6, 7), nn.Linear(7, 2)
+        self.embed, self.tied = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
+        self.tied.weight = self.embed.weight
+        self.conv1d = Conv1D(6, 6)
+        self.broken = nn.Linear(7, 7)
+        nn.init.constant_(self.broken.weight, float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "match"),
+    [
+        ("conv1d", TypeError, "conv1d is a Conv1D: allowed is torch.nn.Linear"),
+        ("tied", ValueError, r"'tied' is targeted and its weight tied to 'embed\.weight'"),
+        ("narrow", ValueError, r"narrow: rank=5 does not fit a weight of shape \(2, 7\)"),
+        ("broken", ValueError, r"broken\.weight holds NaN"),
+        ("nothing", ValueError, "nothing"),
+    ],
+)
+def test_a_refused_injection_changes_nothing(target, error, match):
+    model = Odd()
+    with refused(model, error, match):
+        peft.get_peft_model(model, config(target_modules=["first", target] if target != "nothing" else [target]))
+    peft.get_peft_model(model, config(target_modules=["first"]))  # as if nothing had happened
+
+
+def test_gpt2_s_layers_of_another_kind_are_named():
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20))
+    with refused(model, TypeError, r"transformer\.h\.0\.attn\.c_attn is a Conv1D"):
+        peft.get_peft_model(model, config())
+
+
+def test_a_refused_second_adapter_leaves_the_first_one_alone():
+    model = peft.get_peft_model(Odd(), config(target_modules=["first"]))
+    with refused(model, ValueError, "narrow: rank=5"):
+        model.add_adapter("b", config(target_modules=["first", "narrow"]))
+    model.add_adapter("b", config(target_modules=["first"], rank=3))
+    assert {layer.name for layer in layers(model).values()} == {"first"}
+
+
+def test_this_package_s_own_injection_and_peft_s_exclude_each_other():
+    model = base_model()
+    inject(model, targets="whisper")
+    with pytest.raises(TypeError, match="k_proj is a SSVDLinear"):
+        peft.get_peft_model(model, config())
+    with pytest.raises(ValueError, match="has 32 SSVD layers already"):
+        inject(adapted(), targets="whisper")
+
+
+def test_this_package_s_own_merge_and_remove_refuse_peft_s_layers():
+    model = adapted()
+    for call in (sk.merge, sk.remove):
+        with refused(model, RuntimeError, "adapted through PEFT"):
+            call(model)
+
+
+def test_batches_that_mix_adapters_are_refused():
+    model = adapted()
+    with pytest.raises(ValueError, match="adapter_names"):
+        model(**inputs(model), adapter_names=["default", "default"])
+
+
+# -- beside the weights ------------------------------------------------------------------------------------------------
+
+
+def test_folder_names_the_import_once(tmp_path):
+    model = adapted()
+    model.add_adapter("child", config())
+    for _ in range(2):
+        model.save_pretrained(str(tmp_path))
+    for folder in (tmp_path, tmp_path / "child"):
+        assert (folder / "README.md").read_text().count(IMPORT) == 1
+        assert json.loads((folder / "adapter_config.json").read_text())["requires_import"] == IMPORT
+    assert "library_name: peft" in (tmp_path / "README.md").read_text()  # the card that PEFT wrote
+
+
+def test_without_the_import_peft_names_what_it_does_not_know(tmp_path):
+    adapted().save_pretrained(str(tmp_path))
+    in_new_process(f"""
+import peft, pytest
+with pytest.raises(KeyError, match="SSVD"):
+    peft.PeftConfig.from_pretrained({str(tmp_path)!r})
+{IMPORT}
+assert peft.PeftConfig.from_pretrained({str(tmp_path)!r}).rank == {RANK}
+""")

@@ -1,0 +1,301 @@
+"""PEFT: what adapted models compute; merging; several adapters."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cases import relative_error
+from models import RANK, Stack, assert_close_gradients, counted, gradients, train_randomly
+from peft_models import MODELS, SSVDPeftLinear, adapted, base_model, config, inputs, layers, peft, run, twin_in_place
+from speech_models import loss_of
+from torch import Tensor, nn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+OTHER = {"b": {"rank": 3, "side": "output", "rotation": "free"}, "c": {"rank": 4, "rank_out": 2, "side": "both"}}
+
+
+def several() -> nn.Module:
+    """A Whisper with the trained adapters "default", "b" and "c" of different ranks, sides and rotations."""
+    model = adapted()
+    for seed, (name, options) in enumerate(OTHER.items()):
+        model.add_adapter(name, config(**options))
+        model.set_adapter(name)
+        train_randomly(model, seed + 2)
+    model.set_adapter("default")
+    return model.eval()
+
+
+def update(layer: SSVDPeftLinear, name: str) -> Tensor:
+    """U core V^T of one adapter in float64, from the formula."""
+    adapter = layer.ssvd_adapter[name]
+    double = copy.deepcopy(adapter).double()
+    return adapter.U.double() @ double.core() @ adapter.V.double().T
+
+
+# -- the forward -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["input", "both"])
+@pytest.mark.parametrize("name", MODELS)
+def test_output_is_bit_identical_before_training(name, side):
+    """Compared with and without a base that is frozen for the reason given in test_model_presets."""
+    base = base_model(name)
+    model, frozen = peft.get_peft_model(copy.deepcopy(base), config(side=side)), copy.deepcopy(base)
+    frozen.requires_grad_(False)
+    for training in (True, False):
+        for network in (base, model, frozen):
+            network.train(training)
+        assert torch.equal(run(model), run(base))
+        with torch.no_grad():
+            assert torch.equal(run(model), run(frozen))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(run(model), run(base))
+
+
+@pytest.mark.parametrize("options", [{}, {"side": "output"}, {"side": "both", "rank_out": 3}, {"rotation": "free"}])
+@pytest.mark.parametrize("name", ["whisper", "wavlm", "llama"])
+def test_outputs_and_gradients_are_those_of_this_package_s_own_injection(name, options):
+    model = adapted(name, **options).train()
+    twin = twin_in_place(name, peft.get_peft_model_state_dict(model), **options).train()
+    found = []
+    for network in (model, twin):
+        output = run(network)
+        loss_of(output).backward()
+        found.append((output.detach(), list(gradients(network).values())))
+    (ours, ours_grads), (expected, expected_grads) = found
+    assert torch.equal(ours, expected)
+    assert len(ours_grads) == len(expected_grads) > 0
+    for grad, other in zip(ours_grads, expected_grads, strict=True):
+        assert torch.equal(grad, other) and grad.abs().max() > 0
+
+
+def test_wavlm_reads_the_weight_and_its_gradients_reach_theta():
+    """Its attention never calls the projections: without a differentiable `weight` they would not train."""
+    model = adapted("wavlm").train()
+    projections = {path: m for path, m in layers(model).items() if path.endswith(("q_proj", "k_proj", "v_proj"))}
+    called = []
+    for path, module in projections.items():
+        module.register_forward_hook(lambda *args, path=path: called.append(path))
+    loss_of(run(model)).backward()
+    assert not called and len(projections) == 9
+    for module in projections.values():
+        adapter = module.ssvd_adapter["default"]
+        assert adapter.theta.grad.abs().max() > 0 and adapter.delta_sigma.grad.abs().max() > 0
+
+
+def test_one_batched_rotation_for_the_running_adapters_only(monkeypatch):
+    model = several().train()
+    with counted(monkeypatch) as calls:
+        loss_of(run(model)).backward()
+    assert calls == {"cayley_delta": [32], "cayley_delta_backward": [32]}
+    with counted(monkeypatch) as calls, model.disable_adapter():
+        run(model)
+    assert calls["cayley_delta"] == []
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("name", ["whisper", "wav2vec2", "llama"])
+def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant):
+    model = adapted(name).train()
+    for module in model.modules():  # what reentrant checkpointing needs of a model whose first layers are frozen
+        if isinstance(module, (nn.Conv1d, nn.Embedding)):
+            module.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    loss_of(run(model)).backward()
+    expected = gradients(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    loss_of(run(model)).backward()
+    assert_close_gradients(gradients(model), expected)
+
+
+def test_compile_fullgraph():
+    torch._dynamo.reset()
+    model = train_randomly(peft.get_peft_model(Stack(None), config()))
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 8)
+    for network in (compiled, twin):
+        network.train()(x).square().mean().backward()
+    assert_close_gradients(gradients(model), gradients(twin))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.eval()(x), twin.eval()(x), rtol=1e-5, atol=1e-6)
+
+
+def test_generation_acts_on_every_step():
+    model = adapted()
+    kept = {"max_new_tokens": 6, "num_beams": 1, "do_sample": False}
+    features = inputs(model)["input_features"]
+    found = model.generate(input_features=features, **kept)
+    assert torch.equal(found, model.merge_and_unload().generate(input_features=features, **kept))
+    assert not torch.equal(found, base_model().generate(input_features=features, **kept))
+
+
+# -- dtypes ------------------------------------------------------------------------------------------------------------
+
+
+def test_half_precision_base_keeps_float32_parameters_and_basis():
+    model = train_randomly(peft.get_peft_model(base_model().bfloat16(), config())).eval()
+    wide = copy.deepcopy(model).float()
+    adapter = next(iter(layers(model).values())).ssvd_adapter["default"]
+    assert {p.dtype for p in adapter.parameters()} == {torch.float32} and adapter.U.dtype == torch.float32
+    with model.disable_adapter(), wide.disable_adapter():
+        rounding = relative_error(run(model), run(wide))
+    assert 0 < relative_error(run(model), run(wide)) <= 2 * rounding
+    loss_of(run(model.train()).float()).backward()
+    assert all(grad.dtype == torch.float32 and grad.abs().max() > 0 for grad in gradients(model).values())
+
+
+def test_parameters_are_as_narrow_as_asked():
+    model = peft.get_peft_model(base_model().bfloat16(), config(), autocast_adapter_dtype=False)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
+    model = adapted()
+    adapter = next(iter(layers(model).values())).ssvd_adapter["default"]
+    U = adapter.U.clone()
+    model.to(torch.bfloat16)
+    assert adapter.theta.dtype == torch.bfloat16 and torch.equal(adapter.U, U)
+    assert model.to(torch.float64) and adapter.U.dtype == torch.float64
+
+
+# -- merging -----------------------------------------------------------------------------------------------------------
+
+
+def test_merge_and_unmerge_are_exact():
+    model, base = several(), base_model()
+    expected = run(model)
+    weights = {path: layer.base_layer.weight for path, layer in layers(model).items()}
+    values = {path: weight.detach().clone() for path, weight in weights.items()}
+    model.merge_adapter()
+    assert relative_error(run(model), expected) <= 1e-6
+    for path, layer in layers(model).items():
+        W = values[path].double() + update(layer, "default")
+        assert relative_error(layer.weight, W) <= 1e-6
+    model.unmerge_adapter()
+    for path, layer in layers(model).items():
+        assert layer.base_layer.weight is weights[path] and torch.equal(weights[path], values[path])
+    assert torch.equal(run(model), expected)
+    with model.disable_adapter():
+        assert torch.equal(run(model), run(base))
+
+
+def test_adapters_merged_one_after_the_other_add_up_and_unmerge_exactly():
+    model = several()
+    layer = next(iter(layers(model).values()))
+    W = layer.base_layer.weight.detach().clone()
+    model.merge_adapter(["default"])
+    with pytest.warns(UserWarning, match="additionally merging c"):
+        model.merge_adapter(["c"])
+    assert relative_error(layer.weight, W.double() + update(layer, "default") + update(layer, "c")) <= 1e-6
+    with pytest.raises(ValueError, match="while they are merged"):
+        model.delete_adapter("c")
+    with model.disable_adapter():
+        run(model)  # unmerges
+    assert torch.equal(layer.base_layer.weight, W) and not layer.merged
+
+
+def test_adapter_added_while_another_is_merged_is_of_the_base_weight():
+    model = adapted()
+    model.merge_adapter()
+    layer = next(iter(layers(model).values()))
+    layer.update_layer("late", config(rank=3).ssvd())
+    model.unmerge_adapter()
+    assert layer.ssvd_adapter["late"].basis.fingerprint == layer.ssvd_adapter["default"].basis.fingerprint
+    assert relative_error(layer.ssvd_adapter["late"].V.abs(), layer.ssvd_adapter["default"].V[:, :3].abs()) <= 1e-5
+
+
+def test_merge_and_unload_leaves_a_plain_model():
+    model = adapted()
+    expected, base = run(model), base_model()
+    merged = model.merge_and_unload()
+    assert relative_error(run(merged), expected) <= 1e-6
+    assert [(n, type(m)) for n, m in merged.named_modules()] == [(n, type(m)) for n, m in base.named_modules()]
+    assert list(merged.state_dict()) == list(base.state_dict())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in merged.modules())
+
+
+def test_unload_gives_the_base_model_back():
+    model, base = adapted(), base_model()
+    assert torch.equal(run(model.unload()), run(base))
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_merge_refuses_what_is_not_finite(safe):
+    model = adapted()
+    path, layer = next(iter(layers(model).items()))
+    W = layer.base_layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.ssvd_adapter["default"].theta[0] = float("nan")
+    with pytest.raises(ValueError, match=f"merging {path.removeprefix('base_model.model.')} would produce NaN"):
+        model.merge_adapter(safe_merge=safe)
+    assert torch.equal(layer.base_layer.weight, W) and not layer.merged
+
+
+# -- several adapters --------------------------------------------------------------------------------------------------
+
+
+def test_switching_disabling_and_deleting():
+    model = several()
+    outputs = {}
+    for name in ("default", "b", "c"):
+        model.set_adapter(name)
+        outputs[name] = run(model)
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert trained and all(f".ssvd_adapter.{name}." in n for n in trained)
+    assert len({float(output.sum()) for output in outputs.values()}) == 3
+    with model.disable_adapter():
+        assert torch.equal(run(model), run(base_model()))
+    assert torch.equal(run(model), outputs["c"])
+    with pytest.warns(UserWarning, match="c was active which is now deleted"):
+        model.delete_adapter("c")
+    assert not any(".c." in name for name, _ in model.named_modules())
+    for name in ("b", "default"):
+        model.set_adapter(name)
+        assert torch.equal(run(model), outputs[name])
+
+
+def test_active_adapters_add_up_and_all_train():
+    model, twin = several(), base_model().double()
+    model.base_model.set_adapter(["default", "c"])
+    for path, layer in layers(model).items():
+        weight = twin.get_submodule(path.removeprefix("base_model.model.")).weight.data
+        weight += update(layer, "default") + update(layer, "c")
+        assert relative_error(layer.weight, weight) <= 1e-6
+    expected = run(twin)
+    assert relative_error(run(model), expected) <= 1e-6
+    assert relative_error(run(copy.deepcopy(model).double()), expected) <= 1e-13
+    loss_of(run(model.train())).backward()
+    assert all(grad.abs().max() > 0 for grad in gradients(model).values())
+    model.merge_adapter()
+    assert relative_error(run(model.eval()), expected) <= 1e-6
+
+
+def test_adapters_of_one_rank_share_a_basis_also_after_a_move():
+    model = adapted()
+    model.add_adapter("b", config(side="output"))
+    for network in (model, copy.deepcopy(model), model.to(torch.float64)):
+        for layer in layers(network).values():
+            first, second = layer.ssvd_adapter["default"], layer.ssvd_adapter["b"]
+            assert first.U is second.U and first.V is second.V and first.theta is not second.theta
+
+
+def test_idle_adapters_keep_no_composed_weight():
+    model = several()
+    layer = next(iter(layers(model).values()))
+    with torch.no_grad():
+        run(model)
+        assert layer.ssvd_adapter["default"].has_cache()
+        model.set_adapter("b")
+        assert not layer.ssvd_adapter["default"].has_cache()
+
+
+# -- conversion --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"side": "both", "rank_out": 3}])
+def test_conversion_to_lora_is_exact_at_full_rank(options, tmp_path):
+    model = adapted("llama", target_modules=["q_proj", "down_proj"], **options)
+    assert model.supports_lora_conversion()
+    peft.save_as_lora(tmp_path, model, rank=RANK)
+    lora = peft.PeftModel.from_pretrained(base_model("llama"), tmp_path)
+    assert peft.PeftModel.get_model_status(lora).peft_types == {"default": "LORA"}
+    assert relative_error(run(lora), run(model)) <= 1e-5
