@@ -8,17 +8,8 @@ import logging
 import pytest
 import torch
 from espnet_checkpoints import effective
-from espnet_models import (
-    FEATURES,
-    FRAMES,
-    asr_model,
-    batch,
-    create_adapter,
-    encoder,
-    integration,
-    load_pretrained_model,
-    outputs,
-)
+from espnet_models import FEATURES, FRAMES, asr_model, batch, create_adapter, encoder, integration, outputs
+from espnet_models import load_pretrained_model as load_pretrained
 from refusals import refused
 from torch import nn
 
@@ -51,7 +42,7 @@ def adapted(kind: str = "e_branchformer", **conf) -> nn.Module:
 
 
 def init_param(model: nn.Module, path, ignore_init_mismatch: bool = False) -> None:
-    load_pretrained_model(str(path), model, ignore_init_mismatch)
+    load_pretrained(str(path), model, ignore_init_mismatch)
 
 
 def train_randomly(model: nn.Module, seed: int = 1) -> None:
@@ -79,7 +70,7 @@ def test_parameters_come_first_and_the_factorisation_with_the_weights(kind, base
     with pytest.raises(RuntimeError, match="no pretrained weight was loaded into this SSVD layer"):
         outputs(model)
     layer = next(iter(sk.ssvd_layers(model).values()))
-    for use in (lambda: layer.weight, layer.compose, lambda: sk.merge(model)):
+    for use in (layer.compose, lambda: layer.weight, lambda: sk.merge(model)):
         with pytest.raises(RuntimeError, match="no pretrained weight was loaded"):
             use()
     with caplog.at_level(logging.INFO):
@@ -295,8 +286,7 @@ def mixed_bases(part, whole, base):
 
 
 def other_map(part, whole, base):
-    model = adapted(rotation_map="linear")
-    return model, whole
+    return adapted(rotation_map="linear"), whole
 
 
 def other_rank(part, whole, base):

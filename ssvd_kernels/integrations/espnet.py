@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from ..config import SSVDConfig
 from ..factorize import MATCH_TOLERANCE, SKETCH_ROWS, Factorization, basis_error, factorize, match_signs, sketch
-from ..layers import BasisIdentity, SSVDLinear
+from ..layers import BasisIdentity, SSVDLinear, check_linear
 from ..model import InjectReport, factorize_all, install, ssvd_layers
 from ..targets import find_targets
 
@@ -83,6 +83,8 @@ def create_adapter(
         target_modules = _names_that_end(model, target_modules)
     config = SSVDConfig(rank, rotation_ratio, "smaller", rotation_map, target_modules)
     plan = {name: (linear, config) for name, linear in find_targets(model, config).items()}
+    for name, (linear, _) in plan.items():
+        check_linear(linear, name)
     if weights == "now":
         found = factorize_all(plan, progress=True)
     else:
