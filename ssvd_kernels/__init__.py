@@ -20,7 +20,8 @@ _HOMES = {
     "layers": ["SSVDLinear"],
     "quantized": ["SSVDQuantizedLinear"],
     "model": ["InjectReport", "inject", "merge", "remove", "ssvd_layers", "unmerge"],
-    "checkpoint": ["AdapterError", "load_adapter", "save_adapter"],
+    "adapter_file": ["AdapterError"],
+    "checkpoint": ["load_adapter", "save_adapter"],
     "adapters": [
         "adapter_names",
         "add_adapter",
@@ -70,6 +71,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .adapter_file import AdapterError
     from .adapters import (
         adapter_names,
         add_adapter,
@@ -78,7 +80,7 @@ if TYPE_CHECKING:
         disable_adapter,
         set_adapter,
     )
-    from .checkpoint import AdapterError, load_adapter, save_adapter
+    from .checkpoint import load_adapter, save_adapter
     from .config import SSVDConfig
     from .convert import ConversionError, from_espnet, to_espnet
     from .dispatch import use_backend

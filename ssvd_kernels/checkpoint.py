@@ -11,19 +11,18 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .config import ROTATIONS, SIDES, SSVDConfig
-from .factorize import SAFE_GAP, SKETCH_ROWS, Factorization, basis_error, fingerprint, match_signs
+from .adapter_file import BASIS, FORMAT_VERSION, AdapterError, read_adapter
+from .config import SSVDConfig
+from .factorize import SAFE_GAP, Factorization, basis_error, fingerprint, match_signs
 from .files import digest, write_atomically
-from .functional import flip_theta, theta_length
+from .functional import flip_theta
 from .layers import SSVDLinear
 from .model import Plan, check_not_ddp, factorize_all, install, require_layers, ssvd_layers, unwrapped
 from .parked import TRAINED
@@ -31,13 +30,6 @@ from .quantized import base_weight, check_adaptable
 from .sharded import assign, gathered, is_sharded
 
 logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1
-_BASIS = ("U", "sigma", "V")
-
-
-class AdapterError(ValueError):
-    """An adapter file that cannot be used: damaged, of another format, or made for another base model."""
 
 
 def save_adapter(
@@ -67,7 +59,7 @@ def save_adapter(
         if close and not save_bases:
             unsafe.append(name)
         kept: dict[str, Tensor] = dict(layer.adapter(adapter))
-        kept |= {key: getattr(layer, key) for key in _BASIS} if save_bases or close else {}
+        kept |= {key: getattr(layer, key) for key in BASIS} if save_bases or close else {}
         for key, tensor in kept.items():
             value = gathered(tensor).detach().cpu().contiguous()
             if not bool(torch.isfinite(value).all()):
@@ -150,7 +142,7 @@ def load_adapter(
 
 def _fill(layer: SSVDLinear, name: str, tensors: dict[str, Tensor], signs: Tensor | None) -> None:
     if signs is None:
-        layer.set_basis(*(tensors[f"{name}.{key}"] for key in _BASIS))
+        layer.set_basis(*(tensors[f"{name}.{key}"] for key in BASIS))
     elif bool((signs < 0).any()):
         layer.flip_basis(signs)
     _copy({key: tensors[f"{name}.{key}"] for key in layer.adapter()}, layer)
@@ -206,79 +198,6 @@ def _describe(layer: SSVDLinear) -> dict[str, Any]:
         "rotation": layer.rotation,
         "shape": [layer.out_features, layer.in_features],
     }
-
-
-def read_adapter(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """(layer name -> description, tensors) of a file that is whole, unaltered and of this version."""
-    if not path.is_file():
-        raise FileNotFoundError(f"path={str(path)!r}: no such adapter file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise AdapterError(f"{path} is damaged or no safetensors file: {error}") from None
-    if "ssvd_kernels" not in metadata:
-        raise AdapterError(f"{path} is not an adapter of ssvd_kernels: its metadata has no 'ssvd_kernels' entry")
-    try:
-        header = json.loads(metadata["ssvd_kernels"])
-        version = header["version"]
-        if version != FORMAT_VERSION:
-            raise AdapterError(f"{path} has format version {version!r}: this package reads version {FORMAT_VERSION}")
-        saved_digest = header.pop("digest")
-        layers = header["layers"]
-        if not isinstance(layers, dict):
-            raise AdapterError(f"{path} has a damaged header: layers={layers!r} is no table")
-        for name, layer in layers.items():
-            _check_description(path, name, layer)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{path} has a damaged header ({type(error).__name__}: {error})") from None
-    if saved_digest != digest(header, tensors):
-        raise AdapterError(f"{path} was altered or damaged after it was saved: its digest does not match")
-    expected = {key: shape for name, layer in layers.items() for key, shape in _expected_shapes(name, layer).items()}
-    for key, shape in expected.items():
-        stored = key.rpartition(".")[2] not in _BASIS or f"{key.rpartition('.')[0]}.U" in tensors
-        if stored and (key not in tensors or tuple(tensors[key].shape) != shape):
-            found = tuple(tensors[key].shape) if key in tensors else "missing"
-            raise AdapterError(f"{path}: {key} is {found}: allowed is {shape}")
-    for key, value in tensors.items():
-        if key not in expected:
-            raise AdapterError(f"{path} holds {key!r}, which none of its layers has")
-        if not value.is_floating_point():
-            raise AdapterError(f"{path}: {key} has dtype {value.dtype}: allowed are floating-point dtypes")
-        if not bool(torch.isfinite(value).all()):
-            raise AdapterError(f"{path}: {key} holds NaN or infinity")
-    return layers, tensors
-
-
-def _check_description(path: Path, name: str, layer: dict[str, Any]) -> None:
-    allowed: dict[str, Callable[[Any], bool]] = {
-        "k": _is_rank,
-        "k_out": lambda value: value is None or _is_rank(value),
-        "side": lambda value: value in SIDES,
-        "rotation": lambda value: value in ROTATIONS,
-        "shape": lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_rank, value)),
-        "fingerprint": lambda value: isinstance(value, str),
-    }
-    for key, check in allowed.items():
-        if not isinstance(layer, dict) or key not in layer:
-            raise AdapterError(f"{path}: its description of {name} has no {key!r}: {layer!r}")
-        if not check(layer[key]):
-            raise AdapterError(f"{path}: its description of {name} makes no sense: {key}={layer[key]!r}")
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _expected_shapes(name: str, layer: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    (d_out, d_in), k_in, k_out, rotation = layer["shape"], layer["k"], layer["k_out"], layer["rotation"]
-    k = max(k_in, k_out or 0)
-    shapes: dict[str, tuple[int, ...]] = {"theta": (theta_length(k_in, rotation),), "delta_sigma": (k,)}
-    if k_out is not None:
-        shapes["theta_out"] = (theta_length(k_out, rotation),)
-    shapes |= {"sketch": (2 * SKETCH_ROWS, k), "U": (d_out, k), "sigma": (k,), "V": (d_in, k)}
-    return {f"{name}.{key}": shape for key, shape in shapes.items()}
 
 
 def _check_present(path: Path, present: dict[str, SSVDLinear], described: dict[str, dict[str, Any]]) -> None:
@@ -347,7 +266,7 @@ def _check_base(path: Path, name: str, described: dict[str, Any], weight: Tensor
     """For an adapter with its own bases: the base is the same weight, or a rounding of it."""
     if described["fingerprint"] == fingerprint(weight):
         return
-    error = basis_error(weight, *(tensors[f"{name}.{key}"] for key in _BASIS))
+    error = basis_error(weight, *(tensors[f"{name}.{key}"] for key in BASIS))
     W = weight.detach().float()
     roundings = [dtype for dtype in (torch.float16, torch.bfloat16) if torch.equal(W, W.to(dtype).float())]
     allowed = max((torch.finfo(dtype).eps / 2 for dtype in roundings), default=0.0)
@@ -370,6 +289,6 @@ def _stored_bases(
         _check_base(path, name, described[name], weight, tensors)
         wide = torch.promote_types(weight.dtype, torch.float32)
         # copies: the file's tensors are views of a mapped file, and aligned as the file is
-        U, sigma, V = (tensors[f"{name}.{key}"].to(weight.device, wide, copy=True) for key in _BASIS)
+        U, sigma, V = (tensors[f"{name}.{key}"].to(weight.device, wide, copy=True) for key in BASIS)
         stored[name] = Factorization(U, sigma, V, fingerprint(weight), 0.0, tensors[f"{name}.sketch"].clone())
     return stored

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +13,11 @@ from . import dispatch, reference
 from .config import SSVDConfig
 from .factorize import Factorization, factorize, fingerprint, match_signs, sketch
 from .functional import compute_dtype, rotation_delta, ssvd_linear, theta_length
+from .handed import HandedRotations, unseen_by_checkpoints
 from .merging import merged_weight
 from .parked import TRAINED, ParkedAdapter, other_adapters
 from .sharded import assign, gathered, is_sharded
-from .workspace import SharedInputs, Workspace, capturing
+from .workspace import Provenance, Workspace, capturing
 
 
 class BasisIdentity(NamedTuple):
@@ -27,28 +26,6 @@ class BasisIdentity(NamedTuple):
     fingerprint: str
     gap: float
     sketch: Tensor
-
-
-class HandedRotations:
-    """Rotations that the root module computed for one layer in its batched call, and the weight composed from them."""
-
-    def __init__(self, E: Tensor, E_out: Tensor | None, inputs: SharedInputs | None) -> None:
-        self.E, self.E_out, self.inputs = E, E_out, inputs
-        self.weight: Tensor | None = None
-
-
-@contextmanager
-def unseen_by_checkpoints() -> Iterator[None]:
-    """Saves tensors for backward as if no checkpoint were there.
-
-    Non-reentrant checkpointing wants its recomputation to save as many tensors as its forward did. A layer that was
-    handed its rotation in the forward computes it itself in the recomputation: neither may count.
-    """
-    if torch.compiler.is_compiling() or not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
-        yield
-        return
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-        yield
 
 
 class SSVDLinear(nn.Module):
@@ -104,7 +81,7 @@ class SSVDLinear(nn.Module):
         self.register_buffer("_merged_weight", None, persistent=False)
         self.training = linear.training
         self._handed: HandedRotations | None = None
-        self._cache: tuple[Any, Tensor] | None = None
+        self._cache: tuple[Provenance, Tensor] | None = None
         self._workspace = Workspace()
 
     @staticmethod
@@ -320,19 +297,15 @@ class SSVDLinear(nn.Module):
             or torch._C._are_functorch_transforms_active()
         )
 
-    def _versions(self) -> list[tuple[int, int]]:
-        return [(tensor.data_ptr(), tensor._version) for tensor in self._parameters.values() if tensor is not None]
-
     def _cached_core(self) -> Tensor:
         """The kept core, made anew unless everything it was made from is unchanged."""
         if not self.has_cache():
-            watched = [t for t in (self.theta, self.theta_out, self.delta_sigma) if t is not None and t.is_cpu]
-            key = (self._versions(), [(tensor, tensor.detach().clone()) for tensor in watched])
+            made_from = Provenance(self._parameters.values(), self.adapter().values())
             with torch.inference_mode(False), torch.no_grad():
                 core = self.core()
             if capturing(core):  # holds its values only after the first replay
                 return core
-            self._cache = (key, core)
+            self._cache = (made_from, core)
         assert self._cache is not None
         return self._workspace.pin(self._cache[1])
 
@@ -344,13 +317,7 @@ class SSVDLinear(nn.Module):
 
     def has_cache(self) -> bool:
         """Whether the next forward can use a kept core or weight (then it needs no rotation)."""
-        if self._cache is None or not self._may_cache():
-            return False
-        versions, snapshots = self._cache[0]
-        if versions != self._versions():
-            return False
-        # .data writes, half() and fused optimizers leave no trace in the version: on the CPU, look
-        return all(torch.equal(tensor, snapshot) for tensor, snapshot in snapshots)
+        return self._cache is not None and self._may_cache() and self._cache[0].holds(self._parameters.values())
 
     def _forget(self) -> None:
         self._cache = self._handed = None

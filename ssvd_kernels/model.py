@@ -20,7 +20,8 @@ from .distributed import Task, Tasks, several_ranks, share_out
 from .factor_cache import cache_folder, load, store
 from .factorize import Factorization, check_weight, factorize
 from .functional import rotation_deltas
-from .layers import HandedRotations, SSVDLinear
+from .handed import HandedRotations
+from .layers import SSVDLinear
 from .quantized import adapt, base_weight, is_quantized
 from .targets import find_targets
 from .triplets import cost

@@ -6,7 +6,7 @@ None of it is state. Dropping a workspace costs a composition; results never dep
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,28 @@ class _Kept(NamedTuple):
     core: Tensor
     version: int  # of core
     weight: Tensor  # W'
+
+
+class Provenance:
+    """What a kept tensor was made from: every parameter's place and version, and the values of those that train.
+
+    .data writes, half() and fused optimizers leave no trace in a version: on the CPU the values are compared; on the
+    GPU that would stall the stream.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor | None], trained: Iterable[Tensor]) -> None:
+        self.versions = _versions(parameters)
+        self.values = [(tensor, tensor.detach().clone()) for tensor in trained if tensor.is_cpu]
+
+    def holds(self, parameters: Iterable[Tensor | None]) -> bool:
+        """Whether `parameters` are still what they were."""
+        if self.versions != _versions(parameters):
+            return False
+        return all(torch.equal(tensor, value) for tensor, value in self.values)
+
+
+def _versions(parameters: Iterable[Tensor | None]) -> list[tuple[int, int]]:
+    return [(tensor.data_ptr(), tensor._version) for tensor in parameters if tensor is not None]
 
 
 class Workspace:

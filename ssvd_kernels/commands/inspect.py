@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..checkpoint import FORMAT_VERSION, load_adapter, read_adapter
+from ..adapter_file import FORMAT_VERSION, read_adapter
+from ..checkpoint import load_adapter
 from ..model import ssvd_layers
 from .base import load_base
 

@@ -7,7 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ..checkpoint import load_adapter, read_adapter
+from ..adapter_file import read_adapter
+from ..checkpoint import load_adapter
 from ..export import check_new, export_merged, new_folder, to_lora
 from . import UsageError
 from .base import load_base

@@ -10,14 +10,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .. import reference
-from ..checkpoint import FORMAT_VERSION, AdapterError
+from ..adapter_file import BASIS, FORMAT_VERSION, AdapterError
 from ..config import SSVDConfig
 from ..factorize import SAFE_GAP, SKETCH_ROWS, Factorization, factorize, match_signs
 from ..functional import ssvd_linear
 from ..layers import SSVDLinear, check_linear
 from ..merging import merged_weight
 
-_BASIS = ("U", "sigma", "V")
 _FINGERPRINT_BYTES = 16
 
 
@@ -141,7 +140,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
             self._unmerged = fn(self._unmerged)
         moved: dict[int, tuple[Tensor, Tensor]] = {}
         for adapter in self._adapters():
-            for name in _BASIS:
+            for name in BASIS:
                 tensor: Tensor = getattr(adapter, name)
                 if id(tensor) not in moved:
                     new = fn(tensor)
@@ -202,7 +201,7 @@ class PeftAdapter(SSVDLinear):
         """The identity of the basis as one vector in the basis' dtype."""
         parts = [torch.tensor([FORMAT_VERSION, *bytes.fromhex(self.basis.fingerprint)]), self.basis.sketch.flatten()]
         if self.basis.gap < SAFE_GAP:
-            parts += [getattr(self, name).detach().flatten().cpu() for name in _BASIS]
+            parts += [getattr(self, name).detach().flatten().cpu() for name in BASIS]
         return torch.cat([part.to(self.U.dtype) for part in parts])
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -248,7 +247,7 @@ class PeftAdapter(SSVDLinear):
         super().flip_basis(signs)
 
     def _unshare(self) -> None:
-        self.__dict__.update({name: getattr(self, name).clone() for name in _BASIS})
+        self.__dict__.update({name: getattr(self, name).clone() for name in BASIS})
 
 
 def _sum(adapters: list[PeftAdapter]) -> tuple[Tensor, Tensor, Tensor]:
