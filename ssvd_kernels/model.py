@@ -14,7 +14,7 @@ from .config import SSVDConfig
 from .factorize import Factorization, check_weight, factorize
 from .functional import rotation_deltas
 from .layers import HandedRotations, SSVDLinear
-from .quantized import base_weight, is_quantized
+from .quantized import adapt, base_weight, is_quantized
 from .targets import find_targets
 from .workspace import InputSharing
 

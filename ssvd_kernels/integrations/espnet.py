@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ..config import SSVDConfig
 from ..factorize import MATCH_TOLERANCE, SKETCH_ROWS, Factorization, basis_error, factorize, match_signs, sketch
+from ..functional import flip_theta
 from ..layers import BasisIdentity, SSVDLinear, check_linear
 from ..model import InjectReport, factorize_all, install, ssvd_layers
 from ..targets import find_targets
@@ -166,12 +167,14 @@ class ESPnetSSVDLinear(SSVDLinear):
             raise ValueError("the state dict has a trained theta, but no base weight was loaded: load that first")
         else:
             return state_dict  # the model's own, or without this layer
+        values = dict(zip(_BASIS, (U, sigma, V)))
         if identity is not None:
-            signs = self._match(identity, sketch(U, V)).to(U.device, U.dtype)
-            U, V = U * signs, V * signs
+            signs = self._match(identity, sketch(U, V))
+            if "theta" in given:
+                values["theta"] = flip_theta(given["theta"], signs, self.rotation)
         elif any(name in given for name in _TRAINED):
             raise ValueError("the state dict has theta, but no sketch of the singular vectors that it rotates")
-        return {**state_dict, **{prefix + name: tensor for name, tensor in zip(_BASIS, (U, sigma, V))}}
+        return {**state_dict, **{prefix + name: tensor for name, tensor in values.items()}}
 
     def _given(self, state_dict: Any, prefix: str) -> dict[str, Tensor]:
         """What comes from outside: ESPnet updates the model's own state dict with a file's and loads the result."""
