@@ -30,8 +30,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..adapter_file import BASIS
 from ..config import SSVDConfig
 from ..factorize import MATCH_TOLERANCE, SKETCH_ROWS, Factorization, basis_error, factorize, match_signs, sketch
+from ..functional import flip_theta
 from ..layers import BasisIdentity, SSVDLinear, check_linear
 from ..model import InjectReport, factorize_all, install, ssvd_layers
 from ..targets import find_targets
@@ -39,7 +41,6 @@ from ..targets import find_targets
 logger = logging.getLogger(__name__)
 
 _TRAINED = ("theta", "delta_sigma")
-_BASIS = ("U", "sigma", "V")
 _MAPS = ("linear", "cayley")  # numbered in state dicts: append only
 _IDENTITY = "_extra_state"  # torch's key for what get_extra_state returns
 
@@ -148,8 +149,8 @@ class ESPnetSSVDLinear(SSVDLinear):
         if identity is not None and not identity[:-1].any():
             identity = None  # of a layer without a weight
         base = self.base_weight if weight is None else weight.to(self.base_weight.device, self.base_weight.dtype)
-        if all(name in given for name in _BASIS) and bool(given["U"].any()):
-            U, sigma, V = (given[name] for name in _BASIS)
+        if all(name in given for name in BASIS) and bool(given["U"].any()):
+            U, sigma, V = (given[name] for name in BASIS)
             _check_basis(base, U, sigma, V)
         elif self.factorized:
             if not torch.equal(base, self.base_weight):
@@ -166,12 +167,14 @@ class ESPnetSSVDLinear(SSVDLinear):
             raise ValueError("the state dict has a trained theta, but no base weight was loaded: load that first")
         else:
             return state_dict  # the model's own, or without this layer
+        values = dict(zip(BASIS, (U, sigma, V)))
         if identity is not None:
-            signs = self._match(identity, sketch(U, V)).to(U.device, U.dtype)
-            U, V = U * signs, V * signs
+            signs = self._match(identity, sketch(U, V))
+            if "theta" in given:
+                values["theta"] = flip_theta(given["theta"], signs, self.rotation)
         elif any(name in given for name in _TRAINED):
             raise ValueError("the state dict has theta, but no sketch of the singular vectors that it rotates")
-        return {**state_dict, **{prefix + name: tensor for name, tensor in zip(_BASIS, (U, sigma, V))}}
+        return {**state_dict, **{prefix + name: tensor for name, tensor in values.items()}}
 
     def _given(self, state_dict: Any, prefix: str) -> dict[str, Tensor]:
         """What comes from outside: ESPnet updates the model's own state dict with a file's and loads the result."""

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter_file import BASIS
 from ..config import Rotation, Side, SSVDConfig
 from ..factorize import SAFE_GAP, SKETCH_ROWS, match_signs
 from ..layers import SSVDLinear
 from ..parked import TRAINED
-
-_BASIS = ("U", "sigma", "V")
 
 
 class SSVDAdapter(SSVDLinear):
@@ -56,7 +55,7 @@ class SSVDAdapter(SSVDLinear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if keep_vars and self.basis.gap < SAFE_GAP:  # cannot be recomputed safely: to be saved, too
-            for key in _BASIS:
+            for key in BASIS:
                 destination[prefix + key] = destination[prefix + key].detach().requires_grad_()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
