@@ -22,6 +22,14 @@ SAFE_GAP = 1e-7  # float64 factorisations move a vector by about 1e-15 sigma_1 /
 MATCH_TOLERANCE = 1e-5  # of a recomputed sketch against the stored one: float32 rounding is 1e-7, another basis 1
 
 
+class BasisIdentity(NamedTuple):
+    """What recognises a basis again after another factorisation."""
+
+    fingerprint: str
+    gap: float
+    sketch: Tensor
+
+
 class Factorization(NamedTuple):
     """Top-k triplets of W (d_out, d_in) and the identity of their basis."""
 

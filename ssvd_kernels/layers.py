@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,21 +11,13 @@ from torch import Tensor, nn
 
 from . import dispatch, reference
 from .config import SSVDConfig
-from .factorize import Factorization, factorize, fingerprint, match_signs, sketch
+from .factorize import BasisIdentity, Factorization, factorize, fingerprint, match_signs, sketch
 from .functional import compute_dtype, rotation_delta, ssvd_linear, theta_length
 from .handed import HandedRotations, unseen_by_checkpoints
 from .merging import merged_weight
 from .parked import TRAINED, ParkedAdapter, other_adapters
 from .sharded import assign, gathered, is_sharded
 from .workspace import Provenance, Workspace, capturing
-
-
-class BasisIdentity(NamedTuple):
-    """What recognises a basis again after another factorisation (see factorize.py)."""
-
-    fingerprint: str
-    gap: float
-    sketch: Tensor
 
 
 class SSVDLinear(nn.Module):

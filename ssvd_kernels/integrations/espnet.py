@@ -32,9 +32,18 @@ from torch import Tensor, nn
 
 from ..adapter_file import BASIS
 from ..config import SSVDConfig
-from ..factorize import MATCH_TOLERANCE, SKETCH_ROWS, Factorization, basis_error, factorize, match_signs, sketch
+from ..factorize import (
+    MATCH_TOLERANCE,
+    SKETCH_ROWS,
+    BasisIdentity,
+    Factorization,
+    basis_error,
+    factorize,
+    match_signs,
+    sketch,
+)
 from ..functional import flip_theta
-from ..layers import BasisIdentity, SSVDLinear, check_linear
+from ..layers import SSVDLinear, check_linear
 from ..model import InjectReport, factorize_all, install, ssvd_layers
 from ..targets import find_targets
 
