@@ -4,6 +4,9 @@ VENV   ?= .venv
 TORCH  ?= 2.13.0
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
+NEIGHBOURS := peft,quant,export,espnet
+# These ask for old versions of other packages, or for a torchaudio that needs CUDA.
+PINNING := espnet speechbrain hyperpyyaml "ruamel.yaml<0.19" ruamel.yaml.clib faster-whisper
 ARGS   ?=
 
 .PHONY: help setup demo test test-all lint bench gpu clean
@@ -24,7 +27,8 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	$(PY) -m pip install -q -U pip
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install "torch==$(TORCH)+cpu" || $(PY) -m pip install "torch==$(TORCH)"
 	$(PY) -m pip install -q "setuptools>=77" wheel packaging ninja pybind11
-	SSVD_BUILD=$${SSVD_BUILD:-cpu} $(PY) -m pip install -q --no-build-isolation -e ".[triton,demo,test,bench,lint]"
+	SSVD_BUILD=$${SSVD_BUILD:-cpu} $(PY) -m pip install -q --no-build-isolation -e ".[triton,demo,test,bench,lint,$(NEIGHBOURS)]"
+	$(PY) -m pip install -q --no-deps $(PINNING)
 	$(PY) -m ssvd_kernels info
 	touch $@
 
