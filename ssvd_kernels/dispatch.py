@@ -25,6 +25,10 @@ from .workspace import Compose, Workspace, padded
 BACKENDS = ("auto", "reference", "ext", "triton")
 MODES = ("auto", "composed", "factored")
 _HALF = (torch.float16, torch.bfloat16)
+NO_VMAP = (
+    "torch.func.vmap cannot batch the Triton kernels: loop over the adapters with torch.func.functional_call, or map "
+    "within ssvd_kernels.use_backend('reference')"
+)
 _forced = os.environ.get("SSVD_BACKEND", "auto")
 
 
@@ -131,7 +135,7 @@ def _cayley_backend(*tensors: Tensor) -> str:
     backend = backend_for("cayley", tensors[0].device, tensors[0].dtype)
     if backend == "triton" and not torch.compiler.is_compiling() and vmapped(*tensors):
         if _forced == "triton":
-            raise RuntimeError("backend 'triton' cannot serve cayley under torch.func.vmap: allowed are the others")
+            raise RuntimeError(NO_VMAP)
         return "reference"
     return backend
 

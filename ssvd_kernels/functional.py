@@ -107,10 +107,7 @@ def ssvd_linear(
     compositions = 2 if workspace is None and backward else 1
     T, fused = x.numel() // x.shape[-1], dispatch.backend_for("linear", x.device, dtype) == "triton"
     if fused and not torch.compiler.is_compiling() and dispatch.vmapped(x, core):
-        raise RuntimeError(
-            "torch.func.vmap cannot batch the Triton kernels: loop over the adapters with torch.func.functional_call, "
-            "or map within ssvd_kernels.use_backend('reference')"
-        )
+        raise RuntimeError(dispatch.NO_VMAP)
     chosen = dispatch.linear_mode(dtype, T, weight.shape, core.shape[0], mode, backward, compositions, fused)
     with torch.autocast(x.device.type, enabled=False):
         y, _ = SSVDLinearFunction.apply(x, weight, U, V, core, bias, chosen, dtype, saves, workspace)

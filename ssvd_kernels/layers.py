@@ -394,8 +394,9 @@ def is_linear(module: object) -> bool:
     """Whether `module` computes x W^T + b from a plain parameter W (a parametrized one, say, does not)."""
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         return False
+    weight = module._parameters.get("weight")
     # not of a tensor subclass, which may compute otherwise, nor a lazy one, which has no values yet
-    return type(module._parameters.get("weight")) in (Tensor, nn.Parameter)
+    return type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
 
 
 def _pad(E: Tensor, k: int) -> Tensor:
