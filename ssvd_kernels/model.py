@@ -22,7 +22,7 @@ from .factorize import Factorization, check_weight, factorize
 from .functional import rotation_deltas
 from .handed import HandedRotations
 from .layers import SSVDLinear
-from .quantized import adapt, base_weight, is_quantized
+from .quantized import adapt, base_weight, is_quantized, prevent_repacking
 from .targets import find_targets
 from .triplets import cost
 from .workspace import InputSharing
@@ -213,6 +213,7 @@ def _take_out(model: nn.Module, replacements: Mapping[str, nn.Linear]) -> None:
 
 def watch_forwards(root: nn.Module, trainable_before: Iterable[str] = ()) -> None:
     """From now on one batched call computes the rotations of all SSVD layers at the start of each forward of `root`."""
+    prevent_repacking(root)
     root.__dict__["_ssvd_root"] = _Root(list(trainable_before))
     root.register_forward_pre_hook(_hand_out_rotations)
     root.register_forward_hook(_end_of_forward, always_call=True)

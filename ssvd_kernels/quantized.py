@@ -72,6 +72,27 @@ def base_weight(linear: nn.Linear, name: str = "linear") -> Tensor:
     return functional.dequantize_4bit(weight.data, state)
 
 
+def prevent_repacking(model: nn.Module) -> None:
+    """From now on bitsandbytes leaves the 4-bit weights of `model` as they are, adapted or not.
+
+    On a CPU with AVX512-BF16 a forward in eval mode would repack them in place: rounded, never to be dequantised again,
+    and passing no gradient to their input from then on, not in training mode either.
+    """
+    for module in model.modules():
+        if _is_bitsandbytes(module, "Linear4bit"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen nn.Linear that holds `weight`, and `bias` in its dtype."""
+    d_out, d_in = weight.shape
+    linear = nn.Linear(d_in, d_out, bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+    return linear
+
+
 class SSVDQuantizedLinear(SSVDLinear):
     """SSVDLinear on a quantised layer: y = base(x) + ((x V) core^T) U^T; W' = dequantised W + U core V^T.
 
@@ -85,10 +106,6 @@ class SSVDQuantizedLinear(SSVDLinear):
 
     base: nn.Linear
 
-    def __init__(self, linear: nn.Linear, config: SSVDConfig, factorization: Factorization | None = None) -> None:
-        super().__init__(linear, config, factorization)
-        self.train(linear.training)
-
     @staticmethod
     def _weight_of(linear: nn.Linear) -> Tensor:
         if not is_quantized(linear):
@@ -99,6 +116,7 @@ class SSVDQuantizedLinear(SSVDLinear):
 
     def _hold(self, linear: nn.Linear) -> None:
         self.base = linear.requires_grad_(False)
+        prevent_repacking(linear)
 
     @property
     def base_weight(self) -> Tensor:
@@ -111,12 +129,14 @@ class SSVDQuantizedLinear(SSVDLinear):
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        return y if self.disabled else y + self.update(x).to(y.dtype)
+
+    def update(self, x: Tensor) -> Tensor:
+        """((x V) core^T) U^T (..., d_out), in x's dtype or autocast's."""
         if self.mode not in ("auto", "factored"):
             raise ValueError(f"mode={self.mode!r} cannot serve a quantised layer: allowed are 'auto' and 'factored'")
-        y = self.base(x)
-        if self.disabled:
-            return y
-        return y + ssvd_update(x, self.U, self.V, self._core_for(x), workspace=self._workspace).to(y.dtype)
+        return ssvd_update(x, self.U, self.V, self._core_for(x), workspace=self._workspace)
 
     def composed_for_merge(self, name: str = "weight", rounding: str = "nearest", unload: bool = False) -> Tensor:
         """W' for `merge(model, unload=True)`; else a ValueError."""
@@ -129,23 +149,11 @@ class SSVDQuantizedLinear(SSVDLinear):
 
     def unloaded(self, weight: Tensor) -> nn.Linear:
         """A new nn.Linear with W', and the base's bias in its dtype."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.to(weight.dtype), requires_grad=False)
-        return linear.train(self.training)
+        return plain_linear(weight, self.bias).train(self.training)
 
     def original(self) -> nn.Linear:
         """The quantised layer that this one was made from."""
-        return self.base.train(self.training)
-
-    def train(self, mode: bool = True) -> SSVDQuantizedLinear:
-        super().train(mode)
-        if _is_bitsandbytes(self.base, "Linear4bit"):
-            # its forward in eval mode would, on a CPU with AVX512-BF16, repack the weight in place: rounded, never to
-            # be dequantised or trained through again
-            self.base.train()
-        return self
+        return self.base
 
     def _share_parameters(self) -> None:
         """Nothing to do: the base layer is a submodule."""

@@ -183,6 +183,17 @@ def test_training_evaluating_and_training_again_leaves_the_quantised_numbers_alo
         assert torch.equal(old, new)
 
 
+@pytest.mark.parametrize("kind", KINDS[:1])
+def test_evaluating_cuts_no_gradient_off_that_passes_a_layer_without_an_adapter(kind):
+    net = net_of(kind)
+    net.down.support_avx512bf16_for_cpu = True
+    inject(net, rank=K, targets=["up"])
+    with torch.no_grad():
+        train_randomly(net).eval()(X)
+    net.train()(X).sin().sum().backward()
+    assert all(grad.abs().max() > 0 for grad in gradients(net).values())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_eval_copies_and_the_effective_weight(kind):
     net = adapted(kind).eval()
@@ -340,21 +351,11 @@ def test_state_dict_of_another_base_is_refused(kind):
 
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_whisper_as_transformers_quantises_it(kind, tmp_path):
-    from speech_models import inputs, transformers, whisper
+    from quantized_models import quantized
+    from speech_models import inputs, whisper
 
-    pytest.importorskip("accelerate")
-    options = {
-        nf4: lambda: transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-        int8: lambda: transformers.BitsAndBytesConfig(load_in_8bit=True),
-        torchao_int8: lambda: transformers.TorchAoConfig(
-            importlib.import_module("torchao.quantization").Int8WeightOnlyConfig()
-        ),
-    }
     whisper().save_pretrained(tmp_path)
-    load = transformers.WhisperForConditionalGeneration.from_pretrained
-    models = [
-        load(tmp_path, quantization_config=options[kind](), device_map="cpu", dtype=torch.bfloat16) for _ in range(2)
-    ]
+    models = [quantized(kind.__name__, tmp_path, torch.bfloat16) for _ in range(2)]
     model = models[0]
     assert inject(model, targets="whisper").modules
     assert all(type(layer) is sk.SSVDQuantizedLinear for layer in sk.ssvd_layers(model).values())
