@@ -15,8 +15,10 @@ ROUNDINGS = {"nearest": reference.compose_ref, "stochastic": reference.compose_o
 
 
 @torch.no_grad()
-def merged_weight(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, rounding: str, name: str) -> Tensor:
-    """W' = weight + U core V^T (d_out, d_in) in weight's dtype; `rounding` as for `ssvd_kernels.merge`.
+def merged_weight(
+    weight: Tensor, U: Tensor, V: Tensor, core: Tensor, rounding: str, name: str, dtype: torch.dtype | None = None
+) -> Tensor:
+    """W' = weight + U core V^T (d_out, d_in) in `dtype`, by default weight's; `rounding` as for `ssvd_kernels.merge`.
 
     Raises ValueError, naming `name`, if W' is not finite, or if `rounding` is unknown. Warns if rounding loses the
     update: if the projection of W' - weight on U core V^T is not 1.00 +- 0.02.
@@ -24,7 +26,7 @@ def merged_weight(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, rounding: 
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding={rounding!r} is unknown: allowed are {', '.join(map(repr, ROUNDINGS))}")
     with torch.autocast(weight.device.type, enabled=False):
-        merged = ROUNDINGS[rounding](weight, U, V, core, weight.dtype)
+        merged = ROUNDINGS[rounding](weight, U, V, core, dtype or weight.dtype)
         if not bool(torch.isfinite(merged).all()):
             raise ValueError(f"merging {name} would produce NaN or infinity in {merged.dtype}: nothing was changed")
         if merged.dtype in (torch.float16, torch.bfloat16) and bool((core != 0).any()):

@@ -22,9 +22,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import PRESETS, Rotation, Side, SSVDConfig, check_names
+from ..layers import SSVDLinear
 from ..model import is_watched, unwatch_forwards, watch_forwards
+from ..quantized import is_quantized
 from ..targets import tied_to, weight_holders
 from .peft_layer import SSVDPeftLinear
+from .peft_quantized import SSVDPeftQuantizedLinear, forget_quantization
 
 _IMPORT = "import ssvd_kernels.integrations.peft"
 _CARD = f"""
@@ -120,7 +123,10 @@ class SSVDPeftConfig(PeftConfig):
 
 
 class SSVDPeftModel(BaseTuner):
-    """Replaces the targeted layers by `SSVDPeftLinear`, and computes all running rotations in one call per forward."""
+    """Replaces the targeted layers by `SSVDPeftLinear`, and computes all running rotations in one call per forward.
+
+    Over layers that bitsandbytes or torchao quantised, merge_adapter refuses, and merge_and_unload leaves plain layers.
+    """
 
     prefix = "ssvd_"
     tuner_layer_cls = SSVDPeftLinear
@@ -169,14 +175,16 @@ class SSVDPeftModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if isinstance(parent, SSVDLinear):
+            raise TypeError(f"{current_key!r} belongs to an SSVD layer that inject made: call remove(model) first")
         layer = target if isinstance(target, SSVDPeftLinear) else self._new_layer(target, current_key)
         layer.update_layer(adapter_name, peft_config.ssvd(), peft_config.inference_mode)
         if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
+            setattr(parent, target_name, layer)  # on its device already, or on "meta" until the adapter is loaded
         self._progress.update()
 
     def _new_layer(self, target: nn.Module, name: str) -> SSVDPeftLinear:
-        layer = SSVDPeftLinear(target, name)
+        layer = (SSVDPeftQuantizedLinear if is_quantized(target) else SSVDPeftLinear)(target, name)
         tied = tied_to(name, layer.base_layer, self._holders)
         if tied is not None:
             raise ValueError(
@@ -189,6 +197,13 @@ class SSVDPeftModel(BaseTuner):
         if not is_watched(model):
             watch_forwards(model)
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's own, with nothing changed if a quantised layer refuses."""
+        for layer in self.model.modules():
+            if isinstance(layer, SSVDPeftQuantizedLinear):
+                layer.merge(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -196,7 +211,12 @@ class SSVDPeftModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
+        quantized = [layer for layer in self.model.modules() if isinstance(layer, SSVDPeftQuantizedLinear)]
+        for layer in quantized:
+            layer.unloaded_dtype = getattr(self.model, "dtype", None)  # quantised layers took inputs of any dtype
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if merge and quantized:
+            forget_quantization(self.model)
         if is_watched(self.model):
             unwatch_forwards(self.model)
         return self.model
@@ -207,7 +227,7 @@ class SSVDPeftModel(BaseTuner):
         if not autocast_adapter_dtype:
             for layer in self.model.modules():
                 if isinstance(layer, SSVDPeftLinear) and adapter_name in layer.ssvd_adapter:
-                    layer.ssvd_adapter[adapter_name].to(layer.base_layer.weight.dtype)
+                    layer.ssvd_adapter[adapter_name].to(layer.base_weight.dtype)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

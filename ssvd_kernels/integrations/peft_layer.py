@@ -14,8 +14,9 @@ from ..adapter_file import BASIS, FORMAT_VERSION, AdapterError
 from ..config import SSVDConfig
 from ..factorize import SAFE_GAP, SKETCH_ROWS, Factorization, factorize, match_signs
 from ..functional import ssvd_linear
-from ..layers import SSVDLinear, check_linear
+from ..layers import SSVDLinear
 from ..merging import merged_weight
+from ..quantized import base_weight, check_adaptable
 
 _FINGERPRINT_BYTES = 16
 
@@ -26,7 +27,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
     Several active adapters add up their updates, as PEFT's additive methods do. `weight` is W', differentiable, so
     that modules which read it instead of calling the layer (WavLM's attention) train theta, too. `merge` puts W' in
     the base layer's weight and keeps W, so `unmerge` is exact; it always refuses NaN and infinity, which leaves
-    nothing for PEFT's `safe_merge` to add. Raises TypeError for a base layer that is no plain nn.Linear.
+    nothing for PEFT's `safe_merge` to add. Raises TypeError for a base layer that is no nn.Linear.
     """
 
     adapter_layer_names = ("ssvd_adapter",)
@@ -34,7 +35,8 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
-        check_linear(base_layer, name)
+        check_adaptable(base_layer, name)
+        self.training = base_layer.training
         self.base_layer: nn.Linear = base_layer  # type: ignore[assignment]
         self.name = name
         self.in_features, self.out_features = self.base_layer.in_features, self.base_layer.out_features
@@ -49,8 +51,11 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
         found = self._factorization(max(k_in, k_out or 0))
-        self.ssvd_adapter[adapter_name] = PeftAdapter(self, config, found)
+        self.ssvd_adapter[adapter_name] = self._new_adapter(config, found)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _new_adapter(self, config: SSVDConfig, found: Factorization) -> PeftAdapter:
+        return PeftAdapter(self, config, found)
 
     def _factorization(self, k: int) -> Factorization:
         for adapter in self._adapters():
@@ -70,7 +75,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
     @property
     def base_weight(self) -> Tensor:
         """The untouched pretrained weight W (d_out, d_in)."""
-        return self.base_layer.weight if self._unmerged is None else self._unmerged
+        return base_weight(self.base_layer, self.name) if self._unmerged is None else self._unmerged
 
     @property
     def weight(self) -> Tensor:
@@ -79,7 +84,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         if len(running) == 1:
             return running[0].weight
         if not running:
-            return self.base_layer.weight
+            return self.base_layer.weight if self.merged else self.base_weight
         with torch.autocast(self.base_weight.device.type, enabled=False):
             return reference.compose_ref(self.base_weight, *_sum(running))
 
@@ -102,16 +107,22 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
                 adapter._forget()  # a composed weight each
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.ssvd_adapter]
+        names = self._to_merge(adapter_names)
         if not names:
             return
         together = [*self.merged_adapters, *names]
-        adapters: list[PeftAdapter] = [self.ssvd_adapter[name] for name in together]  # type: ignore[misc]
-        with torch.no_grad():
-            merged = merged_weight(self.base_weight, *_sum(adapters), "nearest", self.name)
+        merged = self._merged_weight(together)
         self._unmerged = self.base_weight.data
         self.base_layer.weight.data = merged
         self.merged_adapters = together
+
+    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        return [name for name in check_adapters_to_merge(self, adapter_names) if name in self.ssvd_adapter]
+
+    @torch.no_grad()
+    def _merged_weight(self, names: list[str], dtype: torch.dtype | None = None) -> Tensor:
+        adapters: list[PeftAdapter] = [self.ssvd_adapter[name] for name in names]  # type: ignore[misc]
+        return merged_weight(self.base_weight, *_sum(adapters), "nearest", self.name, dtype)
 
     def unmerge(self) -> None:
         if self._unmerged is not None:
@@ -209,7 +220,7 @@ class PeftAdapter(SSVDLinear):
 
         Raises AdapterError for another format, another base weight, or a basis that cannot be matched.
         """
-        (d_out, d_in), k, name = self.base_weight.shape, self.k, self.layer.name
+        d_out, d_in, k, name = self.out_features, self.in_features, self.k, self.layer.name
         sizes = [1, _FINGERPRINT_BYTES, 2 * SKETCH_ROWS * k, d_out * k, k, d_in * k]
         if state.ndim != 1 or len(state) not in (sum(sizes[:3]), sum(sizes)):
             raise AdapterError(f"the adapter's basis for {name} has shape {tuple(state.shape)}, not one of rank {k}")
@@ -221,7 +232,8 @@ class PeftAdapter(SSVDLinear):
         if bytes(digest.to(torch.uint8).tolist()).hex() != self.basis.fingerprint:
             raise AdapterError(
                 f"the adapter was trained on another base model: the weight of {name} differs. If yours is a "
-                "half-precision copy of that base, load the adapter before casting"
+                "half-precision copy of that base, load the adapter before casting; if one of the two is quantised, "
+                "both must be, in the same way"
             )
         if basis:
             U, sigma, V = basis

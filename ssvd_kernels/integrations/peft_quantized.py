@@ -1,0 +1,80 @@
+"""The layer that PEFT puts in the place of a linear layer that bitsandbytes or torchao quantised."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SSVDConfig
+from ..factorize import Factorization
+from ..quantized import SSVDQuantizedLinear, is_quantized, plain_linear
+from .peft_layer import PeftAdapter, SSVDPeftLinear
+
+logger = logging.getLogger(__name__)
+
+
+class SSVDPeftQuantizedLinear(SSVDPeftLinear):
+    """y = base(x) + sum of ((x V) core^T) U^T over the active adapters; x (..., d_in) -> y (..., d_out).
+
+    base(x) is the quantising library's; the rest is as in `SSVDQuantizedLinear` and `SSVDPeftLinear`. `weight` is W' in
+    the dtype that the library dequantises to. `merge` refuses; PEFT's merge_and_unload leaves an nn.Linear that holds
+    W' in `unloaded_dtype`.
+    """
+
+    unloaded_dtype: torch.dtype | None = None  # by default the dequantised weight's
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        for adapter in self.running():
+            y = y + adapter.update(x).to(y.dtype)  # type: ignore[operator]
+        return y
+
+    def _new_adapter(self, config: SSVDConfig, found: Factorization) -> PeftAdapter:
+        return QuantizedPeftAdapter(self, config, found)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises ValueError if there is something to merge."""
+        if self._to_merge(adapter_names):
+            raise ValueError(
+                f"merging {self.name}: its base weight is quantised, and W' is not: allowed is merge_and_unload(), "
+                "which leaves plain layers that hold W', or no merging"
+            )
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Linear:
+        """What PEFT's unload and merge_and_unload leave here: the base layer, or an nn.Linear that holds W'."""
+        names = self._to_merge(adapter_names) if merge else []
+        if names:
+            # in its place, for PEFT then gives the new module the weight and bias that it finds there
+            weight = self._merged_weight(names, self.unloaded_dtype)
+            self.base_layer = plain_linear(weight, self.base_layer.bias).train(self.training)
+        return self.base_layer
+
+
+class QuantizedPeftAdapter(PeftAdapter, SSVDQuantizedLinear):
+    """One adapter of an `SSVDPeftQuantizedLinear`: a `PeftAdapter` on the dequantised weight."""
+
+    @property
+    def base(self) -> nn.Linear:  # type: ignore[override]
+        return self.layer.base_layer
+
+    def composed_for_merge(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError(f"{self.layer.name} was adapted through PEFT: use the PEFT model's merge_and_unload()")
+
+
+def forget_quantization(model: nn.Module) -> None:
+    """After merge_and_unload: a transformers model that holds no quantised layer any more is saved as a plain one."""
+    left = [name for name, module in model.named_modules() if is_quantized(module)]
+    if left:
+        logger.warning(
+            "%d layers are still quantised, e.g. %s, beside plain ones that hold W': the model computes, but "
+            "transformers may not load it once it is saved",
+            len(left),
+            left[0],
+        )
+    elif (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        quantizer.remove_quantization_config(model)
