@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import relative_error
 from models import RANK, assert_close_gradients, gradients, train_randomly
-from peft_models import base_model, config, in_new_process, layers, peft, transformers
+from peft_models import base_model, config, in_new_process, inputs, layers, peft, transformers
 from peft_models import run as run_with_gradients
 from quantized_models import KINDS, quantized
 from refusals import refused
@@ -137,6 +137,18 @@ def test_gradient_checkpointing_gives_the_same_gradients(load, use_reentrant):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     loss_of(run_with_gradients(model)).backward()
     assert_close_gradients(gradients(model), expected)
+
+
+@pytest.mark.slow
+@kinds
+def test_training_compiles_to_one_graph(load):
+    torch._dynamo.reset()
+    model, found = adapted(load()).train(), []
+    compiled = torch.compile(model.get_base_model(), fullgraph=True, backend="aot_eager")
+    for network in (compiled, model):
+        loss_of(network(**inputs(model), use_cache=False)[0]).backward()
+        found.append(gradients(model))
+    assert_close_gradients(*found)
 
 
 @kinds
