@@ -24,7 +24,7 @@ from .factorize import SAFE_GAP, Factorization, basis_error, fingerprint, match_
 from .files import digest, write_atomically
 from .functional import flip_theta
 from .layers import SSVDLinear
-from .model import Plan, check_not_ddp, factorize_all, install, require_layers, ssvd_layers, unwrapped
+from .model import Plan, check_not_ddp, check_own, factorize_all, install, require_layers, ssvd_layers, unwrapped
 from .parked import TRAINED
 from .quantized import base_weight, check_adaptable
 from .sharded import assign, gathered, is_sharded
@@ -46,7 +46,7 @@ def save_adapter(
     A model that FSDP2 has sharded is gathered: every rank must call this, rank 0 writes, and all return when it has.
     Otherwise nothing is sent, and whoever calls it writes; under DDP that may be rank 0 alone.
     """
-    path, present = Path(path), require_layers(unwrapped(model))
+    path, present = Path(path), require_layers(model)
     sharded = any(layer.sharded for layer in present.values())
     writes = not sharded or dist.get_rank() == 0
     if writes and not path.parent.is_dir():
@@ -106,6 +106,7 @@ def load_adapter(
         check_not_ddp(model)
     model = unwrapped(model)
     present = ssvd_layers(model)
+    check_own(present)
     found: dict[str, Factorization] = {}
     if any(layer.inactive for layer in present.values()):  # whose bases belong to other adapters, too
         for name, values in adapter_values(present, path).items():
@@ -168,7 +169,7 @@ def adapter_values(layers: dict[str, SSVDLinear], path: str | os.PathLike[str]) 
     for name, layer in layers.items():
         _check_precision(path, name, tensors, layer.theta.dtype)
         if f"{name}.U" in tensors:
-            _check_base(path, name, described[name], layer.base_weight, tensors)
+            _check_base(path, name, described[name], gathered(layer.base_weight), tensors)
         else:
             _check_fingerprint(path, name, described[name], layer.basis.fingerprint)
         remedy = "the adapters of one model share its bases, so load this one into a model of its own"

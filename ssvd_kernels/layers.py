@@ -50,6 +50,7 @@ class SSVDLinear(nn.Module):
     theta_out: nn.Parameter | None
     bias: nn.Parameter | None
     _merged_weight: Tensor | None
+    managed_by: str | None = None  # another library, e.g. PEFT
 
     def __init__(self, linear: nn.Linear, config: SSVDConfig, factorization: Factorization | None = None) -> None:
         super().__init__()
@@ -216,7 +217,9 @@ class SSVDLinear(nn.Module):
         return not (self.merged or self.disabled)
 
     def composed_for_merge(self, name: str = "weight", rounding: str = "nearest", unload: bool = False) -> Tensor:
-        """W' as `merge(model, unload)` stores it; see `merged_weight`."""
+        """W' as `merge(model, unload)` stores it, see `merged_weight`; of a merged layer the one that it uses."""
+        if self._merged_weight is not None:
+            return self._merged_weight
         if self.disabled:
             raise ValueError(f"merging {name} while its adapter is disabled: leave the disable_adapter block first")
         return merged_weight(self.base_weight, self.U, self.V, self.core(), rounding, name)

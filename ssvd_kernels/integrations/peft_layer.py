@@ -159,6 +159,7 @@ class PeftAdapter(SSVDLinear):
     """
 
     layer: SSVDPeftLinear
+    managed_by = "PEFT"
 
     def __init__(self, layer: SSVDPeftLinear, config: SSVDConfig, found: Factorization) -> None:
         self.__dict__["layer"] = layer  # not a submodule, but the other way round
