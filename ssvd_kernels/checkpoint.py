@@ -18,15 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .adapter_file import BASIS, FORMAT_VERSION, AdapterError, read_adapter
+from .adapter_file import FORMAT_VERSION, AdapterError, read_adapter
+from .base_layers import base_weight, check_adaptable
 from .config import SSVDConfig
-from .factorize import SAFE_GAP, Factorization, basis_error, fingerprint, match_signs
+from .factorize import BASIS, SAFE_GAP, Factorization, basis_error, fingerprint, match_signs
 from .files import digest, write_atomically
 from .functional import flip_theta
 from .layers import SSVDLinear
 from .model import Plan, check_not_ddp, check_own, factorize_all, install, require_layers, ssvd_layers, unwrapped
 from .parked import TRAINED
-from .quantized import base_weight, check_adaptable
 from .sharded import assign, gathered, is_sharded
 
 logger = logging.getLogger(__name__)

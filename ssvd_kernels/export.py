@@ -70,8 +70,8 @@ def to_lora(
     unmerged models give the same adapter, which belongs to the base model as it was before `inject`.
     WavLM's attention reads the weights past PEFT's layers: there merge_and_unload() the adapter, or it does nothing.
 
-    Raises ValueError (no SSVD layer of this package's own, FSDP2, an update that is not finite, a rank below 1), TypeError (a rank that is no whole
-    number), FileNotFoundError and FileExistsError (folder); then nothing is written.
+    Raises ValueError (no SSVD layer of this package's own, FSDP2, an update that is not finite, a rank below 1),
+    TypeError (a rank that is no whole number), FileNotFoundError and FileExistsError (folder); then nothing is written.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
         raise TypeError(f"rank={rank!r}: allowed is a whole number >= 1, or None for the exact update")
@@ -113,8 +113,9 @@ def export_merged(
     warning where that loses the update to rounding; a merged model is written as it was merged. The composed weights
     need memory, the other parameters do not.
 
-    Raises TypeError if the model is none of transformers', ValueError if it has no SSVD layer of this package's
-    own, if its adapter is disabled, its base quantised, or a W' would not be finite, FileNotFoundError and FileExistsError (folder, files_from); then nothing is written.
+    Raises TypeError if the model is none of transformers', ValueError if it has no SSVD layer of this package's own, if
+    its adapter is disabled, its base quantised, or a W' would not be finite, FileNotFoundError and FileExistsError
+    (folder, files_from); then nothing is written.
     """
     from transformers import PreTrainedModel
 

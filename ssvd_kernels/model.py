@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
+from .base_layers import base_weight, is_quantized
 from .config import SSVDConfig
 from .distributed import Task, Tasks, several_ranks, share_out
 from .factor_cache import cache_folder, load, store
@@ -22,7 +23,7 @@ from .factorize import Factorization, check_weight, factorize
 from .functional import rotation_deltas
 from .handed import HandedRotations
 from .layers import SSVDLinear
-from .quantized import adapt, base_weight, is_quantized
+from .quantized import adapt
 from .targets import find_targets
 from .triplets import cost
 from .workspace import InputSharing

@@ -30,9 +30,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapter_file import BASIS
+from ..base_layers import check_linear
 from ..config import SSVDConfig
 from ..factorize import (
+    BASIS,
     MATCH_TOLERANCE,
     SKETCH_ROWS,
     BasisIdentity,
@@ -43,7 +44,7 @@ from ..factorize import (
     sketch,
 )
 from ..functional import flip_theta
-from ..layers import SSVDLinear, check_linear
+from ..layers import SSVDLinear
 from ..model import InjectReport, factorize_all, install, ssvd_layers
 from ..targets import find_targets
 

@@ -10,11 +10,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .. import reference
-from ..adapter_file import BASIS, FORMAT_VERSION, AdapterError
+from ..adapter_file import FORMAT_VERSION, AdapterError
+from ..base_layers import check_linear
 from ..config import SSVDConfig
-from ..factorize import SAFE_GAP, SKETCH_ROWS, Factorization, factorize, match_signs
+from ..factorize import BASIS, SAFE_GAP, SKETCH_ROWS, Factorization, factorize, match_signs
 from ..functional import ssvd_linear
-from ..layers import SSVDLinear, check_linear
+from ..layers import SSVDLinear
 from ..merging import merged_weight
 
 _FINGERPRINT_BYTES = 16
