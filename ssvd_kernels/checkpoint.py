@@ -55,6 +55,8 @@ def save_adapter(
     layers: dict[str, dict[str, Any]] = {}
     unsafe = []
     for name, layer in present.items():
+        if not layer.basis.fingerprint:  # ESPnet: the pretrained weights come later
+            raise ValueError(f"{name} has no singular vectors yet: load the pretrained weights before saving")
         close = layer.basis.gap < SAFE_GAP
         if close and not save_bases:
             unsafe.append(name)
@@ -209,6 +211,8 @@ def _check_present(path: Path, present: dict[str, SSVDLinear], described: dict[s
             f"{differing[0]!r}: inject the model as for the adapter, or load into the base model"
         )
     for name, layer in present.items():
+        if not layer.basis.fingerprint:
+            raise AdapterError(f"{name} has no singular vectors yet: load the pretrained weights before {path}")
         if layer.merged:
             raise AdapterError(f"{name} is merged: unmerge before loading {path}")
         if layer.sharded and not is_sharded(layer.theta):  # what is written now would not reach the shards
