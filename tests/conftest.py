@@ -40,6 +40,15 @@ def one_thread(monkeypatch: pytest.MonkeyPatch):
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=["highest", "high"])
+def precision(request: pytest.FixtureRequest):
+    """Of float32 products: "high" lets them use TF32, or two bfloat16 terms a number."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory):
     """Two processes with gloo between them, see ranks.py."""

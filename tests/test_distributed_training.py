@@ -36,10 +36,6 @@ def _model(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     return train_randomly(model)
 
 
-def _whole(model: nn.Module) -> nn.Module:
-    return model
-
-
 def _ddp(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, find_unused_parameters=False)
 

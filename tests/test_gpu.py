@@ -64,15 +64,6 @@ def no_sync():
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.fixture(params=["highest", "high"])
-def precision(request: pytest.FixtureRequest):
-    """ "high" lets float32 products use TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(request.param)
-    yield request.param
-    torch.set_float32_matmul_precision(before)
-
-
 def bound(plain: Tensor, exact: Tensor) -> float:
     """Twice the error of plain PyTorch in its dtype. A handful of numbers may be exact there by luck: then one unit in
     the last place is allowed, and for many numbers no more than rounding them."""

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base_layers import check_linear
-from ..config import SSVDConfig
+from ..config import SSVDConfig, check_choice
 from ..factorize import (
     BASIS,
     MATCH_TOLERANCE,
@@ -84,10 +84,8 @@ def create_adapter(
     else trains is left to freeze_param, as with ESPnet's LoRA, and is reported. Raises ValueError or TypeError naming
     the argument, its value and what is allowed, with nothing changed.
     """
-    if rotation_map not in _MAPS:
-        raise ValueError(f"rotation_map={rotation_map!r} is unknown: allowed are 'linear', 'cayley'")
-    if weights not in ("later", "now"):
-        raise ValueError(f"weights={weights!r} is unknown: allowed are 'later', 'now'")
+    check_choice("rotation_map", rotation_map, _MAPS)
+    check_choice("weights", weights, ("later", "now"))
     if ssvd_layers(model):
         raise ValueError("model has SSVD layers already: create_adapter is called once")
     if not isinstance(target_modules, str):
