@@ -31,6 +31,19 @@ def _poisoned():
 
 
 @pytest.fixture
+def as_trained():
+    """Without the suite's poison, which brings deterministic (and synchronising) kernels of torch's own."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def no_sync():
+    """Makes any wait of the host for the device an error, from the call on."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
 def one_thread(monkeypatch: pytest.MonkeyPatch):
     """For models so small that threads only wait for each other; in processes that the tests start, too."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
