@@ -12,12 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import ROTATIONS, SIDES
-from .factorize import SKETCH_ROWS
+from .factorize import BASIS, SKETCH_ROWS
 from .files import digest
 from .functional import theta_length
 
 FORMAT_VERSION = 1
-BASIS = ("U", "sigma", "V")
 
 
 class AdapterError(ValueError):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .checkpoint import adapter_values
 from .layers import SSVDLinear
-from .model import require_layers
+from .model import check_not_ddp, require_layers
 from .parked import ParkedAdapter, ParkedAdapters
 
 
@@ -46,6 +46,7 @@ def add_adapter(model: nn.Module, name: str, path: str | os.PathLike[str] | None
     `load_adapter` does for a file, AdapterError if it was trained with other layers, ranks, side or rotation. Where
     the file means other signs of singular vectors than the model has, its theta is changed to mean the same.
     """
+    check_not_ddp(model)
     layers = _ready(model)
     taken = sorted({present for layer in layers.values() for present in layer.adapter_names()})
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
@@ -68,8 +69,10 @@ def set_adapter(model: nn.Module, name: str) -> None:
     Those of the adapter that is parked stop requiring gradients, and require them again (as they did) once they are
     back: run the backward of a loss before switching, and wrap a model in DistributedDataParallel after it. An
     optimizer over several adapters changes only those that have a gradient, which `zero_grad()` takes from the others
-    (with its default set_to_none=True). Raises ValueError for an unknown name, and for a merged or sharded model.
+    (with its default set_to_none=True). Raises ValueError for an unknown name, and for a model that is
+    merged, sharded, or in DistributedDataParallel already (to evaluate another adapter there, give it `ddp.module`).
     """
+    check_not_ddp(model)
     for layer in _ready(model, name).values():
         if name != layer.active_adapter:
             parked = layer.inactive

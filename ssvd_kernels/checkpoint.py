@@ -18,15 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .adapter_file import BASIS, FORMAT_VERSION, AdapterError, read_adapter
+from .adapter_file import FORMAT_VERSION, AdapterError, read_adapter
+from .base_layers import base_weight, check_adaptable
 from .config import SSVDConfig
-from .factorize import SAFE_GAP, Factorization, basis_error, fingerprint, match_signs
+from .factorize import BASIS, SAFE_GAP, Factorization, basis_error, fingerprint, match_signs
 from .files import digest, write_atomically
 from .functional import flip_theta
 from .layers import SSVDLinear
-from .model import Plan, check_not_ddp, factorize_all, install, require_layers, ssvd_layers, unwrapped
+from .model import Plan, check_not_ddp, check_own, factorize_all, install, require_layers, ssvd_layers, unwrapped
 from .parked import TRAINED
-from .quantized import base_weight, check_adaptable
 from .sharded import assign, gathered, is_sharded
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def save_adapter(
     A model that FSDP2 has sharded is gathered: every rank must call this, rank 0 writes, and all return when it has.
     Otherwise nothing is sent, and whoever calls it writes; under DDP that may be rank 0 alone.
     """
-    path, present = Path(path), require_layers(unwrapped(model))
+    path, present = Path(path), require_layers(model)
     sharded = any(layer.sharded for layer in present.values())
     writes = not sharded or dist.get_rank() == 0
     if writes and not path.parent.is_dir():
@@ -55,6 +55,8 @@ def save_adapter(
     layers: dict[str, dict[str, Any]] = {}
     unsafe = []
     for name, layer in present.items():
+        if not layer.basis.fingerprint:  # ESPnet: the pretrained weights come later
+            raise ValueError(f"{name} has no singular vectors yet: load the pretrained weights before saving")
         close = layer.basis.gap < SAFE_GAP
         if close and not save_bases:
             unsafe.append(name)
@@ -106,6 +108,7 @@ def load_adapter(
         check_not_ddp(model)
     model = unwrapped(model)
     present = ssvd_layers(model)
+    check_own(present)
     found: dict[str, Factorization] = {}
     if any(layer.inactive for layer in present.values()):  # whose bases belong to other adapters, too
         for name, values in adapter_values(present, path).items():
@@ -168,7 +171,7 @@ def adapter_values(layers: dict[str, SSVDLinear], path: str | os.PathLike[str]) 
     for name, layer in layers.items():
         _check_precision(path, name, tensors, layer.theta.dtype)
         if f"{name}.U" in tensors:
-            _check_base(path, name, described[name], layer.base_weight, tensors)
+            _check_base(path, name, described[name], gathered(layer.base_weight), tensors)
         else:
             _check_fingerprint(path, name, described[name], layer.basis.fingerprint)
         remedy = "the adapters of one model share its bases, so load this one into a model of its own"
@@ -208,6 +211,8 @@ def _check_present(path: Path, present: dict[str, SSVDLinear], described: dict[s
             f"{differing[0]!r}: inject the model as for the adapter, or load into the base model"
         )
     for name, layer in present.items():
+        if not layer.basis.fingerprint:
+            raise AdapterError(f"{name} has no singular vectors yet: load the pretrained weights before {path}")
         if layer.merged:
             raise AdapterError(f"{name} is merged: unmerge before loading {path}")
         if layer.sharded and not is_sharded(layer.theta):  # what is written now would not reach the shards

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -22,6 +22,12 @@ PRESETS: dict[str, list[str]] = {
     "wavlm": _WAV2VEC2,
     "espnet": ["linear_q", "linear_k", "linear_v", "linear_out", "linear_pos", "w_1", "w_2", *_CGMLP],
 }
+
+
+def check_choice(argument: str, value: object, allowed: Collection[str]) -> None:
+    """Raises ValueError unless `value` is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{argument}={value!r} is unknown: allowed are {', '.join(map(repr, allowed))}")
 
 
 def check_rank(argument: str, rank: int, d_in: int, d_out: int) -> int:
@@ -64,8 +70,8 @@ class SSVDConfig:
         if (self.rank is None) == (self.ratio is None):
             raise ValueError(f"give exactly one of rank and ratio (got rank={self.rank}, ratio={self.ratio})")
         _check_amount("rank", self.rank, "ratio", self.ratio)
-        _check_choice("side", self.side, SIDES)
-        _check_choice("rotation", self.rotation, ROTATIONS)
+        check_choice("side", self.side, SIDES)
+        check_choice("rotation", self.rotation, ROTATIONS)
         if self.rank_out is not None or self.ratio_out is not None:
             if self.side != "both":
                 raise ValueError(f"rank_out and ratio_out need side='both' (got side={self.side!r})")
@@ -109,11 +115,6 @@ def check_names(argument: str, value: str | Sequence[str]) -> str | tuple[str, .
     if not isinstance(value, Sequence) or not all(isinstance(item, str) and item for item in value):
         raise TypeError(f"{argument}={value!r}: allowed is a string or a list of module-name suffixes")
     return tuple(value)
-
-
-def _check_choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{argument}={value!r} is unknown: allowed are {', '.join(map(repr, allowed))}")
 
 
 def _check_amount(rank_name: str, rank: int | None, ratio_name: str, ratio: float | None) -> None:

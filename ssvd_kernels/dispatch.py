@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import _ext, reference
 from . import triton as triton_backend
+from .config import check_choice
 from .costs import linear_flops
 from .replay import replayed
 from .triton.configs import CONCAT_MAX_D
@@ -40,7 +41,7 @@ def use_backend(name: str) -> Iterator[None]:
     has but cannot serve raises RuntimeError.
     """
     global _forced
-    _check_choice("name", name, BACKENDS)
+    check_choice("name", name, BACKENDS)
     before, _forced = _forced, name
     try:
         yield
@@ -61,7 +62,7 @@ def refusals(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, str
 def backend_for(op: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that will serve `op` on these inputs. Raises RuntimeError if the forced one cannot."""
     if _forced != "auto":
-        _check_choice("SSVD_BACKEND", _forced, BACKENDS)
+        check_choice("SSVD_BACKEND", _forced, BACKENDS)
         options = refusals(op, device, dtype)
         if options.get(_forced) is not None:
             raise RuntimeError(f"backend {_forced!r} cannot serve {op} on {device} in {dtype}: {options[_forced]}")
@@ -88,7 +89,7 @@ def linear_mode(
     The cheaper one by FLOP count, where W' has to be built `compositions` times; but half precision is factored, except
     bfloat16 where `fused` kernels compose it with stochastic rounding: by round-to-nearest small updates would be lost.
     """
-    _check_choice("mode", mode, MODES)
+    check_choice("mode", mode, MODES)
     if mode != "auto":
         return mode
     if dtype in _HALF and not (fused and dtype == torch.bfloat16):
@@ -270,8 +271,3 @@ def _full_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(allowed)
-
-
-def _check_choice(argument: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{argument}={value!r} is unknown: allowed are {', '.join(map(repr, allowed))}")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .layers import SSVDLinear
-from .model import require_layers
+from .model import unwrapped, whole_layers
 
 logger = logging.getLogger(__name__)
 
@@ -66,18 +66,20 @@ def to_lora(
     rank=None writes the exact update (r = k in each layer, error about 1e-7: float32 rounding); rank=r its best
     approximation of rank min(r, k), optimal because U and V are orthonormal. The scaling is 1; ranks that differ go
     into rank_pattern and alpha_pattern. base_model_name_or_path defaults to the name that the model was loaded by.
-    Merged and unmerged models give the same adapter, which belongs to the base model as it was before `inject`.
+    Of several adapters it is the one in use that is written, also where it is disabled at the moment. Merged and
+    unmerged models give the same adapter, which belongs to the base model as it was before `inject`.
     WavLM's attention reads the weights past PEFT's layers: there merge_and_unload() the adapter, or it does nothing.
 
-    Raises ValueError (no SSVD layer, an update that is not finite, a rank below 1), TypeError (a rank that is no whole
-    number), FileNotFoundError and FileExistsError (folder); then nothing is written.
+    Raises ValueError (no SSVD layer of this package's own, FSDP2, an update that is not finite, a rank below 1),
+    TypeError (a rank that is no whole number), FileNotFoundError and FileExistsError (folder); then nothing is written.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
         raise TypeError(f"rank={rank!r}: allowed is a whole number >= 1, or None for the exact update")
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank}: allowed is a whole number >= 1, or None for the exact update")
     check_new(folder)
-    bar = tqdm(require_layers(model).items(), desc="SSVD: LoRA factors", unit="layer", disable=not progress)
+    model = unwrapped(model)
+    bar = tqdm(whole_layers(model).items(), desc="SSVD: LoRA factors", unit="layer", disable=not progress)
     pairs = {name: _lora_pair(name, layer, rank) for name, layer in bar}
     tensors = {}
     for name, pair in pairs.items():
@@ -108,10 +110,12 @@ def export_merged(
 
     files_from: the folder of the base model, whose other files (tokenizer, feature extractor) are copied beside it;
     without it, save those there yourself: `tokenizer.save_pretrained(folder)`. W' has the base weight's dtype, with a
-    warning where that loses the update to rounding. The composed weights need memory, the other parameters do not.
+    warning where that loses the update to rounding; a merged model is written as it was merged. The composed weights
+    need memory, the other parameters do not.
 
-    Raises TypeError if the model is none of transformers', ValueError if it has no SSVD layer or a W' would not be
-    finite, FileNotFoundError and FileExistsError (folder, files_from); then nothing is written.
+    Raises TypeError if the model is none of transformers', ValueError if it has no SSVD layer of this package's own, if
+    its adapter is disabled, its base quantised, or a W' would not be finite, FileNotFoundError and FileExistsError
+    (folder, files_from); then nothing is written.
     """
     from transformers import PreTrainedModel
 
@@ -219,7 +223,7 @@ def _target_modules(names: list[str], modules: Iterable[str]) -> list[str] | str
 
 def _merged_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the base model with W' in place of each adapted W."""
-    layers = require_layers(model)
+    layers = whole_layers(model)
     prefixes = tuple(f"{name}." for name in layers)
     kept = {f"{name}.{key}" for name in layers for key in ("weight", "bias")}
     state = {key: value for key, value in model.state_dict().items() if key in kept or not key.startswith(prefixes)}

@@ -16,13 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .factorize import Factorization, fingerprint
+from .factorize import BASIS, Factorization, fingerprint
 from .files import digest, write_atomically
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1  # of the entries and of the method that makes them: another one makes them anew
-_TENSORS = ("U", "sigma", "V", "sketch")
+_TENSORS = (*BASIS, "sketch")
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path | None:
@@ -55,7 +55,7 @@ def load(folder: Path, weight: Tensor, k: int) -> Factorization | None:
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         logger.warning("%s is damaged and will be replaced (%s: %s)", path, type(error).__name__, error)
         return None
-    U, sigma, V = (tensors[name].to(weight.device) for name in ("U", "sigma", "V"))
+    U, sigma, V = (tensors[name].to(weight.device) for name in BASIS)
     return Factorization(U, sigma, V, header["fingerprint"], header["gap"], tensors["sketch"])
 
 

@@ -17,6 +17,7 @@ from .config import check_rank
 from .sharded import is_sharded
 from .triplets import top_triplets
 
+BASIS = ("U", "sigma", "V")
 SKETCH_ROWS = 3  # random projections of each basis; 24 k bytes a layer in float32
 SAFE_GAP = 1e-7  # float64 factorisations move a vector by about 1e-15 sigma_1 / gap: below this, store the basis
 MATCH_TOLERANCE = 1e-5  # of a recomputed sketch against the stored one: float32 rounding is 1e-7, another basis 1

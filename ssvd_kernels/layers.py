@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import dispatch, reference
+from .base_layers import check_linear
 from .config import SSVDConfig
-from .factorize import BasisIdentity, Factorization, factorize, fingerprint, match_signs, sketch
+from .factorize import BASIS, BasisIdentity, Factorization, factorize, fingerprint, match_signs, sketch
 from .functional import compute_dtype, rotation_delta, ssvd_linear, theta_length
 from .handed import HandedRotations, unseen_by_checkpoints
 from .merging import merged_weight
@@ -50,6 +51,7 @@ class SSVDLinear(nn.Module):
     theta_out: nn.Parameter | None
     bias: nn.Parameter | None
     _merged_weight: Tensor | None
+    managed_by: str | None = None  # another library, e.g. PEFT
 
     def __init__(self, linear: nn.Linear, config: SSVDConfig, factorization: Factorization | None = None) -> None:
         super().__init__()
@@ -87,9 +89,9 @@ class SSVDLinear(nn.Module):
         self.register_parameter("bias", linear.bias)
 
     def _hold_basis(self, found: Factorization) -> None:
-        for name, tensor in (("U", found.U), ("sigma", found.sigma), ("V", found.V)):
+        for name in BASIS:
             # frozen parameters, not buffers: DDP broadcasts buffers, even non-persistent ones, every step
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            self.register_parameter(name, nn.Parameter(getattr(found, name), requires_grad=False))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: SSVDConfig) -> SSVDLinear:
@@ -216,7 +218,9 @@ class SSVDLinear(nn.Module):
         return not (self.merged or self.disabled)
 
     def composed_for_merge(self, name: str = "weight", rounding: str = "nearest", unload: bool = False) -> Tensor:
-        """W' as `merge(model, unload)` stores it; see `merged_weight`."""
+        """W' as `merge(model, unload)` stores it, see `merged_weight`; of a merged layer the one that it uses."""
+        if self._merged_weight is not None:
+            return self._merged_weight
         if self.disabled:
             raise ValueError(f"merging {name} while its adapter is disabled: leave the disable_adapter block first")
         return merged_weight(self.base_weight, self.U, self.V, self.core(), rounding, name)
@@ -252,7 +256,7 @@ class SSVDLinear(nn.Module):
     @torch.no_grad()
     def set_basis(self, U: Tensor, sigma: Tensor, V: Tensor) -> None:
         """Replaces the basis by another of the same weight, e.g. an adapter's own. Shapes as the present ones."""
-        for name, value in (("U", U), ("sigma", sigma), ("V", V)):
+        for name, value in zip(BASIS, (U, sigma, V)):
             present: Tensor = getattr(self, name)
             if value.shape != present.shape:
                 raise ValueError(
@@ -379,24 +383,6 @@ class SSVDLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"k={k}, side={self.side}, rotation={self.rotation}{', merged' if self.merged else ''}"
         )
-
-
-def check_linear(module: object, name: str) -> None:
-    """Raises TypeError unless `module` is an nn.Linear (or a subclass that keeps its forward and its weight)."""
-    if not is_linear(module):
-        raise TypeError(
-            f"{name} is a {type(module).__name__}: allowed is torch.nn.Linear with a weight of its own "
-            "(a quantised one: SSVDQuantizedLinear)"
-        )
-
-
-def is_linear(module: object) -> bool:
-    """Whether `module` computes x W^T + b from a plain parameter W (a parametrized one, say, does not)."""
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-        return False
-    weight = module._parameters.get("weight")
-    # not of a tensor subclass, which may compute otherwise, nor a lazy one, which has no values yet
-    return type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
 
 
 def _pad(E: Tensor, k: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .config import check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +24,7 @@ def merged_weight(
     Raises ValueError, naming `name`, if W' is not finite, or if `rounding` is unknown. Warns if rounding loses the
     update: if the projection of W' - weight on U core V^T is not 1.00 +- 0.02.
     """
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding={rounding!r} is unknown: allowed are {', '.join(map(repr, ROUNDINGS))}")
+    check_choice("rounding", rounding, ROUNDINGS)
     with torch.autocast(weight.device.type, enabled=False):
         merged = ROUNDINGS[rounding](weight, U, V, core, dtype or weight.dtype)
         if not bool(torch.isfinite(merged).all()):

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
+from .base_layers import base_weight, is_quantized
 from .config import SSVDConfig
 from .distributed import Task, Tasks, several_ranks, share_out
 from .factor_cache import cache_folder, load, store
@@ -22,7 +23,7 @@ from .factorize import Factorization, check_weight, factorize
 from .functional import rotation_deltas
 from .handed import HandedRotations
 from .layers import SSVDLinear
-from .quantized import adapt, base_weight, is_quantized, prevent_repacking
+from .quantized import adapt, prevent_repacking
 from .targets import find_targets
 from .triplets import cost
 from .workspace import InputSharing
@@ -90,6 +91,7 @@ def inject(
         raise TypeError(f"config={config!r}: allowed is an SSVDConfig")
     check_not_ddp(model)
     present = ssvd_layers(model)
+    check_own(present)
     if present:
         raise ValueError(
             f"model has {len(present)} SSVD layers already, e.g. {next(iter(present))!r}: remove() them first"
@@ -178,11 +180,8 @@ def merge(model: nn.Module, unload: bool = False, *, rounding: str = "nearest") 
     or `rounding` is unknown, and for a quantised base unless unload=True. Warns if a half-precision W' loses the update
     to rounding.
     """
-    layers = _whole_layers(model)
-    composed = {
-        name: layer.weight if layer.merged else layer.composed_for_merge(name, rounding, unload)
-        for name, layer in layers.items()
-    }
+    layers = whole_layers(model)
+    composed = {name: layer.composed_for_merge(name, rounding, unload) for name, layer in layers.items()}
     if unload:
         _take_out(model, {name: layers[name].unloaded(weight) for name, weight in composed.items()})
         return
@@ -198,12 +197,12 @@ def unmerge(model: nn.Module) -> None:
 
 def remove(model: nn.Module) -> None:
     """Puts the original nn.Linear modules back, weights bit for bit, and makes trainable what was so before inject."""
-    _take_out(model, {name: layer.original() for name, layer in _whole_layers(model).items()})
+    _take_out(model, {name: layer.original() for name, layer in whole_layers(model).items()})
 
 
 def _take_out(model: nn.Module, replacements: Mapping[str, nn.Linear]) -> None:
     for name, linear in replacements.items():
-        _replace(model, name, linear)
+        _replace(unwrapped(model), name, linear)
     for module in list(_roots(model)):
         parameters = dict(module.named_parameters())
         for name in unwatch_forwards(module):
@@ -239,11 +238,22 @@ def _roots(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def require_layers(model: nn.Module) -> dict[str, SSVDLinear]:
-    """`ssvd_layers`, or ValueError if there is none."""
-    layers = ssvd_layers(model)
+    """`ssvd_layers` of the model within wrappers; ValueError if there is none, or if PEFT put them there."""
+    layers = ssvd_layers(unwrapped(model))
     if not layers:
         raise ValueError(f"model ({type(model).__name__}) has no SSVD layer: call inject() first")
+    check_own(layers)
     return layers
+
+
+def check_own(layers: Mapping[str, SSVDLinear]) -> None:
+    """Raises ValueError for layers that another library manages: this package's functions would get in its way."""
+    for name, layer in layers.items():
+        if layer.managed_by is not None:
+            raise ValueError(
+                f"{name} was adapted through {layer.managed_by}: allowed are that library's own functions for saving, "
+                "loading, merging, exporting and switching"
+            )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -257,10 +267,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def check_not_ddp(model: nn.Module) -> None:
     """Raises ValueError for a model that DDP has looked over already: it would not see new parameters."""
     if isinstance(model, DistributedDataParallel):
-        raise ValueError("model is a DistributedDataParallel: inject or load the adapter first, then wrap the model")
+        raise ValueError(
+            "model is a DistributedDataParallel: inject, load or switch adapters first, then wrap the model"
+        )
 
 
-def _whole_layers(model: nn.Module) -> dict[str, SSVDLinear]:
+def whole_layers(model: nn.Module) -> dict[str, SSVDLinear]:
+    """`require_layers`, or ValueError if FSDP2 has sharded one."""
     layers = require_layers(model)
     for name, layer in layers.items():
         if layer.sharded:

@@ -1,75 +1,27 @@
 """Quantised base layers: bitsandbytes' Linear4bit and Linear8bitLt, and nn.Linear with a torchao weight.
 
 Their library goes on making the base product. SSVD factorises the dequantised weight and adds its update in factored
-form, so that the quantised numbers are never rewritten. Nothing here imports a quantising library: whoever has one of
-its layers has imported it.
+form, so that the quantised numbers are never rewritten.
 """
 
 from __future__ import annotations
 
-import sys
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .base_layers import base_weight, is_bitsandbytes, is_quantized
 from .config import SSVDConfig
 from .factorize import Factorization
 from .functional import ssvd_update
-from .layers import SSVDLinear, is_linear
-
-
-def is_quantized(module: object) -> TypeGuard[nn.Linear]:
-    """Whether `module` is a linear layer whose weight one of the libraries above has quantised, or is about to."""
-    return _is_bitsandbytes(module) or _is_torchao(module)
-
-
-def is_adaptable(module: object) -> bool:
-    """Whether SSVD can adapt `module`: a plain nn.Linear or a quantised one."""
-    return is_linear(module) or is_quantized(module)
-
-
-def check_adaptable(module: object, name: str) -> None:
-    """Raises TypeError unless `module` `is_adaptable`."""
-    if not is_adaptable(module):
-        raise TypeError(
-            f"{name} is a {type(module).__name__}: allowed is torch.nn.Linear with a weight of its own, or one that "
-            "bitsandbytes or torchao quantised"
-        )
+from .layers import SSVDLinear
 
 
 def adapt(linear: nn.Linear, config: SSVDConfig, factorization: Factorization | None = None) -> SSVDLinear:
     """The SSVD layer for a plain or quantised linear layer."""
     return (SSVDQuantizedLinear if is_quantized(linear) else SSVDLinear)(linear, config, factorization)
-
-
-def base_weight(linear: nn.Linear, name: str = "linear") -> Tensor:
-    """W (d_out, d_in) of a plain or quantised layer, the latter dequantised anew by its own library.
-
-    Raises ValueError for a bitsandbytes layer that holds no quantised weight (such layers quantise when they are moved
-    to their device), or one repacked for inference, which cannot be dequantised.
-    """
-    if _is_torchao(linear):
-        return linear.weight.detach().dequantize()
-    if not _is_bitsandbytes(linear):
-        return linear.weight
-    functional, weight = sys.modules["bitsandbytes"].functional, linear.weight
-    kind, state = type(linear).__name__, getattr(weight, "quant_state", None)
-    if _is_bitsandbytes(linear, "Linear8bitLt") and weight.dtype == torch.int8:
-        scales = linear.state.SCB if weight.SCB is None else weight.SCB  # type: ignore[union-attr, attr-defined]
-        return functional.int8_vectorwise_dequant(weight.data, scales)
-    if state is None:
-        raise ValueError(
-            f"{name} is a {kind} whose weight is {weight.dtype}, not quantised: allowed is one that was quantised by "
-            "moving it to its device (8 bits: with has_fp16_weights=False)"
-        )
-    if getattr(state, "packing_format_for_cpu", False):
-        raise ValueError(
-            f"{name} is a {kind} whose weight bitsandbytes has repacked for inference on this CPU, at its first "
-            "forward in eval mode: load the model again and adapt it before any forward"
-        )
-    return functional.dequantize_4bit(weight.data, state)
 
 
 def prevent_repacking(model: nn.Module) -> None:
@@ -79,7 +31,7 @@ def prevent_repacking(model: nn.Module) -> None:
     and passing no gradient to their input from then on, not in training mode either.
     """
     for module in model.modules():
-        if _is_bitsandbytes(module, "Linear4bit"):
+        if is_bitsandbytes(module, "Linear4bit"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
@@ -168,20 +120,6 @@ class SSVDQuantizedLinear(SSVDLinear):
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _is_bitsandbytes(module: object, *kinds: str) -> bool:
-    library = sys.modules.get("bitsandbytes.nn")
-    if library is None:
-        return False
-    return isinstance(module, tuple(getattr(library, kind) for kind in kinds or ("Linear4bit", "Linear8bitLt")))
-
-
-def _is_torchao(module: object) -> bool:
-    library = sys.modules.get("torchao.utils")
-    if library is None or not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-        return False
-    return isinstance(module._parameters.get("weight"), library.TorchAOBaseTensor)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .base_layers import check_adaptable, is_adaptable
 from .config import PRESETS, SSVDConfig
 from .layers import SSVDLinear
-from .quantized import check_adaptable, is_adaptable
 
 
 def find_targets(model: nn.Module, config: SSVDConfig) -> dict[str, nn.Linear]:

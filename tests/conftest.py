@@ -31,6 +31,19 @@ def _poisoned():
 
 
 @pytest.fixture
+def as_trained():
+    """Without the suite's poison, which brings deterministic (and synchronising) kernels of torch's own."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def no_sync():
+    """Makes any wait of the host for the device an error, from the call on."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
 def one_thread(monkeypatch: pytest.MonkeyPatch):
     """For models so small that threads only wait for each other; in processes that the tests start, too."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -38,6 +51,15 @@ def one_thread(monkeypatch: pytest.MonkeyPatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["highest", "high"])
+def precision(request: pytest.FixtureRequest):
+    """Of float32 products: "high" lets them use TF32, or two bfloat16 terms a number."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(scope="session")

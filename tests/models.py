@@ -118,3 +118,18 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[int]]]:
         for name in calls:
             patch.setattr(dispatch, name, spy(name))
         yield calls
+
+
+@contextmanager
+def saved_for_backward(known: set[int]) -> Iterator[dict[int, int]]:
+    """Storage -> bytes of what autograd keeps in the block, but for the storages that are known."""
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
+from ssvd_kernels.factorize import Factorization, factorize, sketch
 
 SIDES = ["input", "output", "smaller", "both"]
 ROTATIONS = ["cayley", "linear", "free"]
@@ -101,3 +102,11 @@ def assert_equal_state(net: nn.Module, state: dict[str, Tensor]) -> None:
     assert list(now) == list(state)
     for name, value in state.items():
         assert now[name].dtype == value.dtype and torch.equal(now[name], value), name
+
+
+def flipped(weight: Tensor, k: int, name: str = "weight") -> Factorization:
+    """In place of `factorize`: every other singular pair with its other sign."""
+    found = factorize(weight, k, name)
+    signs = torch.where(torch.arange(k) % 2 == 0, -1.0, 1.0).to(found.U.dtype)
+    U, V = found.U * signs, found.V * signs
+    return found._replace(U=U, V=V, sketch=sketch(U, V))

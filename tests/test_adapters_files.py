@@ -11,13 +11,12 @@ import pytest
 import torch
 from cases import relative_error
 from refusals import refused
-from roundtrip import ROTATIONS, SIDES, Net, assert_same_outputs, outputs, train_randomly
+from roundtrip import ROTATIONS, SIDES, Net, assert_same_outputs, flipped, outputs, train_randomly
 from several import injected, values, with_adapters
-from torch import Tensor, nn
+from torch import nn
 
 import ssvd_kernels as sk
 from ssvd_kernels import model as model_module
-from ssvd_kernels.factorize import Factorization, factorize, sketch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,13 +27,6 @@ def base() -> Net:
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
-
-
-def _flipped(weight: Tensor, k: int, name: str = "weight") -> Factorization:
-    found = factorize(weight, k, name)
-    signs = torch.where(torch.arange(k) % 3 == 0, -1.0, 1.0).to(found.U.dtype)
-    U, V = found.U * signs, found.V * signs
-    return found._replace(U=U, V=V, sketch=sketch(U, V))
 
 
 def test_any_adapter_is_saved_as_if_it_were_in_use(base, tmp_path):
@@ -64,7 +56,7 @@ def test_file_that_means_other_signs_leaves_the_other_adapters_alone(
     options = {"side": side, "rotation": rotation, **({"rank_out": 3} if side == "both" else {})}
     net = with_adapters(base, "b", **options)
     before, present = outputs(net), values(net, "default")
-    monkeypatch.setattr(model_module, "factorize", _flipped)
+    monkeypatch.setattr(model_module, "factorize", flipped)
     other = injected(base, **options)
     train_randomly(other, 31)
     sk.save_adapter(other, tmp_path / "a", save_bases=save_bases)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from cases import LINEAR_SHAPES, linear_inputs
-from models import train_randomly
+from models import saved_for_backward, train_randomly
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -124,18 +124,9 @@ def test_saved_bytes_of_a_layer(mode, side, amp):
     layer = train_randomly(sk.SSVDLinear.from_linear(nn.Linear(d_in, d_out), config))
     layer.mode = mode
     known = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    saved: dict[int, int] = {}
     x = torch.randn(T, d_in)
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            y = layer(x)
+    with saved_for_backward(known) as saved, torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        y = layer(x)
     of_x = T * k * (2 if amp else 4)
     assert of_x <= sum(saved.values()) <= of_x + 6 * 4 * k * k
     assert y.requires_grad and max(saved.values()) == of_x

@@ -36,10 +36,6 @@ def _model(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     return train_randomly(model)
 
 
-def _whole(model: nn.Module) -> nn.Module:
-    return model
-
-
 def _ddp(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, find_unused_parameters=False)
 
@@ -353,6 +349,22 @@ def test_distributed_state_dicts_restore_training(ranks, wrap):
             assert torch.equal(found[name], value), name
 
 
+def _load_beside_others(rank: int, path: str) -> dict[str, Tensor]:
+    model = _model()
+    sk.add_adapter(model, "b")
+    model = _fsdp(model)
+    sk.load_adapter(model, path, progress=False)
+    return _adapter(model)
+
+
+def test_an_adapter_with_bases_loads_beside_others_on_shards(ranks, tmp_path):
+    model = train_randomly(_model(), seed=4)
+    sk.save_adapter(model, tmp_path / "a.safetensors", save_bases=True)
+    for found in ranks.run(_load_beside_others, str(tmp_path / "a.safetensors")):
+        for name, value in _adapter(model).items():
+            assert torch.equal(found[name], value), name
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -370,12 +382,18 @@ def _refusals(rank: int, path: str) -> list[str]:
         with pytest.raises(ValueError) as caught:
             action(_ddp(_base()))
         messages.append(str(caught.value))
+    model = _model()
+    sk.add_adapter(model, "b")
+    for action in (lambda model: sk.set_adapter(model, "b"), lambda model: sk.add_adapter(model, "c")):
+        with pytest.raises(ValueError) as caught:
+            action(_ddp(model))
+        messages.append(str(caught.value))
     return messages
 
 
 def test_what_cannot_be_done_to_a_wrapped_model_is_refused(ranks, tmp_path):
     sk.save_adapter(_model(), tmp_path / "a.safetensors")
-    for merge, remove, sharded, injected, loaded in ranks.run(_refusals, str(tmp_path / "a.safetensors")):
+    for merge, remove, sharded, injected, *others in ranks.run(_refusals, str(tmp_path / "a.safetensors")):
         assert "sharded by FSDP2" in merge and "save_adapter" in merge and merge == remove
         assert "is sharded" in sharded and "inject before fully_shard" in sharded
-        assert "is a DistributedDataParallel" in injected and injected == loaded
+        assert "is a DistributedDataParallel" in injected and set(others) == {injected}

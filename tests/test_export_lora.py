@@ -17,6 +17,7 @@ from models import inject, train_randomly
 from refusals import refused
 from roundtrip import ROTATIONS, SIDES
 from safetensors.torch import load_file
+from several import with_adapters
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
@@ -128,6 +129,26 @@ def test_merged_gives_the_same_and_the_model_is_left_alone(tmp_path):
     assert all(layer.merged for layer in sk.ssvd_layers(net).values())
     one, other = (tmp_path / name / "adapter_model.safetensors" for name in "ab")
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_names_are_the_model_s_own_within_a_wrapper(tmp_path):
+    net = roundtrip.injected(roundtrip.Case((6, 8, 5), torch.float32, sk.SSVDConfig(rank=4), 3))
+    sk.to_lora(net, tmp_path / "a")
+    report = sk.to_lora(torch.compile(net), tmp_path / "b")
+    assert list(report.ranks) == list(sk.ssvd_layers(net))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_the_adapter_in_use_is_written_also_while_disabled(tmp_path):
+    net = with_adapters(roundtrip.Net(6, 8, 5), "b", rank=4)
+    sk.set_adapter(net, "b")
+    with sk.disable_adapter(net):
+        sk.to_lora(net, tmp_path / "a")
+    found = weights(tmp_path / "a")
+    for name, expected in updates(net).items():
+        A, B = found[name]
+        assert relative_error(B @ A, expected) <= EXACT
 
 
 # -- plain PEFT --------------------------------------------------------------------------------------------------------

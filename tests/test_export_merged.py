@@ -83,6 +83,31 @@ def test_bfloat16_stays_bfloat16_and_warns_of_lost_updates(tmp_path, caplog):
     assert weight.dtype == torch.bfloat16 and torch.equal(weight, layer.compose())
 
 
+def test_a_merged_model_is_written_as_it_was_merged(tmp_path):
+    model = speech_models.whisper().bfloat16().eval()
+    inject(model, targets="whisper")
+    train_randomly(model)
+    sk.merge(model, rounding="stochastic")
+    expected = {name: layer.weight for name, layer in sk.ssvd_layers(model).items()}
+    assert not all(
+        torch.equal(weight, layer.compose()) for weight, layer in zip(expected.values(), sk.ssvd_layers(model).values())
+    )
+    sk.export_merged(model, tmp_path / "merged")
+    fresh = reloaded(model, tmp_path / "merged")
+    assert all(torch.equal(fresh.get_submodule(name).weight, weight) for name, weight in expected.items())
+
+
+def test_several_adapters(tmp_path):
+    model = adapted()
+    expected = {name: layer.weight for name, layer in sk.ssvd_layers(model).items()}
+    sk.add_adapter(model, "b")
+    sk.export_merged(model, tmp_path / "a")
+    fresh = reloaded(model, tmp_path / "a")
+    assert all(torch.equal(fresh.get_submodule(name).weight, weight) for name, weight in expected.items())
+    with sk.disable_adapter(model), refused(model, ValueError, "adapter is disabled"):
+        sk.export_merged(model, tmp_path / "b")
+
+
 def test_companions_of_the_base_folder_come_along(tmp_path):
     base = tmp_path / "base"
     base.mkdir()

@@ -51,28 +51,6 @@ def cuda_graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     replay._graphs.clear()
 
 
-@pytest.fixture
-def as_trained():
-    """Without the suite's poison, which brings deterministic (and synchronising) kernels of torch's own."""
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def no_sync():
-    """Makes any wait of the host for the device an error, from the call on."""
-    yield lambda: torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.fixture(params=["highest", "high"])
-def precision(request: pytest.FixtureRequest):
-    """ "high" lets float32 products use TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(request.param)
-    yield request.param
-    torch.set_float32_matmul_precision(before)
-
-
 def bound(plain: Tensor, exact: Tensor) -> float:
     """Twice the error of plain PyTorch in its dtype. A handful of numbers may be exact there by luck: then one unit in
     the last place is allowed, and for many numbers no more than rounding them."""

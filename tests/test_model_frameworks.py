@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
-from models import RANK, Stack, assert_close_gradients, gradients, inject, step, train_randomly
+from models import RANK, Stack, assert_close_gradients, gradients, inject, saved_for_backward, step, train_randomly
 from speech_models import adapted, inputs, run, whisper
-from torch import Tensor, nn
+from torch import nn
 
 import ssvd_kernels as sk
 from ssvd_kernels import layers as layers_module
@@ -30,21 +28,6 @@ def test_nothing_is_a_buffer_and_ddp_sends_only_what_trains():
     with torch.no_grad():
         run(model.eval())  # caches
     assert {name for name, _ in model.named_buffers()} == buffers
-
-
-@contextmanager
-def saved_for_backward(known: set[int]) -> Iterator[dict[int, int]]:
-    """Storage -> bytes of what autograd keeps in the block, but for the storages that are known."""
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

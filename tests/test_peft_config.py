@@ -159,15 +159,37 @@ def test_this_package_s_own_injection_and_peft_s_exclude_each_other():
     inject(model, targets="whisper")
     with pytest.raises(TypeError, match="k_proj is a SSVDLinear"):
         peft.get_peft_model(model, config())
-    with pytest.raises(ValueError, match="has 32 SSVD layers already"):
+    with pytest.raises(ValueError, match="adapted through PEFT"):
         inject(adapted(), targets="whisper")
 
 
-def test_this_package_s_own_merge_and_remove_refuse_peft_s_layers():
-    model = adapted()
-    for call in (sk.merge, sk.remove):
-        with refused(model, RuntimeError, "adapted through PEFT"):
+@pytest.mark.parametrize("inner", [False, True], ids=["PeftModel", "transformers"])
+def test_this_package_s_own_functions_refuse_peft_s_layers(tmp_path, inner):
+    own, model, path = base_model(), adapted(), tmp_path / "a.safetensors"
+    inject(own, targets="whisper")
+    sk.save_adapter(own, path)
+    model = model.get_base_model() if inner else model
+    calls = {
+        "merge": sk.merge,
+        "merge, unload": lambda model: sk.merge(model, unload=True),
+        "unmerge": sk.unmerge,
+        "remove": sk.remove,
+        "save": lambda model: sk.save_adapter(model, tmp_path / "b.safetensors"),
+        "load": lambda model: sk.load_adapter(model, path, progress=False),
+        "names": sk.adapter_names,
+        "add": lambda model: sk.add_adapter(model, "b"),
+        "add a file": lambda model: sk.add_adapter(model, "b", path),
+        "set": lambda model: sk.set_adapter(model, "default"),
+        "disable": lambda model: sk.disable_adapter(model).__enter__(),
+        "average": lambda model: sk.average_adapters(model, {"default": 1}, into="b"),
+        "to_lora": lambda model: sk.to_lora(model, tmp_path / "lora", progress=False),
+    }
+    if inner:  # PEFT's own wrapper is none of transformers' models
+        calls["export_merged"] = lambda model: sk.export_merged(model, tmp_path / "merged")
+    for call in calls.values():
+        with refused(model, ValueError, "adapted through PEFT"):
             call(model)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_batches_that_mix_adapters_are_refused():

@@ -22,8 +22,8 @@ from test_peft_training import losses, trainer
 from torch import nn
 
 import ssvd_kernels as sk
+from ssvd_kernels.base_layers import base_weight, is_quantized
 from ssvd_kernels.integrations.peft_quantized import SSVDPeftQuantizedLinear
-from ssvd_kernels.quantized import base_weight, is_quantized
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ssvd_kernels as sk
-from ssvd_kernels.quantized import base_weight, is_adaptable, is_quantized
+from ssvd_kernels.base_layers import base_weight, is_adaptable, is_quantized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 K = 8

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from cases import relative_error
-from roundtrip import ROTATIONS, SIDES, Net, assert_same_outputs, outputs, train_randomly
+from roundtrip import ROTATIONS, SIDES, Net, assert_same_outputs, flipped, outputs, train_randomly
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -19,13 +19,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # -- other factorisations ----------------------------------------------------------------------------------------------
-
-
-def _flipped(weight: Tensor, k: int, name: str = "weight") -> Factorization:
-    found = factorize(weight, k, name)
-    signs = torch.where(torch.arange(k) % 2 == 0, -1.0, 1.0).to(found.U.dtype)
-    U, V = found.U * signs, found.V * signs
-    return found._replace(U=U, V=V, sketch=sketch(U, V))
 
 
 def _replaced(weight: Tensor, k: int, name: str, U: Tensor, S: Tensor, V: Tensor) -> Factorization:
@@ -46,7 +39,7 @@ def _gram(weight: Tensor, k: int, name: str = "weight") -> Factorization:
     return _replaced(weight, k, name, (W @ V[:, :k]) / S[:k], S, V)
 
 
-OTHER_BASES = {"flipped": _flipped, "transposed": _transposed, "gram": _gram}
+OTHER_BASES = {"flipped": flipped, "transposed": _transposed, "gram": _gram}
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
@@ -93,7 +86,7 @@ AMBIGUOUS = {
 
 
 @pytest.mark.parametrize("spectrum", AMBIGUOUS)
-@pytest.mark.parametrize("other", [factorize, _flipped, _transposed])
+@pytest.mark.parametrize("other", [factorize, flipped, _transposed])
 def test_basis_that_cannot_be_recomputed_is_stored_and_loads(tmp_path, monkeypatch, caplog, spectrum, other):
     base = Net(8, 12, 10)
     with torch.no_grad():
@@ -130,7 +123,7 @@ def test_state_dict_carries_its_own_basis(tmp_path, monkeypatch, side):
     sk.inject(net, config, progress=False)
     train_randomly(net)
     torch.save(net.state_dict(), tmp_path / "state.pt")
-    monkeypatch.setattr(model_module, "factorize", _flipped)
+    monkeypatch.setattr(model_module, "factorize", flipped)
     fresh = copy.deepcopy(base)
     sk.inject(fresh, config, progress=False)
     outputs(fresh)
@@ -172,7 +165,7 @@ def test_resumed_training_is_bit_equal_to_uninterrupted_training(tmp_path, monke
     expected = steps(net, optimizer, range(4, 8))
     assert len(set(expected)) == 4
 
-    monkeypatch.setattr(model_module, "factorize", _flipped)
+    monkeypatch.setattr(model_module, "factorize", flipped)
     resumed, optimizer = start()
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     if by == "state dict":

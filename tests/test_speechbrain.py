@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import relative_error
 from models import train_randomly
+from roundtrip import flipped
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
@@ -61,13 +62,6 @@ def base() -> Net:
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(3))
 
 
-def _flipped(weight: Tensor, k: int, name: str = "weight") -> Factorization:
-    found = factorize(weight, k, name)
-    signs = torch.where(torch.arange(k) % 2 == 0, -1.0, 1.0).to(found.U.dtype)
-    U, V = found.U * signs, found.V * signs
-    return found._replace(U=U, V=V, sketch=sketch(U, V))
-
-
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> list[float]:
     losses = []
     for number in numbers:
@@ -99,7 +93,7 @@ def test_saver_keeps_little_and_a_model_with_other_signs_loads_it(base, tmp_path
     saved = torch.load(tmp_path / "a.pt", weights_only=True)
     assert {name.rpartition(".")[2] for name in saved} == {"theta", "theta_out", "delta_sigma", "_extra_state"}
     assert sum(p.numel() for p in saved.values()) < 2 * (6 + 6 + 4 + 6 * 4 + 100)
-    monkeypatch.setattr(layers_module, "factorize", _flipped)
+    monkeypatch.setattr(layers_module, "factorize", flipped)
     fresh = adapted(base, side="both")
     pairs = list(zip(sk.ssvd_layers(fresh).values(), sk.ssvd_layers(model).values(), strict=True))
     assert all(bool(((a.V * b.V).sum(0) < 0).any()) for a, b in pairs)
@@ -123,7 +117,7 @@ def test_checkpointer_resumes_bit_for_bit_on_other_signs(base, tmp_path, monkeyp
     steps(model, optimizer, range(4))
     checkpointer.save_checkpoint()
     expected = steps(model, optimizer, range(4, 8))
-    monkeypatch.setattr(layers_module, "factorize", _flipped)
+    monkeypatch.setattr(layers_module, "factorize", flipped)
     model, optimizer, checkpointer = start()
     assert checkpointer.recover_if_possible() is not None
     assert steps(model, optimizer, range(4, 8)) == expected

@@ -27,14 +27,6 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 RANKS = [1, 2, 15, 16, 17, 64, 65, 100]
 
 
-@pytest.fixture(params=["highest", "high"])
-def precision(request: pytest.FixtureRequest):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(request.param)
-    yield request.param
-    torch.set_float32_matmul_precision(before)
-
-
 def passes(theta: Tensor, grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
     theta = theta.to(DEVICE).requires_grad_()
     with sk.use_backend("triton"):

@@ -15,9 +15,9 @@ from .. import reference
 from ..adapter_file import FORMAT_VERSION, read_adapter
 from ..checkpoint import load_adapter
 from ..model import ssvd_layers
+from ..parked import TRAINED
 from .base import load_base
 
-TRAINED = ("theta", "theta_out", "delta_sigma")
 COLUMNS = {  # key of a layer's description -> heading
     "name": "layer",
     "shape": "weight",

@@ -30,9 +30,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapter_file import BASIS
-from ..config import SSVDConfig
+from ..base_layers import check_linear
+from ..config import SSVDConfig, check_choice
 from ..factorize import (
+    BASIS,
     MATCH_TOLERANCE,
     SKETCH_ROWS,
     BasisIdentity,
@@ -43,7 +44,7 @@ from ..factorize import (
     sketch,
 )
 from ..functional import flip_theta
-from ..layers import SSVDLinear, check_linear
+from ..layers import SSVDLinear
 from ..model import InjectReport, factorize_all, install, ssvd_layers
 from ..targets import find_targets
 
@@ -83,10 +84,8 @@ def create_adapter(
     else trains is left to freeze_param, as with ESPnet's LoRA, and is reported. Raises ValueError or TypeError naming
     the argument, its value and what is allowed, with nothing changed.
     """
-    if rotation_map not in _MAPS:
-        raise ValueError(f"rotation_map={rotation_map!r} is unknown: allowed are 'linear', 'cayley'")
-    if weights not in ("later", "now"):
-        raise ValueError(f"weights={weights!r} is unknown: allowed are 'later', 'now'")
+    check_choice("rotation_map", rotation_map, _MAPS)
+    check_choice("weights", weights, ("later", "now"))
     if ssvd_layers(model):
         raise ValueError("model has SSVD layers already: create_adapter is called once")
     if not isinstance(target_modules, str):
@@ -138,7 +137,7 @@ class ESPnetSSVDLinear(SSVDLinear):
         known = self.basis
         if not self.merged:
             try:
-                state_dict = self._with_basis(state_dict, prefix)
+                state_dict.update(self._with_basis(state_dict, prefix))  # in place: parked adapters load from it next
             except ValueError as error:
                 self.basis = known
                 args[-1].append(f"{prefix[:-1]}: {error}")
@@ -150,7 +149,8 @@ class ESPnetSSVDLinear(SSVDLinear):
         """`state_dict` with the U, sigma and V that belong to its weight and theta; ValueError if there are none."""
         given = self._given(state_dict, prefix)
         weight, identity = given.get("weight"), state_dict.get(prefix + _IDENTITY)
-        if any(tensor.shape != self._parameters[name].shape for name, tensor in given.items()):  # type: ignore[union-attr]
+        own = dict(self.named_parameters())
+        if any(tensor.shape != own[name].shape for name, tensor in given.items()):
             return state_dict  # torch says so
         present = [name for name in _TRAINED if prefix + name in state_dict]
         if present and len(present) < len(_TRAINED):
@@ -179,8 +179,8 @@ class ESPnetSSVDLinear(SSVDLinear):
         values = dict(zip(BASIS, (U, sigma, V)))
         if identity is not None:
             signs = self._match(identity, sketch(U, V))
-            if "theta" in given:
-                values["theta"] = flip_theta(given["theta"], signs, self.rotation)
+            thetas = [name for name in given if name.rpartition(".")[2] == "theta"]  # parked ones, too
+            values |= {name: flip_theta(given[name], signs, self.rotation) for name in thetas}
         elif any(name in given for name in _TRAINED):
             raise ValueError("the state dict has theta, but no sketch of the singular vectors that it rotates")
         return {**state_dict, **{prefix + name: tensor for name, tensor in values.items()}}
@@ -188,9 +188,9 @@ class ESPnetSSVDLinear(SSVDLinear):
     def _given(self, state_dict: Any, prefix: str) -> dict[str, Tensor]:
         """What comes from outside: ESPnet updates the model's own state dict with a file's and loads the result."""
         given = {}
-        for name, own in self._parameters.items():
+        for name, own in self.named_parameters():
             tensor = state_dict.get(prefix + name)
-            if own is not None and tensor is not None and tensor.data_ptr() != own.data_ptr():
+            if tensor is not None and tensor.data_ptr() != own.data_ptr():
                 given[name] = tensor
         return given
 
@@ -235,7 +235,8 @@ def _refuse_strays(model: nn.Module, state_dict: Any, prefix: str, *args: Any) -
     """Hook before loading: trained layers of the state dict and of the model are the same, or it brings none."""
     error_msgs: list[str] = args[-1]
     layers = {prefix + name for name in ssvd_layers(model)}
-    carried = {key.removesuffix(".delta_sigma") for key in state_dict if key.endswith(".delta_sigma")}
+    trained = [key for key in state_dict if key.endswith(".delta_sigma") and ".parked." not in key]
+    carried = {key.removesuffix(".delta_sigma") for key in trained}
     if carried and carried != layers:
         error_msgs.append(
             f"the state dict has {len(carried)} SSVD layers and {_kind(model)} has {len(layers)}; they differ, e.g. in "

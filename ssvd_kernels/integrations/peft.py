@@ -21,10 +21,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..base_layers import is_quantized
 from ..config import PRESETS, Rotation, Side, SSVDConfig, check_names
 from ..layers import SSVDLinear
 from ..model import is_watched, unwatch_forwards, watch_forwards
-from ..quantized import is_quantized
 from ..targets import tied_to, weight_holders
 from .peft_layer import SSVDPeftLinear
 from .peft_quantized import SSVDPeftQuantizedLinear, forget_quantization

@@ -10,13 +10,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .. import reference
-from ..adapter_file import BASIS, FORMAT_VERSION, AdapterError
+from ..adapter_file import FORMAT_VERSION, AdapterError
+from ..base_layers import base_weight, check_adaptable
 from ..config import SSVDConfig
-from ..factorize import SAFE_GAP, SKETCH_ROWS, Factorization, factorize, match_signs
+from ..factorize import BASIS, SAFE_GAP, SKETCH_ROWS, Factorization, factorize, match_signs
 from ..functional import ssvd_linear
 from ..layers import SSVDLinear
 from ..merging import merged_weight
-from ..quantized import base_weight, check_adaptable
 
 _FINGERPRINT_BYTES = 16
 
@@ -170,6 +170,7 @@ class PeftAdapter(SSVDLinear):
     """
 
     layer: SSVDPeftLinear
+    managed_by = "PEFT"
 
     def __init__(self, layer: SSVDPeftLinear, config: SSVDConfig, found: Factorization) -> None:
         self.__dict__["layer"] = layer  # not a submodule, but the other way round

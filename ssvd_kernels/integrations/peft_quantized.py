@@ -8,9 +8,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ..base_layers import is_quantized
 from ..config import SSVDConfig
 from ..factorize import Factorization
-from ..quantized import SSVDQuantizedLinear, is_quantized, plain_linear
+from ..quantized import SSVDQuantizedLinear, plain_linear
 from .peft_layer import PeftAdapter, SSVDPeftLinear
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter_file import BASIS
 from ..config import Rotation, Side, SSVDConfig
-from ..factorize import SAFE_GAP, SKETCH_ROWS, match_signs
+from ..factorize import BASIS, SAFE_GAP, SKETCH_ROWS, match_signs
 from ..layers import SSVDLinear
 from ..parked import TRAINED
 
