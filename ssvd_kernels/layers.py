@@ -217,13 +217,15 @@ class SSVDLinear(nn.Module):
         """Whether a forward of the model needs this layer's rotation."""
         return not (self.merged or self.disabled)
 
-    def composed_for_merge(self, name: str = "weight", rounding: str = "nearest", unload: bool = False) -> Tensor:
+    def composed_for_merge(
+        self, name: str = "weight", rounding: str = "nearest", unload: bool = False, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """W' as `merge(model, unload)` stores it, see `merged_weight`; of a merged layer the one that it uses."""
         if self._merged_weight is not None:
             return self._merged_weight
         if self.disabled:
             raise ValueError(f"merging {name} while its adapter is disabled: leave the disable_adapter block first")
-        return merged_weight(self.base_weight, self.U, self.V, self.core(), rounding, name)
+        return merged_weight(self.base_weight, self.U, self.V, self.core(), rounding, name, dtype)
 
     def merge(self, composed: Tensor | None = None, *, rounding: str = "nearest") -> None:
         """Uses W' as a fixed weight from now on; W is kept, so `unmerge` is exact and state dicts never hold W'.

@@ -23,7 +23,7 @@ from .factorize import Factorization, check_weight, factorize
 from .functional import rotation_deltas
 from .handed import HandedRotations
 from .layers import SSVDLinear
-from .quantized import adapt, prevent_repacking
+from .quantized import SSVDQuantizedLinear, adapt, forget_quantization, prevent_repacking
 from .targets import find_targets
 from .triplets import cost
 from .workspace import InputSharing
@@ -171,7 +171,8 @@ def install(
 def merge(model: nn.Module, unload: bool = False, *, rounding: str = "nearest") -> None:
     """Fixes W' = W + U core V^T in every SSVD layer. W is kept, so that `unmerge` is exact.
 
-    unload=True leaves plain nn.Linear layers that hold W' instead (their base weights are gone).
+    unload=True leaves plain nn.Linear layers that hold W' instead (their base weights are gone); in place of quantised
+    ones in the dtype of the rest of the model, which transformers then saves as a plain one.
     rounding="stochastic" rounds a bfloat16 W' as the composed mode of the Triton kernels does, up or down by a fixed
     hash: no small update is lost (its projection on the true one is 1.00 +- 0.02 from ||K|| = 1e-4 on), but rounding
     costs up to 2.3e-3 of ||W|| instead of 1.7e-3. It affects no other dtype, and no layer that is merged already.
@@ -181,9 +182,14 @@ def merge(model: nn.Module, unload: bool = False, *, rounding: str = "nearest") 
     to rounding.
     """
     layers = whole_layers(model)
+    quantized = [layer for layer in layers.values() if isinstance(layer, SSVDQuantizedLinear)]
+    for layer in quantized:
+        layer.unloaded_dtype = getattr(model, "dtype", None)  # transformers' models have one; quantised layers took any
     composed = {name: layer.composed_for_merge(name, rounding, unload) for name, layer in layers.items()}
     if unload:
         _take_out(model, {name: layers[name].unloaded(weight) for name, weight in composed.items()})
+        if quantized:
+            forget_quantization(model)
         return
     for name, weight in composed.items():
         layers[name].merge(weight)

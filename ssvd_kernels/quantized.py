@@ -6,6 +6,7 @@ form, so that the quantised numbers are never rewritten.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from .config import SSVDConfig
 from .factorize import Factorization
 from .functional import ssvd_update
 from .layers import SSVDLinear
+
+logger = logging.getLogger(__name__)
 
 
 def adapt(linear: nn.Linear, config: SSVDConfig, factorization: Factorization | None = None) -> SSVDLinear:
@@ -45,6 +48,20 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
+def forget_quantization(model: nn.Module) -> None:
+    """After unloading: a transformers model that holds no quantised layer any more is saved as a plain one."""
+    left = [name for name, module in model.named_modules() if is_quantized(module)]
+    if left:
+        logger.warning(
+            "%d layers are still quantised, e.g. %s, beside plain ones that hold W': the model computes, but "
+            "transformers may not load it once it is saved",
+            len(left),
+            left[0],
+        )
+    elif (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        quantizer.remove_quantization_config(model)
+
+
 class SSVDQuantizedLinear(SSVDLinear):
     """SSVDLinear on a quantised layer: y = base(x) + ((x V) core^T) U^T; W' = dequantised W + U core V^T.
 
@@ -53,10 +70,11 @@ class SSVDQuantizedLinear(SSVDLinear):
     entries of the state dict are as its library writes them ("base.weight", ...). Reading `weight` dequantises.
 
     It does not merge: rounding W' to the quantised grid would lose the update. `merge(model, unload=True)` leaves a
-    plain nn.Linear that holds W' in the dtype its library dequantises to. Raises as `SSVDLinear` and `base_weight` do.
+    plain nn.Linear that holds W' in `unloaded_dtype`. Raises as `SSVDLinear` and `base_weight` do.
     """
 
     base: nn.Linear
+    unloaded_dtype: torch.dtype | None = None  # by default what the library dequantises to
 
     @staticmethod
     def _weight_of(linear: nn.Linear) -> Tensor:
@@ -90,14 +108,16 @@ class SSVDQuantizedLinear(SSVDLinear):
             raise ValueError(f"mode={self.mode!r} cannot serve a quantised layer: allowed are 'auto' and 'factored'")
         return ssvd_update(x, self.U, self.V, self._core_for(x), workspace=self._workspace)
 
-    def composed_for_merge(self, name: str = "weight", rounding: str = "nearest", unload: bool = False) -> Tensor:
+    def composed_for_merge(
+        self, name: str = "weight", rounding: str = "nearest", unload: bool = False, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """W' for `merge(model, unload=True)`; else a ValueError."""
         if not unload:
             raise ValueError(
                 f"merging {name}: its base weight is quantised, and W' is not: allowed is merge(model, unload=True), "
                 "which leaves plain layers that hold W', or no merging"
             )
-        return super().composed_for_merge(name, rounding)
+        return super().composed_for_merge(name, rounding, unload, dtype or self.unloaded_dtype)
 
     def unloaded(self, weight: Tensor) -> nn.Linear:
         """A new nn.Linear with W', and the base's bias in its dtype."""

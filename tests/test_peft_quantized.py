@@ -354,7 +354,7 @@ def test_a_refused_injection_changes_nothing(load):
 def test_this_package_s_own_calls_and_peft_s_exclude_each_other(load):
     model = adapted(load())
     for call in (sk.merge, partial(sk.merge, unload=True), sk.remove):
-        with pytest.raises(RuntimeError, match="adapted through PEFT"):
+        with pytest.raises(ValueError, match="adapted through PEFT"):
             call(model)
     model = load()
     sk.inject(model, sk.SSVDConfig(rank=3), progress=False)

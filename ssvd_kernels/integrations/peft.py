@@ -25,9 +25,10 @@ from ..base_layers import is_quantized
 from ..config import PRESETS, Rotation, Side, SSVDConfig, check_names
 from ..layers import SSVDLinear
 from ..model import is_watched, unwatch_forwards, watch_forwards
+from ..quantized import forget_quantization
 from ..targets import tied_to, weight_holders
 from .peft_layer import SSVDPeftLinear
-from .peft_quantized import SSVDPeftQuantizedLinear, forget_quantization
+from .peft_quantized import SSVDPeftQuantizedLinear
 
 _IMPORT = "import ssvd_kernels.integrations.peft"
 _CARD = f"""

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-from typing import Any, NoReturn
-
 import torch
 from torch import Tensor, nn
 
-from ..base_layers import is_quantized
 from ..config import SSVDConfig
 from ..factorize import Factorization
 from ..quantized import SSVDQuantizedLinear, plain_linear
 from .peft_layer import PeftAdapter, SSVDPeftLinear
-
-logger = logging.getLogger(__name__)
 
 
 class SSVDPeftQuantizedLinear(SSVDPeftLinear):
@@ -62,20 +56,3 @@ class QuantizedPeftAdapter(PeftAdapter, SSVDQuantizedLinear):
     @property
     def base(self) -> nn.Linear:  # type: ignore[override]
         return self.layer.base_layer
-
-    def composed_for_merge(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise RuntimeError(f"{self.layer.name} was adapted through PEFT: use the PEFT model's merge_and_unload()")
-
-
-def forget_quantization(model: nn.Module) -> None:
-    """After merge_and_unload: a transformers model that holds no quantised layer any more is saved as a plain one."""
-    left = [name for name, module in model.named_modules() if is_quantized(module)]
-    if left:
-        logger.warning(
-            "%d layers are still quantised, e.g. %s, beside plain ones that hold W': the model computes, but "
-            "transformers may not load it once it is saved",
-            len(left),
-            left[0],
-        )
-    elif (quantizer := getattr(model, "hf_quantizer", None)) is not None:
-        quantizer.remove_quantization_config(model)
