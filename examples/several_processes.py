@@ -69,6 +69,7 @@ def main() -> None:
 
     if options.fsdp or rank == 0:  # what FSDP2 has sharded is gathered, so that every rank must call
         sk.save_adapter(wrapped, options.out)
+    dist.barrier()  # gloo's thread lets go of the last tensors: DDP's end, which joins it, would wait for that for ever
     dist.destroy_process_group()
 
 

@@ -50,6 +50,7 @@ def main() -> None:
 
     if accelerator.is_main_process:
         sk.save_adapter(accelerator.unwrap_model(wrapped), options.out)
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
