@@ -91,7 +91,7 @@ def test_manifest_is_read_as_it_is(tmp_path: Path) -> None:
     write_wav(tmp_path / "a.wav", tone(300, 1))
     line = {"audio": "a.wav", "text": "three short\u2028words"}
     plain, raised = speech.read_manifest(manifest(tmp_path, line, {**line, "pitch": 1.6}))
-    assert (plain.text, plain.factor, plain.path) == (line["text"], 1.0, tmp_path / "a.wav")
+    assert (plain.text, plain.voice, plain.path) == (line["text"], 1.0, tmp_path / "a.wav")
     data = speech.Speech([plain, raised], "test")
     assert pitch(data.samples(0)) == pytest.approx(300, abs=2)
     assert pitch(data.samples(1)) == pytest.approx(480, abs=3)
@@ -240,7 +240,7 @@ def test_real_corpus(data: Path) -> None:
     assert not {speech.words(c.text) for c in corpus.train} & {speech.words(c.text) for c in corpus.test}
     assert {name: len(clips) for name, clips in corpus.source.items() if name != "prompts as recorded"} == {
         "LibriVox reader": 5, "playing cards": 5}  # fmt: skip
-    assert all(clip.factor == 1.6 for clip in corpus.train + corpus.test)
+    assert all(clip.voice == 1.6 for clip in corpus.train + corpus.test)
 
 
 @pytest.mark.data

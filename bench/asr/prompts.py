@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import statistics
+import unicodedata
 from pathlib import Path
 
 from . import DemoError
+from .audio import duration
 
 MIN_WORDS = 3
-MIN_PROMPTS = 200
+MIN_PROMPTS = 150
 UNSPOKEN = re.compile(r"[\[\](){}*#]")  # stage directions, and signs whose spoken form the transcript does not give
+UNCLEAR = re.compile(r"[\d?]")  # outside English: digits, spoken as words, and "?" in the place of a lost letter
+PACE = (0.6, 2.0)  # times the median duration a character: beyond, the transcript is not what is said
 
 
 def parse_prompts(text: str) -> dict[str, str]:
@@ -26,13 +31,29 @@ def parse_prompts(text: str) -> dict[str, str]:
 
 def usable(text: str) -> bool:
     """Whether the transcript is plain speech of at least three words."""
-    return not UNSPOKEN.search(text) and len(re.findall(r"[A-Za-z0-9']+", text)) >= MIN_WORDS
+    return not UNSPOKEN.search(text) and len(re.findall(r"[\w']+", text)) >= MIN_WORDS
 
 
 def read_prompts(folder: Path) -> list[tuple[str, str, Path]]:
     """(key, text, audio file) of every usable prompt, in order of the keys."""
-    prompts = parse_prompts((folder / "prompts.txt").read_text(encoding="utf-8"))
+    prompts = parse_prompts((folder / "prompts.txt").read_text(encoding="utf-8-sig"))
     return [(key, text, folder / "audio" / f"{key}.g722") for key, text in sorted(prompts.items()) if usable(text)]
+
+
+def read_foreign_prompts(folder: Path, accents: bool = True) -> list[tuple[str, str, Path]]:
+    """`read_prompts` for other languages: clear texts whose recordings last as long as such a text does.
+
+    Without `accents` the texts lose them: Spanish prompts have them here and there only.
+    """
+    found = [item for item in read_prompts(folder) if not UNCLEAR.search(item[1]) and item[2].is_file()]
+    paces = [duration(path) / len(text) for _, text, path in found]
+    least, most = (factor * statistics.median(paces) for factor in PACE)
+    kept = [item for item, pace in zip(found, paces, strict=True) if least <= pace <= most]
+    return kept if accents else [(key, _without_accents(text), path) for key, text, path in kept]
+
+
+def _without_accents(text: str) -> str:
+    return "".join(letter for letter in unicodedata.normalize("NFD", text) if not unicodedata.combining(letter))
 
 
 def check_prompts(folder: Path) -> None:
