@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from asr_tiny import tone, write_wav
+from asr_tiny import pitch, tone, write_wav
 
 from bench.asr import DemoError, fetch, shifts, speech
-from bench.asr.prompts import read_foreign_prompts
+from bench.asr.audio import read_audio
+from bench.asr.prompts import check_utterances, read_foreign_prompts, read_sphinx, write_sonnet
 from bench.asr.speech import words
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,8 +47,8 @@ def made_up(tmp_path: Path) -> Path:
     """A data folder with 60 English prompts of 1 to 4 s and the other speakers' sets."""
     prompts = {f"k{i:02}": (f"this is sentence number {i // 2}", 1.0 + i % 4) for i in range(60)}
     write_prompts(tmp_path / fetch.ASTERISK, prompts)
-    for name in ("librivox", "cards"):
-        folder = tmp_path / fetch.SPHINX / name
+    for name in (f"{fetch.SPHINX}/librivox", f"{fetch.SPHINX}/cards", fetch.SONNET):
+        folder = tmp_path / name
         folder.mkdir(parents=True)
         (folder / "transcription").write_text("<s> some words </s> (a)\n<s> more words </s> (b)\n")
         write_wav(folder / "a.wav", tone(300, 1))
@@ -63,7 +66,7 @@ def test_a_shift_is_split_in_three_by_text(made_up: Path) -> None:
     assert sum(map(len, [short.train, short.validation, short.test])) == 45
     assert {clip.voice for side in sides for clip in side} == {1.6}
     assert {name: len(clips) for name, clips in whole.source.items() if name != "prompts as recorded"} == {
-        "LibriVox reader": 1, "playing cards": 1}  # fmt: skip
+        "LibriVox reader": 1, "playing cards": 1, "sonnet reader": 1}  # fmt: skip
     recorded = whole.source["prompts as recorded"]
     assert [(c.text, c.path, c.voice) for c in recorded] == [(c.text, c.path, 1.0) for c in whole.test]
     call = shifts.load_shift("telephone", made_up, 4.0)
@@ -85,7 +88,24 @@ def test_parts_are_parts() -> None:
     known = {part.folder for part in fetch.PARTS}
     needed = {name: set(shifts.parts_of(name)) for name in shifts.SHIFTS}
     assert all(parts < known for parts in needed.values())
-    assert [len(needed[name]) for name in ("child", "telephone", "french", "spanish", "italian")] == [2, 2, 3, 3, 3]
+    assert [len(needed[name]) for name in ("child", "telephone", "french", "spanish", "italian")] == [3, 3, 4, 4, 4]
+
+
+def test_a_sonnet_is_cut_into_its_lines(tmp_path: Path) -> None:
+    pieces = np.concatenate([tone(hertz, 1) for hertz in (200, 300, 400)])
+    write_wav(tmp_path / "tone.wav", pieces).rename(tmp_path / "audio.mp3")  # the format is told by the contents
+    parts = [
+        {"id": f"f{i}", "begin": f"{i}.000", "end": f"{i + 1}.000", "lines": [f"line {i},", "on"]} for i in range(3)
+    ]
+    (tmp_path / "sonnet.json").write_text(json.dumps({"fragments": parts}))
+    out = tmp_path / "out"
+    out.mkdir()
+    write_sonnet(tmp_path, out)
+    found = read_sphinx(out)
+    assert [(key, text) for key, text, _ in found] == [("f1", "line 1, on"), ("f2", "line 2, on")]
+    assert [pitch(read_audio(path)) for _, _, path in found] == pytest.approx([300, 400], abs=1)
+    with pytest.raises(DemoError, match="out has 2 transcripts"):
+        check_utterances(out)
 
 
 @pytest.mark.data

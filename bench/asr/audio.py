@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import wave
 from pathlib import Path
 
 import av
@@ -73,6 +74,19 @@ def read_audio(path: Path) -> Samples:
     return _run_filters(frames, [("aformat", f"sample_fmts=flt:channel_layouts=mono:sample_rates={RATE}")])
 
 
+def write_wav(path: Path, samples: Samples) -> None:
+    """Samples at 16 kHz as a 16-bit WAV file."""
+    with wave.open(str(path), "wb") as stream:
+        stream.setnchannels(1)
+        stream.setsampwidth(2)
+        stream.setframerate(RATE)
+        stream.writeframes(_whole(samples).astype("<i2").tobytes())
+
+
+def _whole(samples: Samples) -> NDArray[np.int16]:
+    return np.round(samples * 32767).clip(-32768, 32767).astype(np.int16)
+
+
 def raise_voice(samples: Samples, factor: float) -> Samples:
     """Pitch and formants times `factor` at unchanged tempo and length: play faster, then stretch back (WSOLA)."""
     tail = np.zeros(RATE // 5, np.float32)  # the stretch keeps up to 40 ms of the end to itself
@@ -108,8 +122,7 @@ def _speech_shaped_noise(samples: Samples, key: str) -> NDArray[np.float64]:
 
 def _mu_law(samples: Samples) -> list[av.AudioFrame]:
     """Samples at 8 kHz as G.711 mu-law passes them on."""
-    whole = np.round(samples * 32767).clip(-32768, 32767).astype(np.int16)
-    frame = av.AudioFrame.from_ndarray(whole[None], format="s16", layout="mono")
+    frame = av.AudioFrame.from_ndarray(_whole(samples)[None], format="s16", layout="mono")
     frame.sample_rate = TELEPHONE_RATE
     encoder, decoder = (av.CodecContext.create("pcm_mulaw", mode) for mode in "wr")
     for context in (encoder, decoder):

