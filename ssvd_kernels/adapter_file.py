@@ -75,6 +75,8 @@ def _check_description(path: Path, name: str, layer: dict[str, Any]) -> None:
         "shape": lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_rank, value)),
         "fingerprint": lambda value: isinstance(value, str),
     }
+    if isinstance(layer, dict) and layer.get("rotation") == "banded":
+        allowed["band"] = lambda value: type(value) is int and value >= 0
     for key, check in allowed.items():
         if not isinstance(layer, dict) or key not in layer:
             raise AdapterError(f"{path}: its description of {name} has no {key!r}: {layer!r}")
@@ -89,7 +91,8 @@ def _is_rank(value: Any) -> bool:
 def _expected_shapes(name: str, layer: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     (d_out, d_in), k_in, k_out, rotation = layer["shape"], layer["k"], layer["k_out"], layer["rotation"]
     k = max(k_in, k_out or 0)
-    shapes: dict[str, tuple[int, ...]] = {"theta": (theta_length(k_in, rotation),), "delta_sigma": (k,)}
+    theta = theta_length(k_in, rotation, layer.get("band"))
+    shapes: dict[str, tuple[int, ...]] = {"theta": (theta,), "delta_sigma": (k,)}
     if k_out is not None:
         shapes["theta_out"] = (theta_length(k_out, rotation),)
     shapes |= {"sketch": (2 * SKETCH_ROWS, k), "U": (d_out, k), "sigma": (k,), "V": (d_in, k)}

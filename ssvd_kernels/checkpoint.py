@@ -179,7 +179,7 @@ def adapter_values(layers: dict[str, SSVDLinear], path: str | os.PathLike[str]) 
         values[name] = {key: tensors[f"{name}.{key}"] for key in layer.adapter()}
         for key, k in (("theta", layer.k_in), ("theta_out", layer.k_out)):
             if key in values[name]:
-                values[name][key] = flip_theta(values[name][key], signs[:k], layer.rotation)
+                values[name][key] = flip_theta(values[name][key], signs[:k], layer.rotation, layer.band)
     return values
 
 
@@ -199,6 +199,7 @@ def _describe(layer: SSVDLinear) -> dict[str, Any]:
         "k_out": layer.k_out,
         "side": layer.side,
         "rotation": layer.rotation,
+        **({} if layer.band is None else {"band": layer.band}),
         "shape": [layer.out_features, layer.in_features],
     }
 
@@ -238,7 +239,11 @@ def _plan(path: Path, model: nn.Module, described: dict[str, dict[str, Any]]) ->
             if shape != layer["shape"]:
                 raise AdapterError(f"{path} was saved for {name} of shape {layer['shape']}, but the model has {shape}")
             config = SSVDConfig(
-                rank=layer["k"], rank_out=layer["k_out"], side=layer["side"], rotation=layer["rotation"]
+                rank=layer["k"],
+                rank_out=layer["k_out"],
+                side=layer["side"],
+                rotation=layer["rotation"],
+                band=layer.get("band"),
             )
             config.resolve_ranks(linear.in_features, linear.out_features)
         except (TypeError, ValueError) as error:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Side = Literal["input", "output", "smaller", "both"]
-Rotation = Literal["cayley", "linear", "free"]
+Rotation = Literal["cayley", "linear", "free", "banded"]
 SIDES, ROTATIONS = get_args(Side), get_args(Rotation)
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -48,11 +48,13 @@ class SSVDConfig:
                      input side where d_out >= d_in and else the output side (ESPnet's rule), "both" each with its own
                      rotation (our reading of the abstract of SSVD-O, arXiv 2601.12600).
     rotation         "cayley" G = (I-K)(I+K)^-1, orthogonal; "linear" I - 2K, its first-order map (not orthogonal);
-                     "free" any k x k matrix (k^2 parameters).
+                     "free" any k x k matrix (k^2 parameters); "banded" no rotation but SVFT (arXiv 2405.19597),
+                     W' = U (Sigma + M) V^T with M zero beyond `band` off-diagonals on each side.
     rank_out, ratio_out   rank of the output rotation, only for side="both" (default: as rank or ratio).
     targets          "all-linear" | a preset ("whisper", "wav2vec2", "hubert", "wavlm", "espnet")
                      | list of module-name suffixes | regular expression matched against the whole module name.
     exclude          list of suffixes or a regular expression of modules to leave alone.
+    band             0 <= band < k, needed by rotation="banded" and by no other; with ratio=1.0 it is the paper's SVFT.
 
     Raises ValueError or TypeError naming the argument, its value and what is allowed.
     """
@@ -65,6 +67,7 @@ class SSVDConfig:
     exclude: str | Sequence[str] = ()
     rank_out: int | None = None
     ratio_out: float | None = None
+    band: int | None = None
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.ratio is None):
@@ -72,6 +75,7 @@ class SSVDConfig:
         _check_amount("rank", self.rank, "ratio", self.ratio)
         check_choice("side", self.side, SIDES)
         check_choice("rotation", self.rotation, ROTATIONS)
+        self._check_band()
         if self.rank_out is not None or self.ratio_out is not None:
             if self.side != "both":
                 raise ValueError(f"rank_out and ratio_out need side='both' (got side={self.side!r})")
@@ -87,6 +91,21 @@ class SSVDConfig:
                 f"targets={self.targets!r} is empty: give 'all-linear', a preset, suffixes or a regular expression"
             )
 
+    def _check_band(self) -> None:
+        if self.rotation != "banded":
+            if self.band is not None:
+                raise ValueError(f"band={self.band!r} needs rotation='banded' (got rotation={self.rotation!r})")
+            return
+        if isinstance(self.band, bool) or not isinstance(self.band, int):
+            raise TypeError(f"band={self.band!r}: rotation='banded' needs a whole number >= 0")
+        if self.band < 0:
+            raise ValueError(f"band={self.band}: allowed is a whole number >= 0")
+        if self.side != "input":
+            raise ValueError(
+                f"side={self.side!r} with rotation='banded': M stands between the singular vectors and belongs to "
+                "neither side, allowed is the default 'input'"
+            )
+
     def resolve_side(self, d_in: int, d_out: int) -> Side:
         """The side used for a weight of shape (d_out, d_in): "smaller" becomes "input" or "output"."""
         if self.side == "smaller":
@@ -96,6 +115,10 @@ class SSVDConfig:
     def resolve_ranks(self, d_in: int, d_out: int) -> tuple[int, int | None]:
         """(k of the input rotation, k of the output rotation or None) for a weight of shape (d_out, d_in)."""
         k = _resolve("rank", self.rank, "ratio", self.ratio, d_in, d_out)
+        if self.band is not None and self.band >= k:
+            raise ValueError(
+                f"band={self.band} does not fit k={k} of a weight of shape ({d_out}, {d_in}): allowed is 0 to {k - 1}"
+            )
         if self.side != "both":
             return k, None
         if self.rank_out is None and self.ratio_out is None:

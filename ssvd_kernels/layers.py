@@ -28,6 +28,7 @@ class SSVDLinear(nn.Module):
     vectors are rotated, the singular values shifted, the output vectors kept (SSVD, arXiv 2509.02830, eq. 8-13).
 
     Trains     theta (k(k-1)/2,), delta_sigma (k,); side="both" adds theta_out; rotation="free" has theta (k^2,)
+               (rotation="banded", SVFT: theta the off-diagonals, delta_sigma the diagonal of M, see `reference.banded`)
     Frozen     U (d_out, k), sigma (k,), V (d_in, k); base weight and bias, under the keys "weight" and "bias" of the
                state dict, so that base checkpoints load both ways
     layer.weight   the effective weight (d_out, d_in), differentiable; layer.base_weight the untouched one
@@ -60,7 +61,7 @@ class SSVDLinear(nn.Module):
         k_in, k_out = config.resolve_ranks(d_in, d_out)
         self.in_features, self.out_features = d_in, d_out
         self.k_in, self.k_out, self.k = k_in, k_out, max(k_in, k_out or 0)
-        self.side, self.rotation = config.resolve_side(d_in, d_out), config.rotation
+        self.side, self.rotation, self.band = config.resolve_side(d_in, d_out), config.rotation, config.band
         self.mode = "auto"
         self.active_adapter, self.disabled = "default", False  # see adapters.py
         found = factorization or factorize(weight, self.k)
@@ -68,7 +69,7 @@ class SSVDLinear(nn.Module):
         self._hold(linear)
         self._hold_basis(found)
         zeros = found.sigma.new_zeros  # float32 or float64, on the weight's device
-        self.theta = nn.Parameter(zeros(theta_length(k_in, self.rotation)))
+        self.theta = nn.Parameter(zeros(theta_length(k_in, self.rotation, self.band)))
         theta_out = None if k_out is None else nn.Parameter(zeros(theta_length(k_out, self.rotation)))
         self.register_parameter("theta_out", theta_out)
         self.delta_sigma = nn.Parameter(zeros(self.k))
@@ -128,13 +129,15 @@ class SSVDLinear(nn.Module):
             E, E_out = handed.E, handed.E_out
         else:
             with unseen_by_checkpoints():
-                E, E_out = rotation_delta(self.theta, self.k_in, self.rotation), None
+                E, E_out = rotation_delta(self.theta, self.k_in, self.rotation, self.band), None
                 if self.theta_out is not None:
                     assert self.k_out is not None
                     E_out = rotation_delta(self.theta_out, self.k_out, self.rotation)
         if E_out is not None:
             E, E_out = _pad(E, self.k), _pad(E_out, self.k)
         with torch.autocast(E.device.type, enabled=False):
+            if self.rotation == "banded":
+                return reference.banded_core_ref(E, self.delta_sigma.to(E.dtype))
             return reference.core_ref(E, self.sigma.to(E.dtype), self.delta_sigma.to(E.dtype), self.side, E_out)
 
     def compose(self) -> Tensor:

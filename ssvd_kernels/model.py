@@ -308,7 +308,8 @@ def _hand_out_rotations(root: nn.Module, args: Any) -> None:
     thetas += [layer.theta_out for layer in outer if layer.theta_out is not None]
     ranks += [layer.k_out for layer in outer if layer.k_out is not None]
     rotations = [layer.rotation for layer in [*layers, *outer]]
-    deltas = rotation_deltas(thetas, ranks, rotations)
+    bands = [layer.band for layer in [*layers, *outer]]
+    deltas = rotation_deltas(thetas, ranks, rotations, bands)
     E_out = dict(zip(map(id, outer), deltas[len(layers) :], strict=True))
     # compiled, the partitioner chooses what is saved
     inputs = None if torch.compiler.is_compiling() else _sharing(root).begin()

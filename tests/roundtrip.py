@@ -45,10 +45,14 @@ class Case(NamedTuple):
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     dims = draw(st.tuples(*[st.integers(1, 20)] * 3))
-    side, rotation = draw(st.sampled_from(SIDES)), draw(st.sampled_from(ROTATIONS))
+    side, rotation = draw(st.sampled_from(SIDES)), draw(st.sampled_from([*ROTATIONS, "banded"]))
+    if rotation == "banded":
+        side = "input"
     ranks = st.one_of(st.just(1), st.just(min(dims)), st.integers(1, min(dims)))
     options = {"rank_out": draw(ranks)} if side == "both" and draw(st.booleans()) else {}
     amount = {"ratio": 1.0} if not options and draw(st.integers(0, 3)) == 0 else {"rank": draw(ranks)}
+    if rotation == "banded":
+        options["band"] = draw(st.integers(0, amount.get("rank", min(dims)) - 1))
     config = sk.SSVDConfig(**amount, **options, side=side, rotation=rotation)
     return Case(dims, draw(st.sampled_from(DTYPES)), config, draw(st.integers(0, 99)))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..adapter_file import FORMAT_VERSION, read_adapter
 from ..checkpoint import load_adapter
+from ..functional import rotation_delta
 from ..model import ssvd_layers
 from ..parked import TRAINED
 from .base import load_base
@@ -24,6 +25,7 @@ COLUMNS = {  # key of a layer's description -> heading
     "rank": "k",
     "side": "side",
     "rotation": "rotation",
+    "band": "band",
     "trained": "numbers",
     "turn": "||K||",
     "shift": "shift",
@@ -62,9 +64,10 @@ def describe(layers: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> l
             {
                 "name": name,
                 **{key: layer[key] for key in ("shape", "k", "k_out", "side", "rotation", "fingerprint")},
+                "band": layer.get("band"),
                 "trained": sum(value.numel() for value in trained.values()),
                 "dtype": str(trained["theta"].dtype).removeprefix("torch."),
-                "turn": max(_turn(theta, k, layer["rotation"]) for theta, k in thetas),
+                "turn": max(_turn(theta, k, layer["rotation"], layer.get("band")) for theta, k in thetas),
                 "shift": float(trained["delta_sigma"].abs().max()),
                 "relative_shift": None if sigma is None else _relative_shift(trained["delta_sigma"], sigma),
                 "relative_update": None,
@@ -115,9 +118,12 @@ def _add_base(found: list[dict[str, Any]], model: nn.Module) -> None:
             description["relative_update"] = float(layer.core().norm()) / norm if norm > 0 else None
 
 
-def _turn(theta: Tensor, k: int, rotation: str) -> float:
-    """||K||, or ||G - I|| of a free rotation: spectral norms."""
-    matrix = theta.view(k, k) if rotation == "free" else reference.skew(theta, k)
+def _turn(theta: Tensor, k: int, rotation: str, band: int | None) -> float:
+    """||K||, or ||G - I|| of a free rotation, or of a banded M the norm off its diagonal: spectral norms."""
+    if rotation in ("free", "banded"):
+        matrix = rotation_delta(theta, k, rotation, band)
+    else:
+        matrix = reference.skew(theta, k)
     return float(torch.linalg.matrix_norm(matrix.double(), 2))
 
 
