@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 Side = Literal["input", "output", "smaller", "both"]
 Rotation = Literal["cayley", "linear", "free", "banded"]
@@ -39,8 +39,28 @@ def check_rank(argument: str, rank: int, d_in: int, d_out: int) -> int:
     return rank
 
 
+class _Configuration:
+    """What the configurations of all methods share: `targets` and `exclude`, and plain values of all fields."""
+
+    targets: str | Sequence[str]
+    exclude: str | Sequence[str]
+
+    def _check_targets(self) -> None:
+        for argument in ("targets", "exclude"):
+            object.__setattr__(self, argument, check_names(argument, getattr(self, argument)))
+        if not self.targets:
+            raise ValueError(
+                f"targets={self.targets!r} is empty: give 'all-linear', a preset, suffixes or a regular expression"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values; the class called with `**d` restores it."""
+        fields = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
 @dataclass(frozen=True)
-class SSVDConfig:
+class SSVDConfig(_Configuration):
     """Configuration of SSVD (arXiv 2509.02830) for `inject` and `SSVDLinear.from_linear`.
 
     rank, ratio      adapted rank k, or k = int(min(d_in, d_out) * ratio); exactly one of them.
@@ -58,6 +78,8 @@ class SSVDConfig:
 
     Raises ValueError or TypeError naming the argument, its value and what is allowed.
     """
+
+    method: ClassVar[str] = "SSVD"
 
     rank: int | None = None
     ratio: float | None = None
@@ -84,12 +106,7 @@ class SSVDConfig:
                     f"give one of rank_out and ratio_out (got rank_out={self.rank_out}, ratio_out={self.ratio_out})"
                 )
             _check_amount("rank_out", self.rank_out, "ratio_out", self.ratio_out)
-        for argument in ("targets", "exclude"):
-            object.__setattr__(self, argument, check_names(argument, getattr(self, argument)))
-        if not self.targets:
-            raise ValueError(
-                f"targets={self.targets!r} is empty: give 'all-linear', a preset, suffixes or a regular expression"
-            )
+        self._check_targets()
 
     def _check_band(self) -> None:
         if self.rotation != "banded":
@@ -125,10 +142,43 @@ class SSVDConfig:
             return k, k
         return k, _resolve("rank_out", self.rank_out, "ratio_out", self.ratio_out, d_in, d_out)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain JSON values; `SSVDConfig(**d)` restores it."""
-        fields = dataclasses.asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    def triplets(self, d_in: int, d_out: int) -> int:
+        """How many singular triplets of a weight of shape (d_out, d_in) are adapted. Raises as `resolve_ranks`."""
+        k_in, k_out = self.resolve_ranks(d_in, d_out)
+        return max(k_in, k_out or 0)
+
+
+@dataclass(frozen=True)
+class SpectralFTConfig(_Configuration):
+    """Configuration of SpectralFT (arXiv 2501.03829) for `inject` and `SpectralFTLinear.from_linear`.
+
+    top                how many of the largest singular triplets change, p <= min(d_in, d_out).
+    rank               rank r <= p of the change of their left and of their right vectors.
+    targets, exclude   as in `SSVDConfig`.
+
+    Raises ValueError or TypeError naming the argument, its value and what is allowed.
+    """
+
+    method: ClassVar[str] = "SpectralFT"
+
+    top: int = 256
+    rank: int = 16
+    targets: str | Sequence[str] = "all-linear"
+    exclude: str | Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for argument in ("top", "rank"):
+            _check_whole(argument, getattr(self, argument))
+        if self.rank > self.top:
+            raise ValueError(f"rank={self.rank} exceeds top={self.top}: allowed is a whole number from 1 to top")
+        self._check_targets()
+
+    def triplets(self, d_in: int, d_out: int) -> int:
+        """How many singular triplets of a weight of shape (d_out, d_in) change. Raises ValueError if it has fewer."""
+        return check_rank("top", self.top, d_in, d_out)
+
+
+Config = SSVDConfig | SpectralFTConfig
 
 
 def check_names(argument: str, value: str | Sequence[str]) -> str | tuple[str, ...]:
@@ -140,12 +190,16 @@ def check_names(argument: str, value: str | Sequence[str]) -> str | tuple[str, .
     return tuple(value)
 
 
+def _check_whole(argument: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument}={value!r}: allowed is a whole number >= 1")
+    if value < 1:
+        raise ValueError(f"{argument}={value}: allowed is a whole number >= 1")
+
+
 def _check_amount(rank_name: str, rank: int | None, ratio_name: str, ratio: float | None) -> None:
     if rank is not None:
-        if isinstance(rank, bool) or not isinstance(rank, int):
-            raise TypeError(f"{rank_name}={rank!r}: allowed is a whole number >= 1")
-        if rank < 1:
-            raise ValueError(f"{rank_name}={rank}: allowed is a whole number >= 1")
+        _check_whole(rank_name, rank)
     if ratio is not None:
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
             raise TypeError(f"{ratio_name}={ratio!r}: allowed is a number in (0, 1]")

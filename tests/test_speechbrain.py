@@ -16,7 +16,7 @@ from roundtrip import flipped
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
-from ssvd_kernels import layers as layers_module
+from ssvd_kernels import adapted as adapted_module
 from ssvd_kernels.factorize import Factorization, factorize, sketch
 from ssvd_kernels.integrations.speechbrain import SSVDAdapter
 
@@ -95,7 +95,7 @@ def test_saver_keeps_little_and_a_model_with_other_signs_loads_it(base, tmp_path
     trained = {"theta", "delta_sigma"} | ({"theta_out"} if "side" in options else set())
     assert {name.rpartition(".")[2] for name in saved} == trained | {"_extra_state"}
     assert sum(p.numel() for p in saved.values()) < 2 * (6 + 6 + 4 + 6 * 4 + 100)
-    monkeypatch.setattr(layers_module, "factorize", flipped)
+    monkeypatch.setattr(adapted_module, "factorize", flipped)
     fresh = adapted(base, **options)
     pairs = list(zip(sk.ssvd_layers(fresh).values(), sk.ssvd_layers(model).values(), strict=True))
     assert all(bool(((a.V * b.V).sum(0) < 0).any()) for a, b in pairs)
@@ -119,7 +119,7 @@ def test_checkpointer_resumes_bit_for_bit_on_other_signs(base, tmp_path, monkeyp
     steps(model, optimizer, range(4))
     checkpointer.save_checkpoint()
     expected = steps(model, optimizer, range(4, 8))
-    monkeypatch.setattr(layers_module, "factorize", flipped)
+    monkeypatch.setattr(adapted_module, "factorize", flipped)
     model, optimizer, checkpointer = start()
     assert checkpointer.recover_if_possible() is not None
     assert steps(model, optimizer, range(4, 8)) == expected
@@ -169,7 +169,7 @@ def test_checkpoint_without_its_singular_vectors_is_refused(base, tmp_path, monk
         U, V = found.U @ turn, found.V @ turn
         return found._replace(U=U, V=V, sketch=sketch(U, V))
 
-    monkeypatch.setattr(layers_module, "factorize", turned)
+    monkeypatch.setattr(adapted_module, "factorize", turned)
     with pytest.raises(RuntimeError, match=r"up: its singular vectors cannot be matched"):
         adapted(base).loader(tmp_path / "a.pt", end_of_epoch=True)
 
@@ -192,7 +192,7 @@ def test_basis_that_cannot_be_recomputed_travels_along(base, tmp_path, monkeypat
         U, V = found.U @ turn, found.V @ turn
         return found._replace(U=U, V=V, sketch=sketch(U, V))
 
-    monkeypatch.setattr(layers_module, "factorize", turned)
+    monkeypatch.setattr(adapted_module, "factorize", turned)
     fresh = adapted(base)
     fresh.loader(tmp_path / "a.pt", end_of_epoch=True)
     assert torch.equal(fresh(X), model(X))

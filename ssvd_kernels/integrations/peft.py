@@ -21,9 +21,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..adapted import AdaptedLinear
 from ..base_layers import is_quantized
 from ..config import PRESETS, Rotation, Side, SSVDConfig, check_names
-from ..layers import SSVDLinear
 from ..model import is_watched, unwatch_forwards, watch_forwards
 from ..quantized import forget_quantization
 from ..targets import tied_to, weight_holders
@@ -178,7 +178,7 @@ class SSVDPeftModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(parent, SSVDLinear):
+        if isinstance(parent, AdaptedLinear):
             raise TypeError(f"{current_key!r} belongs to an SSVD layer that inject made: call remove(model) first")
         layer = target if isinstance(target, SSVDPeftLinear) else self._new_layer(target, current_key)
         layer.update_layer(adapter_name, peft_config.ssvd(), peft_config.inference_mode)
