@@ -170,11 +170,12 @@ def plan(
                  side's share, in [0, 1], of the rotations' numbers; rotation=), "svft", "spectralft" (top=); and, with
                  one rank for all layers, the methods of the peft package: "lora", "dora", "pissa", "vera", "oft",
                  "psoft". `budget.trainable` has formulas and sources.
-    allocation   "uniform": one ratio k / min(d_out, d_in) for all layers (SSVD's paper), or one rank, band or block
-                 size where a method has no ratio; no less than 1, no more than fits a layer.
+    allocation   "uniform": one ratio k / min(d_out, d_in) for all layers (SSVD's paper; of SSVD-O the larger k), or
+                 one rank, band or block size where a method has no ratio; no less than 1, no more than fits a layer.
                  "spectrum" (SSVD and SSVD-O): the fewest singular values that hold more than one share of the layer's
                  ||W||^2, the same for all layers: what stays frozen is of the same relative size everywhere. Takes the
-                 singular values of every layer in float64, O(d_out d_in min(d_out, d_in)) each.
+                 singular values of every layer in float64, O(d_out d_in min(d_out, d_in)) each. A step then
+                 makes a call of the rotations' kernels for each different rank, instead of one for all layers.
     targets, exclude   as in SSVDConfig.
 
     Ratio and share are the largest at which the budget is kept. "uniform" reads no weights: a model on the meta device
@@ -210,16 +211,16 @@ def plan(
         )
     chosen = {name: ladder.at(threshold) for name, ladder in ladders.items()}
     return RankPlan(
-        method,
-        options,
-        allocation,
-        threshold,
-        allowed,
-        total,
-        all(choice is ladders[name].choices[-1] for name, choice in chosen.items()),
-        wanted.targets,
-        wanted.exclude,
-        tuple(PlannedLayer(name, shapes[name], *choice) for name, choice in chosen.items()),
+        method=method,
+        options=options,
+        allocation=allocation,
+        threshold=threshold,
+        budget=allowed,
+        total=total,
+        largest=all(choice is ladders[name].choices[-1] for name, choice in chosen.items()),
+        targets=wanted.targets,
+        exclude=wanted.exclude,
+        layers=tuple(PlannedLayer(name, shapes[name], *choice) for name, choice in chosen.items()),
     )
 
 
