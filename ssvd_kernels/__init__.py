@@ -31,6 +31,7 @@ _HOMES = {
         "disable_adapter",
         "set_adapter",
     ],
+    "planner": ["RankPlan", "plan"],
     "probe": ["TrainingReport", "check_training"],
     "convert": ["ConversionError", "from_espnet", "to_espnet"],
     "dispatch": ["use_backend"],
@@ -43,6 +44,7 @@ __all__ = [
     "ConversionError",
     "InjectReport",
     "LoraReport",
+    "RankPlan",
     "SSVDConfig",
     "SSVDLinear",
     "SSVDQuantizedLinear",
@@ -63,6 +65,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "merge",
+    "plan",
     "remove",
     "save_adapter",
     "set_adapter",
@@ -92,6 +95,7 @@ if TYPE_CHECKING:
     from .functional import cayley, cayley_delta, ssvd_linear
     from .layers import SSVDLinear
     from .model import InjectReport, adapted_layers, inject, merge, remove, ssvd_layers, unmerge
+    from .planner import RankPlan, plan
     from .probe import TrainingReport, check_training
     from .quantized import SSVDQuantizedLinear
     from .spectralft import SpectralFTLinear

@@ -1,4 +1,4 @@
-"""Command line: python -m ssvd_kernels info | selftest | inspect | merge | convert
+"""Command line: python -m ssvd_kernels info | selftest | plan | inspect | merge | convert
 
 Exit status: 0 done; 1 a check failed (an adapter that is damaged or made for another base model, a failed self-test);
 2 a command that cannot be run as it was given (an unknown option, a missing file, a folder that exists already).
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .commands import UsageError
+from .config import ALLOCATIONS, METHODS
 
 QUANTIZATIONS = ("float32", "float16", "bfloat16", "int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16")
 
@@ -39,6 +40,24 @@ def parser() -> argparse.ArgumentParser:
         "backend, against float64; then adapting, saving, loading and merging a small model.",
     )
     selftest.add_argument("--device", default="all", help="cpu, cuda, cuda:1, ... (default: all kinds that are here)")
+
+    plan = add(
+        "plan",
+        "chooses the ranks that a budget of trainable numbers allows in a model",
+        "Prints layers by shape and rank. In Python, plan(...) with the same arguments gives what inject takes.",
+    )
+    plan.add_argument("--base", type=Path, metavar="FOLDER", required=True, help="folder of a transformers model")
+    plan.add_argument("--budget", metavar="N", required=True, help="numbers, or a share of the parameters such as 0.02")
+    plan.add_argument("--method", default="ssvd", choices=METHODS, metavar="NAME", help=", ".join(METHODS))
+    plan.add_argument("--allocation", default="uniform", choices=ALLOCATIONS, help="spectrum: by the singular values")
+    words = "a preset or a regular expression; several: suffixes of module names"
+    plan.add_argument("--targets", nargs="+", default=["all-linear"], metavar="NAME", help=words)
+    plan.add_argument("--exclude", nargs="+", default=[], metavar="NAME", help="modules to leave alone, likewise")
+    plan.add_argument("--side", help="ssvd: input, output or smaller")
+    plan.add_argument("--rotation", help="ssvd, ssvd-o: cayley, linear or free")
+    plan.add_argument("--inner-share", type=float, metavar="S", help="ssvd-o: the input side's share of the rotations")
+    plan.add_argument("--top", type=int, metavar="P", help="spectralft: singular vectors that change (default: 256)")
+    plan.add_argument("--json", action="store_true", help="print JSON, with every layer by name, instead of a table")
 
     inspect = add(
         "inspect",

@@ -93,3 +93,10 @@ def _is_torchao(module: object) -> bool:
     if library is None or not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         return False
     return isinstance(module._parameters.get("weight"), library.TorchAOBaseTensor)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """The numbers in the model's parameters, those of quantised weights included however they are packed."""
+    quantized = [module for module in model.modules() if is_quantized(module)]
+    unpacked = sum(linear.out_features * linear.in_features - linear.weight.numel() for linear in quantized)
+    return sum(parameter.numel() for parameter in model.parameters()) + unpacked

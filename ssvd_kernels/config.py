@@ -11,6 +11,9 @@ from typing import Any, ClassVar, Literal, get_args
 Side = Literal["input", "output", "smaller", "both"]
 Rotation = Literal["cayley", "linear", "free", "banded"]
 SIDES, ROTATIONS = get_args(Side), get_args(Rotation)
+Method = Literal["ssvd", "ssvd-o", "svft", "spectralft", "lora", "dora", "pissa", "vera", "oft", "psoft"]
+Allocation = Literal["uniform", "spectrum"]
+METHODS, ALLOCATIONS = get_args(Method), get_args(Allocation)
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 _WAV2VEC2 = [*_ATTENTION, "intermediate_dense", "output_dense"]

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .adapted import AdaptedLinear
-from .base_layers import base_weight, is_quantized
+from .base_layers import base_weight, parameter_count
 from .config import Config
 from .distributed import Task, Tasks, several_ranks, share_out
 from .factor_cache import cache_folder, load, store
@@ -25,6 +25,7 @@ from .factorize import Factorization, check_weight, factorize
 from .functional import rotation_deltas
 from .handed import HandedRotations
 from .layers import SSVDLinear
+from .planner import RankPlan
 from .quantized import SSVDQuantizedLinear, adapt, check_method, forget_quantization, prevent_repacking
 from .targets import find_targets
 from .triplets import cost
@@ -72,7 +73,7 @@ def ssvd_layers(model: nn.Module) -> dict[str, SSVDLinear]:
 
 def inject(
     model: nn.Module,
-    config: Config,
+    config: Config | RankPlan,
     *,
     progress: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -81,6 +82,7 @@ def inject(
     """Replaces the linear layers that `config` targets by SSVDLinear (by SpectralFTLinear for a SpectralFTConfig), in
     place, and freezes all other parameters.
 
+    config: an SSVDConfig, a SpectralFTConfig, or what `plan` made for this model, with ranks of its own for each layer.
     The weights are factorised here, in float64 on their own device, with a progress bar. The rotations of all layers
     are computed in one batched call at the start of each forward of `model`. Linear layers that bitsandbytes or torchao
     quantised become SSVDQuantizedLinear; SpectralFT refuses them.
@@ -89,10 +91,11 @@ def inject(
     part and sends it to all. share=False has a rank factorise everything alone.
     Nothing changes if anything is refused: ValueError or TypeError name the module, the value and what is allowed (no
     module matched, a tied weight named explicitly, NaN or infinite weights, a rank that does not fit, a second
-    injection, a model wrapped by DDP or FSDP2 already, ranks that hold different weights).
+    injection, a model wrapped by DDP or FSDP2 already, ranks that hold different weights, a plan of another model or of
+    a method of PEFT's).
     """
-    if not isinstance(config, Config):
-        raise TypeError(f"config={config!r}: allowed is an SSVDConfig or a SpectralFTConfig")
+    if not isinstance(config, Config | RankPlan):
+        raise TypeError(f"config={config!r}: allowed is an SSVDConfig, a SpectralFTConfig or a RankPlan")
     check_not_ddp(model)
     present = adapted_layers(model)
     check_own(present)
@@ -104,15 +107,17 @@ def inject(
         raise ValueError(
             "model is itself a linear layer, which cannot be replaced in place: use SSVDLinear.from_linear"
         )
-    targets = find_targets(model, config)
-    for name, linear in targets.items():
-        check_method(linear, config, name)
+    if isinstance(config, RankPlan):
+        plan = config.assign(model)
+    else:
+        plan = {name: (linear, config) for name, linear in find_targets(model, config).items()}
+    for name, (linear, layer_config) in plan.items():
+        check_method(linear, layer_config, name)
         check_weight(base_weight(linear, name), f"{name}.weight")
         try:
-            config.triplets(linear.in_features, linear.out_features)
+            layer_config.triplets(linear.in_features, linear.out_features)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    plan = {name: (linear, config) for name, linear in targets.items()}
     return install(model, plan, factorize_all(plan, progress, cache_dir, share))
 
 
@@ -160,9 +165,7 @@ def install(
 ) -> InjectReport:
     """The part of `inject` that changes the model, given the factorisations; `make` makes each layer."""
     trainable_before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    total = sum(parameter.numel() for parameter in model.parameters())
-    packed = [module for module in model.modules() if is_quantized(module)]  # several numbers in an element, perhaps
-    total += sum(linear.out_features * linear.in_features - linear.weight.numel() for linear in packed)
+    total = parameter_count(model)
     model.requires_grad_(False)
     layers = {name: make(linear, config, found[name]) for name, (linear, config) in plan.items()}
     for name, layer in layers.items():

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import ssvd_kernels as sk
 from ssvd_kernels import __main__, _ext, dispatch, reference
 
-COMMANDS = ["convert", "info", "inspect", "merge", "selftest"]
+COMMANDS = ["convert", "info", "inspect", "merge", "plan", "selftest"]
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -63,7 +63,7 @@ def test_usage_errors(capsys, arguments):
 
 def test_info_and_help_without_torch():
     code = "import sys; sys.modules['torch'] = None\nfrom ssvd_kernels.__main__ import main\nsys.exit(main({}))"
-    for arguments in (["info"], ["--help"], ["merge", "--help"]):
+    for arguments in (["info"], ["--help"], ["merge", "--help"], ["plan", "--help"]):
         done = python(code.format(arguments))
         assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
     done = python(code.format(["selftest"]))

@@ -46,6 +46,17 @@ def test_named_adapters(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_plans_count_what_is_packed(kind):
+    plain = sum(parameter.numel() for parameter in net_of(lambda net: None).parameters())
+    for allocation in ("uniform", "spectrum"):
+        net = net_of(kind)
+        plan = sk.plan(net, budget=0.05, allocation=allocation, progress=False)
+        report = sk.inject(net, plan, progress=False)
+        assert plan.total == report.total - report.trainable == plain
+        assert report.trainable == plan.trainable <= 0.05 * plain
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_lora_is_the_same_update(kind, tmp_path):
     net = adapted(kind)
     report = sk.to_lora(net, tmp_path / "lora", progress=False)
