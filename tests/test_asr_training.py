@@ -63,7 +63,7 @@ def test_resumed_training_equals_uninterrupted(
 ) -> None:
     whole, weights = fit(tmp_path / "whole", ct2_folder.path, clips)
     assert len(whole.losses) == 6 and whole.losses[-1] < whole.losses[0]
-    loss, calls = train._loss, []
+    loss, calls = train.cross_entropy, []
 
     def interrupted(*args: object) -> torch.Tensor:
         calls.append(1)
@@ -73,7 +73,7 @@ def test_resumed_training_equals_uninterrupted(
             os.kill(os.getpid(), signal.SIGINT)
         return loss(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(train, "_loss", interrupted)
+    monkeypatch.setattr(train, "cross_entropy", interrupted)
     with pytest.raises((train.Interrupted, MemoryError)):
         fit(tmp_path / "parts", ct2_folder.path, clips)
     resumed, again = fit(tmp_path / "parts", ct2_folder.path, clips)
@@ -86,8 +86,8 @@ def test_resumed_training_equals_uninterrupted(
 def test_divergence_is_reported(
     ct2_folder: SimpleNamespace, clips: speech.Speech, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = train._loss
-    monkeypatch.setattr(train, "_loss", lambda *args: loss(*args) * float("nan"))
+    loss = train.cross_entropy
+    monkeypatch.setattr(train, "cross_entropy", lambda *args: loss(*args) * float("nan"))
     with pytest.raises(DemoError, match=r"step 1: the loss is nan"):
         fit(tmp_path / "run", ct2_folder.path, clips)
 
@@ -166,7 +166,7 @@ def test_demo_on_a_users_speech(
     def untouched(*args: object) -> None:
         raise AssertionError("a finished run trains or transcribes again")
 
-    monkeypatch.setattr(train, "_loss", untouched)
+    monkeypatch.setattr(train, "cross_entropy", untouched)
     monkeypatch.setattr(Recognizer, "transcribe", untouched)
     monkeypatch.setattr(demo, "transcripts_of_new_process", lambda *args: ["something else"])
     assert demo.main(command) == 1
@@ -176,7 +176,7 @@ def test_demo_on_a_users_speech(
 def test_demo_stops_and_goes_on(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loss = train._loss
+    loss = train.cross_entropy
 
     def interrupted(*args: object) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -184,10 +184,10 @@ def test_demo_stops_and_goes_on(
 
     assert demo.main([*command, "--resume"]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
-    monkeypatch.setattr(train, "_loss", interrupted)
+    monkeypatch.setattr(train, "cross_entropy", interrupted)
     assert demo.main(command) == 130
     assert "stopped after step 1 of 3" in capsys.readouterr().err
-    monkeypatch.setattr(train, "_loss", loss)
+    monkeypatch.setattr(train, "cross_entropy", loss)
     assert demo.main([*command, "--resume"]) == 0
     assert demo.main([*command, "--steps", "4"]) == 2
     assert "steps: 3 there, 4 now" in capsys.readouterr().err

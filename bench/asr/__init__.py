@@ -12,6 +12,15 @@ class DemoError(Exception):
     """Something the user can put right: the message says what was wrong and what to do."""
 
 
+_shown = True
+
+
+def hide_progress() -> None:
+    """From now on this process shows no progress bar: a worker, whose parent has one."""
+    global _shown
+    _shown = False
+
+
 def progress(items: Any = None, **options: Any) -> tqdm:
     """A progress bar; a line every 20 seconds where stderr is no terminal."""
-    return tqdm(items, mininterval=0.1 if sys.stderr.isatty() else 20, **options)
+    return tqdm(items, mininterval=0.1 if sys.stderr.isatty() else 20, disable=not _shown, **options)

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import jiwer
@@ -28,6 +29,7 @@ from .speech import Speech
 from .whisper_ct2 import is_ct2_whisper, load_whisper_ct2
 
 POSITIONS_PER_SECOND = 50
+SILENCE = 1.0  # seconds
 ELLIPSIS = re.compile(r"\.{2,}|\u2026")  # the normaliser would make a word of it
 IGNORED = -100  # label that cross-entropy skips
 
@@ -67,12 +69,17 @@ class Recognizer:
         language: str = "en",
     ) -> None:
         self.model = nn.Module.to(model, device).eval()  # transformers' own `to` hides its arguments from mypy
-        self.tokenizer, self.name, self.device, self.language = tokenizer, name, device, language
+        self.tokenizer, self.name, self.device = tokenizer, name, device
         self.fingerprint = _fingerprint(model)
-        self.normalise = EnglishTextNormalizer({}) if language == "en" else BasicTextNormalizer()
-        self.prefix = self._prefix()
+        self.set_language(language)
         self._positions = model.model.encoder.embed_positions.weight.detach().clone()
         self.set_window(len(self._positions) // POSITIONS_PER_SECOND)
+
+    def set_language(self, language: str) -> None:
+        """Sets the prompt (of a multilingual model) and the text normaliser. Raises DemoError for an unknown one."""
+        self.language = language
+        self.normalise = EnglishTextNormalizer({}) if language == "en" else BasicTextNormalizer()
+        self.prefix = self._prefix()
 
     def _prefix(self) -> list[int]:
         names = ["<|startoftranscript|>"]
@@ -93,8 +100,12 @@ class Recognizer:
         encoder, count = self.model.model.encoder, window * POSITIONS_PER_SECOND
         encoder.embed_positions = nn.Embedding.from_pretrained(self._positions[:count].to(self.device), freeze=True)
         encoder.max_source_positions = self.model.config.max_source_positions = count
-        self.extractor = WhisperFeatureExtractor(feature_size=self.model.config.num_mel_bins, chunk_length=window)
+        self.extractor = _extractor(self.model.config.num_mel_bins, window)
         self.window = window
+
+    def fit_window(self, seconds: float) -> None:
+        """Sets a window for clips of up to `seconds` and SILENCE: cut at the end of speech, models invent words."""
+        self.set_window(min(seconds + SILENCE, len(self._positions) / POSITIONS_PER_SECOND))
 
     def features(self, samples: Sequence[Samples]) -> Tensor:
         """Log-mel features (B, mels, 100 x window) on the device."""
@@ -162,6 +173,11 @@ def _count(text: str, heard: str) -> tuple[int, int, int, int]:
         missed = out.substitutions + out.deletions
         found += [missed + out.insertions, out.hits + missed]
     return found[0], found[1], found[2], found[3]
+
+
+@lru_cache
+def _extractor(mels: int, window: int) -> WhisperFeatureExtractor:
+    return WhisperFeatureExtractor(feature_size=mels, chunk_length=window)
 
 
 def _fingerprint(model: nn.Module) -> str:

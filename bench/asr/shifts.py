@@ -10,7 +10,7 @@ from . import DemoError
 from .audio import CHILD_FACTOR, TELEPHONE_SNR, duration
 from .fetch import ASTERISK, FRENCH, ITALIAN, SONNET, SPANISH, SPHINX
 from .prompts import read_foreign_prompts, read_sphinx
-from .speech import HELD_OUT, Clip, english_prompts, source_speech, split
+from .speech import HELD_OUT, MAX_PROMPT_SECONDS, Clip, english_prompts, read_manifest, source_speech, split
 
 VALIDATION = 0.15
 CACHE = "cache"  # folder of the data folder
@@ -62,33 +62,42 @@ _KINDS = {
 SHIFTS = tuple(_KINDS)
 
 
-def _kind(name: str) -> _Kind:
+def _own(manifest: Path, language: str) -> _Kind:
+    return _Kind(manifest.stem, language, "", lambda data: read_manifest(manifest))
+
+
+def _kind(name: str, language: str = "en") -> _Kind:
+    if name.endswith(".jsonl"):
+        return _own(Path(name), language)
     if name not in _KINDS:
-        raise DemoError(f"shift = {name!r}: {', '.join(SHIFTS)} are allowed")
+        raise DemoError(f"shift = {name!r}: {', '.join(SHIFTS)} and the name of a manifest, *.jsonl, are allowed")
     return _KINDS[name]
 
 
 def parts_of(name: str) -> tuple[str, ...]:
     """The folders of the data folder that the shift needs, for `fetch.ensure`. Raises DemoError for another name."""
-    return tuple(dict.fromkeys((_kind(name).part, ASTERISK, SPHINX, SONNET)))
+    return tuple(filter(None, dict.fromkeys((_kind(name).part, ASTERISK, SPHINX, SONNET))))
 
 
-def load_shift(name: str, data: Path, longest: float) -> Shift:
+def load_shift(name: str, data: Path, longest: float, language: str = "en") -> Shift:
     """The shift's clips of at most `longest` seconds, 25 % of the texts for testing and 15 % for validation.
+
+    name: one of SHIFTS, or a manifest of your own speech (see `read_manifest`), in `language`.
+    The source sets are of at most MAX_PROMPT_SECONDS.
 
     The sides are those of the demo's split: a fixed hash of the text, so equal texts are never on two sides, not even
     in two shifts. What is made of a recording is kept in the data folder's `cache`. Fetches nothing. Raises DemoError
     for another name and where a side is left without clips.
     """
-    kind = _kind(name)
+    kind = _kind(name, language)
 
-    def usable(clips: list[Clip]) -> list[Clip]:
-        return [replace(clip, cache=data / CACHE) for clip in clips if duration(clip.path) <= longest]
+    def usable(clips: list[Clip], most: float = longest) -> list[Clip]:
+        return [replace(clip, cache=data / CACHE) for clip in clips if duration(clip.path) <= most]
 
     rest, test = split(usable(kind.clips(data)))
     train, validation = split(rest, HELD_OUT + VALIDATION)
     known = source_speech(data) | {"sonnet reader": [Clip(*line) for line in read_sphinx(data / SONNET)]}
-    source = {title: usable(clips) for title, clips in known.items()}
+    source = {title: usable(clips, MAX_PROMPT_SECONDS) for title, clips in known.items()}
     shift = Shift(name, kind.title, kind.language, train, validation, test, source)
     for side in ("train", "validation", "test"):
         if not getattr(shift, side):

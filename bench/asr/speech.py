@@ -23,6 +23,7 @@ HELD_OUT = 0.25
 MAX_PROMPT_SECONDS = 9.5  # the built-in prompts that fit a 10 s encoder window
 MAX_SECONDS = 30.0  # what Whisper hears at once
 CACHE_BYTES = 1 << 30
+AS_RECORDED = "prompts as recorded"  # the target's test prompts, by the same speaker, unaltered
 VERSION = 1  # of what is made of a recording; another one makes the kept samples again
 
 
@@ -99,7 +100,7 @@ def english_prompts(data: Path, voice: float = 1.0, channel: str = "") -> list[C
 
 def source_speech(data: Path) -> dict[str, list[Clip]]:
     """Speech the model knows: the test prompts as recorded, and two sets of other speakers."""
-    sets = {"prompts as recorded": split(english_prompts(data))[1]}
+    sets = {AS_RECORDED: split(english_prompts(data))[1]}
     for folder, title in (("librivox", "LibriVox reader"), ("cards", "playing cards")):
         sets[title] = [Clip(f"{folder}/{k}", text, path) for k, text, path in read_sphinx(data / SPHINX / folder)]
     return sets

