@@ -124,7 +124,7 @@ def _mu_law(samples: Samples) -> list[av.AudioFrame]:
     """Samples at 8 kHz as G.711 mu-law passes them on."""
     frame = av.AudioFrame.from_ndarray(_whole(samples)[None], format="s16", layout="mono")
     frame.sample_rate = TELEPHONE_RATE
-    encoder, decoder = (av.CodecContext.create("pcm_mulaw", mode) for mode in "wr")
+    encoder, decoder = av.CodecContext.create("pcm_mulaw", "w"), av.CodecContext.create("pcm_mulaw", "r")
     for context in (encoder, decoder):
         context.sample_rate, context.layout, context.format = TELEPHONE_RATE, "mono", "s16"
     packets = [*encoder.encode(frame), *encoder.encode(None)]
@@ -137,7 +137,7 @@ def telephone(samples: Samples, key: str, snr: float = TELEPHONE_SNR) -> Samples
     The noise is drawn from `key`, so that one recording always gets the same.
     """
     noise = _speech_shaped_noise(samples, key)
-    noise *= 10 ** (-snr / 20) * np.linalg.norm(samples) / max(np.linalg.norm(noise), 1e-9)
+    noise *= 10 ** (-snr / 20) * np.linalg.norm(samples) / (np.linalg.norm(noise) or 1.0)
     frame = av.AudioFrame.from_ndarray((samples + noise).astype(np.float32)[None], format="flt", layout="mono")
     frame.sample_rate = RATE
     band = 2 * [("highpass", "f=300"), ("lowpass", "f=3400")]  # twice: 24 dB an octave
