@@ -10,7 +10,16 @@ from . import DemoError
 from .audio import CHILD_FACTOR, TELEPHONE_SNR, duration
 from .fetch import ASTERISK, FRENCH, ITALIAN, SONNET, SPANISH, SPHINX
 from .prompts import read_foreign_prompts, read_sphinx
-from .speech import HELD_OUT, MAX_PROMPT_SECONDS, Clip, english_prompts, read_manifest, source_speech, split
+from .speech import (
+    AS_RECORDED,
+    HELD_OUT,
+    MAX_PROMPT_SECONDS,
+    Clip,
+    english_prompts,
+    read_manifest,
+    source_speech,
+    split,
+)
 
 VALIDATION = 0.15
 CACHE = "cache"  # folder of the data folder
@@ -83,7 +92,7 @@ def load_shift(name: str, data: Path, longest: float, language: str = "en") -> S
     """The shift's clips of at most `longest` seconds, 25 % of the texts for testing and 15 % for validation.
 
     name: one of SHIFTS, or a manifest of your own speech (see `read_manifest`), in `language`.
-    The source sets are of at most MAX_PROMPT_SECONDS.
+    Those of the source domain by other speakers are of at most MAX_PROMPT_SECONDS.
 
     The sides are those of the demo's split: a fixed hash of the text, so equal texts are never on two sides, not even
     in two shifts. What is made of a recording is kept in the data folder's `cache`. Fetches nothing. Raises DemoError
@@ -97,7 +106,9 @@ def load_shift(name: str, data: Path, longest: float, language: str = "en") -> S
     rest, test = split(usable(kind.clips(data)))
     train, validation = split(rest, HELD_OUT + VALIDATION)
     known = source_speech(data) | {"sonnet reader": [Clip(*line) for line in read_sphinx(data / SONNET)]}
-    source = {title: usable(clips, MAX_PROMPT_SECONDS) for title, clips in known.items()}
+    source = {
+        title: usable(clips, longest if title == AS_RECORDED else MAX_PROMPT_SECONDS) for title, clips in known.items()
+    }
     shift = Shift(name, kind.title, kind.language, train, validation, test, source)
     for side in ("train", "validation", "test"):
         if not getattr(shift, side):
