@@ -9,11 +9,12 @@ NEIGHBOURS := peft,quant,export,espnet
 PINNING := espnet speechbrain hyperpyyaml "ruamel.yaml<0.19" ruamel.yaml.clib faster-whisper
 ARGS   ?=
 
-.PHONY: help setup demo test test-all lint bench gpu clean
+.PHONY: help setup demo asr test test-all lint bench gpu clean
 
 help:
 	@echo "make setup     virtual environment, CPU build of torch $(TORCH), this package with its C++ op"
 	@echo "make demo      fine-tune the real Whisper tiny.en on child-like speech   (options: ARGS='--help')"
+	@echo "make asr       SSVD and its relatives under domain shift, methods x budgets x seeds      (options: ARGS='--help')"
 	@echo "make test      the test suite; test-all adds the slow sweeps"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     microbenchmarks                                           (options: ARGS='--help')"
@@ -34,6 +35,10 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 
 demo: $(READY)
 	$(PY) -m bench.asr.demo $(ARGS)
+
+# Goes on where it was stopped. --grid reduced takes 40 minutes on two cores; --help tells of the others, and of tuning.
+asr: $(READY)
+	$(PY) -m bench.asr.experiment $(ARGS)
 
 test: $(READY)
 	$(PY) -m pytest -m "not slow and not gpu" --durations=10 $(ARGS)

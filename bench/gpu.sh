@@ -6,6 +6,9 @@
 #   PART=sanitize  compute-sanitizer: memcheck, racecheck, initcheck
 #   PART=bench     benchmark of the op, the layer and the Cayley map
 #   PART=model     benchmark of models, accumulation, their extras, decoding and injection
+#   PART=asr       the next part of the speech experiment's full grid: learning rates first, then its cells. Needs data/
+#                  and transformers; what is done is kept in runs/asr-cells, and with the tables in OUT/asr-cells.tar.gz:
+#                  put that into runs/ and the next call goes on, on another machine, too
 #
 #   PART=check PYTHON=python3 OUT=bench/results bash bench/gpu.sh
 #
@@ -15,8 +18,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PART=${PART:-check}
-case $PART in check | sanitize | bench | model) ;; *)
-    echo "gpu.sh: PART=$PART is unknown; allowed are check, sanitize, bench and model" >&2
+case $PART in check | sanitize | bench | model | asr) ;; *)
+    echo "gpu.sh: PART=$PART is unknown; allowed are check, sanitize, bench, model and asr" >&2
     exit 2
     ;;
 esac
@@ -26,7 +29,7 @@ mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || { echo "gpu.sh: OUT=$OUT cannot be
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 readonly DEADLINE=515 # seconds for everything; a stage that overruns is interrupted, and killed 10 s later
 failed=0
-rm -f "$OUT"/{setup,tests,sanitizer,bench}.log "$OUT/quick.csv"
+rm -f "$OUT"/{setup,tests,sanitizer,bench,asr}.log "$OUT/quick.csv"
 : >"$OUT/summary.txt"
 
 record() { # stage, seconds, result
@@ -114,6 +117,13 @@ measure() { # operations
     stage goals 20 bench.log "$PYTHON" -m bench.goals "$OUT/gpu-$PART.csv"
 }
 
+experiment() { # name, options: the same command goes on where the last one stopped (exit code 3: not finished)
+    local name=$1
+    shift
+    stage "$name" 440 asr.log sh -c '"$@" || [ $? -eq 75 ]' sh "$PYTHON" -m bench.asr.experiment --grid full \
+        --device cuda --workers 4 --tuned runs/asr-tuned.csv --out runs/asr-full --minutes 6 "$@"
+}
+
 case $PART in
 check)
     stage "GPU tests" 160 tests.log "${pytest[@]}" -rfEs -m "gpu and not slow" tests
@@ -129,5 +139,12 @@ sanitize)
     ;;
 bench) measure cayley,layer,linear ;;
 model) measure accumulate,model,extras,decode,inject ;;
+asr)
+    mkdir -p runs/asr-cells
+    if [ -f runs/asr-cells.tar.gz ]; then tar -xzf runs/asr-cells.tar.gz; fi
+    [ -f runs/asr-tuned.csv ] || experiment "learning rates" --tune
+    [ ! -f runs/asr-tuned.csv ] || experiment "full grid"
+    tar -czf "$OUT/asr-cells.tar.gz" --exclude checkpoint.pt runs/asr-cells $(ls -d runs/asr-full runs/asr-tuned.csv 2>/dev/null)
+    ;;
 esac
 finish

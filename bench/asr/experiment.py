@@ -38,6 +38,9 @@ from .train import Interrupted
 from .transcribe import pick_device
 
 
+UNFINISHED = 75  # exit status, sysexits.h's "try again"
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.asr.experiment",
@@ -205,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     args = parse(argv)
     try:
-        return 0 if run(args) else 3
+        return 0 if run(args) else UNFINISHED
     except (Interrupted, KeyboardInterrupt):
         print("\nstopped; run the same command again to go on", file=sys.stderr)
         return 130
