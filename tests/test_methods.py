@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from cases import relative_error, rotation_by_hand
 from roundtrip import Net, assert_equal_state, assert_same_outputs, example, flipped, outputs, train_randomly
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.autograd import gradcheck
@@ -301,7 +300,7 @@ def test_files_of_ssvd_are_as_they_always_were_and_others_cannot_be_taken_for_th
         sk.save_adapter(net, tmp_path / "a")
         for layer in read_adapter(tmp_path / "a")[0].values():
             if name == "SpectralFT":
-                assert not known <= set(layer)
+                assert not known <= set(layer) and layer["method"] == name
             elif "SVFT" in name:
                 assert layer["rotation"] == "banded" and layer["band"] == method.config.band
             else:
@@ -327,12 +326,11 @@ def test_adapters_of_another_method_are_refused(tmp_path, saved, present):
 
 
 def test_the_papers_count():
-    """q_proj and k_proj of WavLM-large: 40,960 numbers each, 1.97 M in its 24 layers."""
+    """q_proj and k_proj of WavLM-large: 1.97 M in its 24 layers."""
     basis = map(torch.zeros, ((1024, 256), 256, (1024, 256)))
     zeros = Factorization(*basis, "", 0.0, torch.zeros(2 * SKETCH_ROWS, 256))
     layer = sk.SpectralFTLinear(nn.Linear(1024, 1024), sk.SpectralFTConfig(), zeros)
-    assert sum(p.numel() for p in layer.adapter().values()) == 40_960
-    assert 2 * 24 * 40_960 == 1_966_080
+    assert sum(p.numel() for p in layer.adapter().values()) == 40_960 == 1_966_080 // (2 * 24)
 
 
 def test_a_new_adapter_is_random_in_a_and_zero_in_b_and_a_loaded_one_is_the_files(tmp_path):
@@ -385,7 +383,7 @@ def test_compiled_checkpointed_and_under_autocast():
         assert relative_error(ours, theirs) <= 4 * torch.finfo(torch.bfloat16).eps
 
 
-def test_what_spectralft_has_not_is_refused(tmp_path):
+def test_what_spectralft_has_not_is_refused():
     net = adapted("SpectralFT", Net(12, 16, 10))
     sk.add_adapter(net, "b")
     with pytest.raises(ValueError, match=r"first is adapted by SpectralFT, whose update is a product"):
@@ -399,6 +397,3 @@ def test_what_spectralft_has_not_is_refused(tmp_path):
         sk.SSVDLinear.from_linear(nn.Linear(8, 8), METHODS["SpectralFT"].config)
     with pytest.raises(TypeError, match=r"config=SSVDConfig.*allowed is SpectralFTConfig for SpectralFTLinear"):
         sk.SpectralFTLinear.from_linear(nn.Linear(8, 8), METHODS["cayley, input"].config)
-    sk.save_adapter(net, tmp_path / "a")
-    with safe_open(tmp_path / "a", framework="pt") as file:
-        assert {key.rpartition(".")[2] for key in file.keys()} == {"A_out", "B_out", "A_in", "B_in", "sketch"}
