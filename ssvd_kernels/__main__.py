@@ -62,8 +62,8 @@ def parser() -> argparse.ArgumentParser:
     inspect = add(
         "inspect",
         "what an adapter file holds, and whether it fits a base model",
-        "Columns: ||K|| is how far the adapter turns (rotation free: ||G - I||), shift the largest |delta_sigma|, "
-        "and with --base also relative to sigma, and the whole update relative to the weight.",
+        "Columns: ||K|| is how far the adapter turns (rotation free: ||G - I||; banded: M off its diagonal), shift the "
+        "largest |delta_sigma|, and with --base also relative to sigma, and the whole update relative to the weight.",
     )
     inspect.add_argument("adapter", type=Path, metavar="ADAPTER", help="the file that save_adapter wrote")
     inspect.add_argument("--base", type=Path, metavar="FOLDER", help="check that it fits this transformers model")

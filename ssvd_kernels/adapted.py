@@ -72,7 +72,7 @@ class AdaptedLinear(nn.Module):
             # frozen parameters, not buffers: DDP broadcasts buffers, even non-persistent ones, every step
             self.register_parameter(name, nn.Parameter(getattr(found, name), requires_grad=False))
 
-    # -- what a method defines -----------------------------------------------------------------------------------
+    # -- what a method defines ---------------------------------------------------------------------------------
 
     @abstractmethod
     def update_factors(self) -> Factors:
@@ -113,7 +113,8 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The effective weight W' (d_out, d_in) in the base weight's dtype, differentiable; composed once a forward.
+        """The effective weight W' (d_out, d_in) in the base weight's dtype, differentiable; SSVD's is composed once a
+        forward of the model, SpectralFT's at each reading.
 
         Where FSDP2 has sharded the layer and it is not in use: the sharded base weight, by whose name FSDP2 asks.
         """

@@ -43,6 +43,18 @@ def solved_delta(theta: Tensor, k: int) -> Tensor:
     return torch.stack([-2 * torch.linalg.solve(eye + K, K) for K in skew(theta, k)])
 
 
+def rotation_by_hand(theta: Tensor, k: int, rotation: str) -> Tensor:
+    """G by the tests' own arithmetic, one float64 matrix; K[i < j] = +theta row by row."""
+    eye = torch.eye(k, dtype=torch.float64)
+    if rotation == "free":
+        return eye + theta.view(k, k)
+    K = torch.zeros(k, k, dtype=torch.float64)
+    i, j = torch.triu_indices(k, k, 1)
+    K[i, j] = theta
+    K = K - K.T
+    return eye - 2 * K if rotation == "linear" else torch.linalg.solve(eye + K, eye - K)
+
+
 def relative_error(value: Tensor, exact: Tensor) -> float:
     """||value - exact|| / ||exact|| in float64, inf if anything is not finite."""
     if not bool(torch.isfinite(value).all()):

@@ -237,6 +237,27 @@ def test_inspect_with_the_base_or_the_bases_tells_more(capsys, files):
     assert status == 0 and f"fits the base model {files.base}" in out and "update" in out
 
 
+def test_inspect_svft_and_spectralft(capsys, tmp_path):
+    configs = [sk.SSVDConfig(rank=3, rotation="banded", band=1), sk.SpectralFTConfig(top=3, rank=2)]
+    found = []
+    for config in configs:
+        net = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        sk.inject(net, config, progress=False)
+        train_randomly(net)
+        sk.save_adapter(net, tmp_path / "a")
+        status, out, _ = call(capsys, "inspect", tmp_path / "a", "--json")
+        (entry,) = json.loads(out)["layers"]
+        assert status == 0 and entry["k"] == 3
+        found.append((net[0], entry, call(capsys, "inspect", tmp_path / "a")[1]))
+    (layer, entry, text), (_, other, other_text) = found
+    turn = torch.linalg.matrix_norm(reference.banded(layer.theta.detach(), 3, 1), 2)
+    assert entry["band"] == 1 and entry["trained"] == 3 + 4 and entry["turn"] == pytest.approx(turn.item(), rel=1e-5)
+    assert "band" in text and "banded" in text and "SpectralFT" not in text
+    assert (other["method"], other["low_rank"], other["trained"]) == ("SpectralFT", 2, 2 * (6 + 4 + 2 * 3))
+    assert other["turn"] is other["shift"] is other["rotation"] is None
+    assert "SpectralFT" in other_text and "||K||" not in other_text
+
+
 def test_inspect_a_free_rotation(capsys, files, tmp_path):
     net = torch.nn.Sequential(torch.nn.Linear(6, 4))
     inject(net, rank=3, rotation="free")

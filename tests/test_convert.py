@@ -278,12 +278,14 @@ def test_another_base_is_refused(tmp_path):
         ({"side": "both"}, "side='both': ESPnet rotates the smaller side, here 'input'"),
         ({"side": "output"}, "side='output': ESPnet rotates the smaller side, here 'input'"),
         ({"side": "input"}, r"wide of shape \(16, 24\) has side='input'.*here 'output'"),
+        (sk.SpectralFTConfig(top=3, rank=1), "is adapted by SpectralFT: ESPnet has SSVD"),
     ],
 )
 def test_adapters_that_espnet_has_not_are_refused(tmp_path, config, match):
     _, base, _ = espnet.checkpoint("linear")
     model = Model(base)
-    sk.inject(model, sk.SSVDConfig(rank=3, **config), progress=False)
+    given = sk.SSVDConfig(rank=3, **config) if isinstance(config, dict) else config
+    sk.inject(model, given, progress=False)
     sk.save_adapter(model, tmp_path / "a.safetensors")
     with pytest.raises(ConversionError, match=match):
         to_espnet(tmp_path / "a.safetensors", base, tmp_path / "back.pth", progress=False)

@@ -11,7 +11,7 @@ import pytest
 import ssvd_kernels as sk
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/guide.md", "CONTRIBUTING.md", "bench/results/README.md"]
+PAGES = ["README.md", "docs/guide.md", "docs/methods.md", "CONTRIBUTING.md", "bench/results/README.md"]
 TABLE = re.findall(r"\]\((tests/\w+\.py)#(\w+)\)", (ROOT / "README.md").read_text())
 
 

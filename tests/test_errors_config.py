@@ -3,6 +3,8 @@ allowed, and changes nothing."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from models import train_randomly
@@ -64,6 +66,30 @@ def test_config_refuses(options, error, match):
         sk.SSVDConfig(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"top": 0}, ValueError, r"top=0: allowed is a whole number >= 1"),
+        ({"top": 2.0}, TypeError, r"top=2\.0: allowed is a whole number >= 1"),
+        ({"rank": None}, TypeError, r"rank=None: allowed is a whole number >= 1"),
+        ({"top": 4, "rank": 5}, ValueError, r"rank=5 exceeds top=4.*from 1 to top"),
+        ({"targets": []}, ValueError, r"targets=.*empty"),
+        ({"exclude": 7}, TypeError, r"exclude=7.*allowed"),
+    ],
+    ids=str,
+)
+def test_spectralft_config_refuses(options, error, match):
+    with pytest.raises(error, match=match):
+        sk.SpectralFTConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "config", [sk.SSVDConfig(ratio=1.0, rotation="banded", band=2, targets=["up"]), sk.SpectralFTConfig(exclude=["up"])]
+)
+def test_configurations_survive_json(config):
+    assert type(config)(**json.loads(json.dumps(config.to_dict()))) == config
+
+
 # -- inject ------------------------------------------------------------------------------------------------------------
 
 
@@ -97,6 +123,11 @@ def test_inject_refuses_what_is_no_config(net):
     for config in (None, 0.4, {"rank": 3}):
         with refused(net, TypeError, "config=.*allowed is an SSVDConfig.* or a RankPlan"):
             sk.inject(net, config)
+
+
+def test_inject_refuses_more_singular_vectors_than_there_are(net):
+    with refused(net, ValueError, r"up: top=256 does not fit a weight of shape \(9, 6\): allowed is 1 to 6"):
+        sk.inject(net, sk.SpectralFTConfig())
 
 
 def test_inject_refuses_a_second_time(net):

@@ -279,6 +279,21 @@ def test_adapters_of_the_unquantised_base_and_of_a_quantised_one_are_not_mixed_u
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_svft_trains_and_spectralft_is_refused(kind):
+    net = net_of(kind)
+    before, numbers_before = net(X).detach(), numbers(net)
+    with pytest.raises(TypeError, match=r"is a quantised \w+: SpectralFT adapts plain nn\.Linear layers only"):
+        sk.inject(net, sk.SpectralFTConfig(top=3, rank=1), progress=False)
+    assert torch.equal(net(X), before)
+    inject(net, rank=K, rotation="banded", band=2)
+    assert torch.equal(net(X), before)
+    assert sk.check_training(net, net(X).square().sum()).ok == list(sk.ssvd_layers(net))
+    train_randomly(net)
+    assert relative_error(net(X).detach(), before) > 1e-3
+    assert all(torch.equal(value, numbers_before[name.replace(".base", "")]) for name, value in numbers(net).items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_merging_is_refused_and_unloading_gives_plain_layers(kind):
     net = adapted(kind).train()
     y = net(X).detach()

@@ -11,7 +11,6 @@ from cases import relative_error
 from hypothesis import given
 from roundtrip import (
     PROPERTY,
-    SIDES,
     Net,
     assert_equal_state,
     assert_same_outputs,
@@ -108,40 +107,6 @@ def test_merge_with_unload_leaves_plain_layers_that_hold_the_effective_weight(ca
         assert torch.equal(net.get_submodule(name).weight, weight)
         assert torch.equal(base_weights[name], untouched[name])  # shared, perhaps, with another copy of the model
     assert net.first.weight.requires_grad and not net.block["inner"].weight.requires_grad
-
-
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize(("d_out", "d_in", "k", "k_out"), [(9, 6, 4, 5), (5, 8, 5, 2), (7, 7, 3, 3)])
-def test_effective_weight_is_the_formula(side, d_out, d_in, k, k_out):
-    """W' = U H (Sigma + dSigma) G V^T + rest, written out in float64 with none of the package's algebra."""
-    linear = nn.Linear(d_in, d_out, dtype=torch.float64)
-    W = linear.weight.detach().clone()
-    extra = {"rank_out": k_out} if side == "both" else {}
-    layer = sk.SSVDLinear.from_linear(linear, sk.SSVDConfig(rank=k, side=side, **extra))
-    train_randomly(nn.Sequential(layer))
-    rotate_in = side in ("input", "both") or (side == "smaller" and d_out >= d_in)
-    theta_left = layer.theta_out if side == "both" else None if rotate_in else layer.theta
-    n = layer.k
-    eye = torch.eye(n, dtype=torch.float64)
-    G = _cayley_by_hand(layer.theta, n) if rotate_in else eye
-    H = eye if theta_left is None else _cayley_by_hand(theta_left, n).T
-    U, V, sigma = layer.U, layer.V, layer.sigma
-    shifted = torch.diag(sigma + layer.delta_sigma.detach())
-    expected = U @ H @ shifted @ G @ V.T + W - U @ torch.diag(sigma) @ V.T
-    assert relative_error(layer.weight.detach(), expected) <= 1e-13
-
-
-def _cayley_by_hand(theta: Tensor, n: int) -> Tensor:
-    """(I - K)(I + K)^-1 on the top-left corner, identity elsewhere; K[i < j] = +theta row by row."""
-    k = next(k for k in range(1, n + 1) if k * (k - 1) // 2 == theta.numel())
-    K = torch.zeros(n, n, dtype=torch.float64)
-    values = iter(theta.tolist())
-    for i in range(k):
-        for j in range(i + 1, k):
-            K[i, j] = next(values)
-            K[j, i] = -K[i, j]
-    eye = torch.eye(n, dtype=torch.float64)
-    return torch.linalg.solve(eye + K, eye - K)  # the two factors commute
 
 
 # -- copies and base checkpoints ---------------------------------------------------------------------------------------

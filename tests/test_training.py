@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import relative_error, theta_of_norm
+from cases import relative_error, rotation_by_hand, theta_of_norm
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
@@ -18,18 +18,6 @@ from ssvd_kernels.functional import theta_length
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # -- recovering a known rotation ---------------------------------------------------------------------------------------
-
-
-def _rotation(theta: Tensor, k: int, rotation: str) -> Tensor:
-    """G by this test's own arithmetic, one float64 matrix; K[i < j] = +theta row by row."""
-    eye = torch.eye(k, dtype=torch.float64)
-    if rotation == "free":
-        return eye + theta.view(k, k)
-    K = torch.zeros(k, k, dtype=torch.float64)
-    i, j = torch.triu_indices(k, k, 1)
-    K[i, j] = theta
-    K = K - K.T
-    return eye - 2 * K if rotation == "linear" else torch.linalg.solve(eye + K, eye - K)
 
 
 @pytest.mark.parametrize("rotation", ["cayley", "linear", "free"])
@@ -44,7 +32,7 @@ def test_training_recovers_a_known_rotation_and_shift(shape, side, rotation):
     assert relative_error(layer.sigma, S[:k]) <= 1e-12
     theta = 0.15 * torch.randn(theta_length(k, rotation), dtype=torch.float64)
     shift = 0.1 * torch.randn(k, dtype=torch.float64) * S[:k]
-    U, S, V, G = layer.U, layer.sigma, layer.V, _rotation(theta, k, rotation)
+    U, S, V, G = layer.U, layer.sigma, layer.V, rotation_by_hand(theta, k, rotation)
     D = torch.diag(S + shift)
     target = W - U @ torch.diag(S) @ V.T + (U @ D @ G @ V.T if side == "input" else U @ G.T @ D @ V.T)
 

@@ -1,0 +1,399 @@
+"""Every method through one set of tests: the formula, its derivatives, and that what was trained comes back.
+
+SSVD strict (cayley), linear and free on each side, SVFT (a banded core) and SpectralFT, over tall, wide and square
+weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import relative_error, rotation_by_hand
+from roundtrip import Net, assert_equal_state, assert_same_outputs, example, flipped, outputs, train_randomly
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+import ssvd_kernels as sk
+from ssvd_kernels import model as model_module
+from ssvd_kernels import triton as triton_backend
+from ssvd_kernels.adapted import AdaptedLinear
+from ssvd_kernels.adapter_file import read_adapter
+from ssvd_kernels.factorize import SKETCH_ROWS, Factorization
+from ssvd_kernels.quantized import adapt
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+F64 = torch.float64
+BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps}
+SHAPES = {"tall": (16, 10), "wide": (10, 15), "square": (11, 11)}  # d_out, d_in
+
+
+# -- the methods, and their effective weights by this test's own arithmetic --------------------------------------------
+
+
+class Method(NamedTuple):
+    config: sk.SSVDConfig | sk.SpectralFTConfig
+    weight: Callable[[AdaptedLinear, dict[str, Tensor]], Tensor]  # W' of the values of an adapter, float64
+    count: Callable[[int, int], int]  # trained numbers, of d_out and d_in
+
+
+def rotated(layer: AdaptedLinear, values: dict[str, Tensor]) -> Tensor:
+    """W' = U H (Sigma + dSigma) G V^T + rest."""
+    assert isinstance(layer, sk.SSVDLinear)
+
+    def turn(theta: Tensor, k: int) -> Tensor:
+        G = torch.eye(layer.k, dtype=F64)
+        G[:k, :k] = rotation_by_hand(theta, k, layer.rotation)
+        return G
+
+    eye, side = torch.eye(layer.k, dtype=F64), layer.side
+    G = eye if side == "output" else turn(values["theta"], layer.k_in)
+    H = eye
+    if side == "both":
+        H = turn(values["theta_out"], layer.k_out).T
+    elif side == "output":
+        H = turn(values["theta"], layer.k_in).T
+    W, U, sigma, V = frozen(layer)
+    return U @ H @ torch.diag(sigma + values["delta_sigma"]) @ G @ V.T + W - U @ torch.diag(sigma) @ V.T
+
+
+def banded(layer: AdaptedLinear, values: dict[str, Tensor]) -> Tensor:
+    """W' = U (Sigma + M) V^T + rest: above the diagonal first, outwards; then below it."""
+    assert isinstance(layer, sk.SSVDLinear) and layer.band is not None
+    M, left = torch.diag(values["delta_sigma"]), iter(values["theta"])
+    for above in (True, False):
+        for distance in range(1, layer.band + 1):
+            for i in range(layer.k - distance):
+                row, column = (i, i + distance) if above else (i + distance, i)
+                M[row, column] = next(left)
+    assert next(left, None) is None
+    W, U, sigma, V = frozen(layer)
+    return U @ (torch.diag(sigma) + M) @ V.T + W - U @ torch.diag(sigma) @ V.T
+
+
+def additive(layer: AdaptedLinear, values: dict[str, Tensor]) -> Tensor:
+    """W' = (U + A_out B_out) Sigma (V + A_in B_in)^T + rest."""
+    W, U, sigma, V = frozen(layer)
+    left, right = U + values["A_out"] @ values["B_out"], V + values["A_in"] @ values["B_in"]
+    return left @ torch.diag(sigma) @ right.T + W - U @ torch.diag(sigma) @ V.T
+
+
+def frozen(layer: AdaptedLinear) -> tuple[Tensor, ...]:
+    return tuple(t.detach().to(F64) for t in (layer.base_weight, layer.U, layer.sigma, layer.V))
+
+
+def _ssvd(rotation: str, side: str) -> Method:
+    extra = {"rank_out": 3} if side == "both" else {}
+
+    def numbers(k: int) -> int:
+        return k * k if rotation == "free" else k * (k - 1) // 2
+
+    count = 5 + numbers(5) + (numbers(3) if extra else 0)
+    return Method(sk.SSVDConfig(rank=5, rotation=rotation, side=side, **extra), rotated, lambda *_: count)
+
+
+def _svft(q: int) -> Method:
+    def count(*shape: int) -> int:
+        n = min(shape)
+        return n * q + (n - q) * (q + 1)
+
+    return Method(sk.SSVDConfig(ratio=1.0, rotation="banded", band=q), banded, count)
+
+
+ROTATIONS, SIDES = ("cayley", "linear", "free"), ("input", "output", "smaller", "both")
+METHODS = {f"{rotation}, {side}": _ssvd(rotation, side) for rotation in ROTATIONS for side in SIDES}
+METHODS |= {f"SVFT, band {q}": _svft(q) for q in (0, 2, 8)}
+METHODS["SpectralFT"] = Method(
+    sk.SpectralFTConfig(top=6, rank=2), additive, lambda d_out, d_in: 2 * (d_out + d_in + 2 * 6)
+)
+WITH_CORE = [name for name, method in METHODS.items() if isinstance(method.config, sk.SSVDConfig)]
+WITH_MODE = [*((name, "factored") for name in METHODS), *((name, "composed") for name in WITH_CORE)]
+
+
+def layer_of(name: str, shape: str = "tall", dtype: torch.dtype = F64, trained: bool = True) -> AdaptedLinear:
+    d_out, d_in = SHAPES[shape]
+    layer = adapt(nn.Linear(d_in, d_out, dtype=dtype), METHODS[name].config)
+    if trained:
+        train_randomly(nn.Sequential(layer))
+    return layer
+
+
+def own_values(layer: AdaptedLinear) -> dict[str, Tensor]:
+    return {key: p.detach().to(F64) for key, p in layer.adapter().items()}
+
+
+# -- one layer ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", METHODS)
+def test_identity_at_first_then_the_formula_and_as_many_numbers_as_the_paper_says(name, shape):
+    layer = layer_of(name, shape, torch.float32, trained=False)
+    x = torch.randn(3, layer.in_features)
+    base = F.linear(x, layer.base_weight, layer.bias)
+    for mode in ("auto", "factored", "composed") if name in WITH_CORE else ("auto", "factored"):
+        layer.mode = mode
+        assert torch.equal(layer(x), base)
+    assert torch.equal(layer.weight, layer.base_weight)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == METHODS[name].count(*SHAPES[shape])
+    exact = layer_of(name, shape)
+    assert relative_error(exact.weight.detach(), METHODS[name].weight(exact, own_values(exact))) <= 1e-13
+    assert relative_error(exact.weight.detach(), exact.base_weight) > 1e-3
+
+
+@pytest.mark.parametrize(("name", "mode"), WITH_MODE)
+def test_gradcheck(name, mode):
+    layer = layer_of(name)
+    layer.mode = mode
+    names = list(layer.adapter())
+    x = torch.randn(2, layer.in_features, dtype=F64, requires_grad=True)
+    leaves = [p.detach().clone().requires_grad_() for p in layer.adapter().values()]
+    assert gradcheck(lambda x, *values: functional_call(layer, dict(zip(names, values)), (x,)), (x, *leaves))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("name", "mode"), WITH_MODE)
+def test_output_and_gradients_against_float64(name, mode, shape, dtype):
+    layer = layer_of(name, shape, dtype)
+    layer.mode = mode
+    x = torch.randn(40, layer.in_features).to(dtype).requires_grad_()
+    dy = torch.randn(40, layer.out_features).to(dtype)
+    ours = passes(layer(x), x, layer, dy)
+    exact_x = x.detach().to(F64).requires_grad_()
+    values = {key: value.requires_grad_() for key, value in own_values(layer).items()}
+    y = F.linear(exact_x, METHODS[name].weight(layer, values), layer.bias.to(F64))
+    exact = [y.detach(), *torch.autograd.grad(y, [exact_x, *values.values()], dy.to(F64), materialize_grads=True)]
+    for value, truth in zip(ours, exact, strict=True):
+        assert relative_error(value, truth) <= BOUNDS[dtype]
+
+
+def passes(y: Tensor, x: Tensor, layer: AdaptedLinear, dy: Tensor) -> list[Tensor]:
+    return [y.detach(), *torch.autograd.grad(y, [x, *layer.adapter().values()], dy)]
+
+
+@pytest.mark.skipif(
+    (why := triton_backend.unavailable_reason(torch.device("cpu"), torch.float32)) is not None, reason=str(why)
+)
+@pytest.mark.parametrize("name", WITH_CORE)
+def test_the_fused_kernels(name):
+    layer, x, dy = layer_of(name, "wide", torch.float32), torch.randn(20, 15), torch.randn(20, 10)
+    layer.mode = "factored"
+    found = {}
+    for backend in ("triton", "reference"):
+        with sk.use_backend(backend):
+            leaf = x.clone().requires_grad_()
+            found[backend] = passes(layer(leaf), leaf, layer, dy)
+    for value, expected in zip(*found.values(), strict=True):
+        assert relative_error(value, expected) <= BOUNDS[torch.float32]
+
+
+# -- a model -----------------------------------------------------------------------------------------------------------
+
+
+def adapted(name: str, base: nn.Module, seed: int = 1) -> nn.Module:
+    net = copy.deepcopy(base)
+    sk.inject(net, METHODS[name].config, progress=False)
+    train_randomly(net, seed)
+    return net
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_merging_removing_and_checking(name):
+    base = Net(12, 16, 10)
+    net = adapted(name, base)
+    trained, inferred = outputs(net)
+    assert relative_error(trained, inferred) <= 1e-6 < relative_error(trained, outputs(base)[0])
+    layers = list(sk.adapted_layers(net))
+    assert sk.check_training(net, net(torch.randn(4, 12)).square().sum()).ok == layers
+    sk.merge(net.eval())
+    assert relative_error(net(example(net)), inferred) <= 1e-6
+    sk.unmerge(net)
+    assert all(map(torch.equal, outputs(net), (trained, inferred)))
+    sk.remove(net)
+    assert_equal_state(net, base.state_dict())
+
+
+@pytest.mark.parametrize("by", ["base", "injected", "added"])
+@pytest.mark.parametrize("name", METHODS)
+def test_adapters_come_back_where_singular_vectors_have_other_signs(tmp_path, monkeypatch, name, by):
+    base = Net(12, 16, 10)
+    net = adapted(name, base)
+    sk.save_adapter(net, tmp_path / "a")
+    monkeypatch.setattr(model_module, "factorize", flipped)
+    fresh = copy.deepcopy(base)
+    if by != "base":
+        sk.inject(fresh, METHODS[name].config, progress=False)
+    if by == "added":
+        before = outputs(fresh)
+        sk.add_adapter(fresh, "b", tmp_path / "a")
+        assert all(map(torch.equal, outputs(fresh), before))
+        sk.set_adapter(fresh, "b")
+    else:
+        sk.load_adapter(fresh, tmp_path / "a", progress=False)
+    pairs = zip(sk.adapted_layers(fresh).values(), sk.adapted_layers(net).values(), strict=True)
+    if by == "added":
+        assert all(bool(((a.V * b.V).sum(0) < 0).any()) for a, b in pairs)
+    for ours, theirs in zip(outputs(fresh), outputs(net), strict=True):
+        assert relative_error(ours, theirs) <= 1e-6
+    monkeypatch.undo()
+    sk.save_adapter(fresh, tmp_path / "again", save_bases=True)
+    third = copy.deepcopy(base)
+    sk.load_adapter(third, tmp_path / "again", progress=False)
+    assert_same_outputs(third, fresh)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_several_adapters(name):
+    base = Net(12, 16, 10)
+    net = adapted(name, base)
+    first = outputs(net)
+    sk.add_adapter(net, "b")
+    sk.set_adapter(net, "b")
+    assert_same_outputs(net, base)
+    assert sk.check_training(net, net(torch.randn(4, 12)).square().sum()).ok == list(sk.adapted_layers(net))
+    train_randomly(net, 5)
+    with sk.disable_adapter(net):
+        assert_same_outputs(net, base)
+    state, second = copy.deepcopy(net.state_dict()), outputs(net)
+    sk.set_adapter(net, "default")
+    assert all(map(torch.equal, outputs(net), first))
+    sk.set_adapter(net, "b")
+    net.load_state_dict(state)
+    assert all(map(torch.equal, outputs(net), second))
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+@pytest.mark.parametrize("name", METHODS)
+def test_to_lora(tmp_path, name, rank):
+    net = adapted(name, Net(12, 16, 10))
+    report = sk.to_lora(net, tmp_path / "lora", rank, progress=False)
+    weights = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    for layer_name, layer in sk.adapted_layers(net).items():
+        update = METHODS[name].weight(layer, own_values(layer)) - layer.base_weight.to(F64)
+        A, B = (weights[f"base_model.model.{layer_name}.lora_{part}.weight"].to(F64) for part in "AB")
+        S = torch.linalg.svdvals(update)
+        best = 0.0 if rank is None else float(S[rank:].norm() / S.norm())
+        assert relative_error(B @ A, update) == pytest.approx(best, rel=1e-4, abs=2e-6)
+        assert report.errors[layer_name] == pytest.approx(best, rel=1e-4, abs=2e-6)
+        # SpectralFT's update has twice the rank of its factors
+        exact = 2 * layer.rank if isinstance(layer, sk.SpectralFTLinear) else layer.k
+        assert report.ranks[layer_name] == (rank or exact)
+
+
+# -- what the files say ------------------------------------------------------------------------------------------------
+
+
+def test_files_of_ssvd_are_as_they_always_were_and_others_cannot_be_taken_for_them(tmp_path):
+    known = {"k", "k_out", "side", "rotation", "shape", "fingerprint"}  # what readers of format 1 ask for
+    for name, method in METHODS.items():
+        net = adapted(name, Net(12, 16, 10))
+        sk.save_adapter(net, tmp_path / "a")
+        for layer in read_adapter(tmp_path / "a")[0].values():
+            if name == "SpectralFT":
+                assert not known <= set(layer) and layer["method"] == name
+            elif "SVFT" in name:
+                assert layer["rotation"] == "banded" and layer["band"] == method.config.band
+            else:
+                assert set(layer) == known and layer["rotation"] in ROTATIONS
+
+
+@pytest.mark.parametrize(
+    ("saved", "present"),
+    [("cayley, input", "SpectralFT"), ("SpectralFT", "cayley, input"), ("SVFT, band 2", "SVFT, band 8")],
+)
+def test_adapters_of_another_method_are_refused(tmp_path, saved, present):
+    base = Net(12, 16, 10)
+    sk.save_adapter(adapted(saved, base), tmp_path / "a")
+    net = adapted(present, base)
+    before = outputs(net)
+    for load in (sk.load_adapter, lambda net, path: sk.add_adapter(net, "b", path)):
+        with pytest.raises(sk.AdapterError, match=r"was saved for first as .* but the model has"):
+            load(net, tmp_path / "a")
+    assert all(map(torch.equal, outputs(net), before)) and sk.adapter_names(net) == ["default"]
+
+
+# -- SpectralFT alone --------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_count():
+    """q_proj and k_proj of WavLM-large: 1.97 M in its 24 layers."""
+    basis = map(torch.zeros, ((1024, 256), 256, (1024, 256)))
+    zeros = Factorization(*basis, "", 0.0, torch.zeros(2 * SKETCH_ROWS, 256))
+    layer = sk.SpectralFTLinear(nn.Linear(1024, 1024), sk.SpectralFTConfig(), zeros)
+    assert sum(p.numel() for p in layer.adapter().values()) == 40_960 == 1_966_080 // (2 * 24)
+
+
+def test_a_new_adapter_is_random_in_a_and_zero_in_b_and_a_loaded_one_is_the_files(tmp_path):
+    base = Net(12, 16, 10)
+    net = copy.deepcopy(base)
+    sk.inject(net, sk.SpectralFTConfig(top=6, rank=4), progress=False)
+    sk.add_adapter(net, "b")
+    for layer in sk.adapted_layers(net).values():
+        for name in ("default", "b"):
+            values = layer.adapter(name)
+            assert not values["B_out"].any() and not values["B_in"].any()
+            for A in (values["A_out"], values["A_in"]):
+                assert 0.25 < A.abs().max() <= 0.5  # 1/sqrt(rank)
+        assert not torch.equal(layer.adapter("b")["A_in"], layer.adapter("default")["A_in"])
+    sk.save_adapter(net, tmp_path / "a")
+    for seed in (3, 4):
+        fresh = copy.deepcopy(base)
+        torch.manual_seed(seed)
+        sk.load_adapter(fresh, tmp_path / "a", progress=False)
+        for name, layer in sk.adapted_layers(fresh).items():
+            mine = sk.adapted_layers(net)[name].adapter()
+            assert all(torch.equal(value, mine[key]) for key, value in layer.adapter().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_eval_keeps_follows_the_parameters(dtype):
+    """P and Q get memory that others had: their addresses alone do not tell them apart."""
+    layer = layer_of("SpectralFT", dtype=dtype).eval()
+    x = torch.randn(5, layer.in_features).to(dtype)
+    for seed in range(6):
+        train_randomly(nn.Sequential(layer), seed)
+        expected = F.linear(x.to(F64), METHODS["SpectralFT"].weight(layer, own_values(layer)), layer.bias.to(F64))
+        with torch.no_grad():
+            assert relative_error(layer(x), expected) <= BOUNDS[dtype]
+            assert torch.equal(layer(x), layer(x)) and layer.has_cache()
+
+
+def test_compiled_checkpointed_and_under_autocast():
+    layer = layer_of("SpectralFT", dtype=torch.float32)
+    x, dy = torch.randn(7, layer.in_features, requires_grad=True), torch.randn(7, layer.out_features)
+    expected = passes(layer(x), x, layer, dy)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for y in (compiled(x), checkpoint(layer, x, use_reentrant=False)):
+        for ours, theirs in zip(passes(y, x, layer, dy), expected, strict=True):
+            assert relative_error(ours, theirs) <= 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    for ours, theirs in zip(passes(y, x, layer, dy.bfloat16()), expected, strict=True):
+        assert relative_error(ours, theirs) <= 4 * torch.finfo(torch.bfloat16).eps
+
+
+def test_what_spectralft_has_not_is_refused():
+    net = adapted("SpectralFT", Net(12, 16, 10))
+    sk.add_adapter(net, "b")
+    with pytest.raises(ValueError, match=r"first is adapted by SpectralFT, whose update is a product"):
+        sk.average_adapters(net, {"default": 1, "b": 1}, into="c")
+    assert sk.adapter_names(net) == ["default", "b"]
+    layer = layer_of("SpectralFT")
+    layer.mode = "composed"
+    with pytest.raises(ValueError, match=r"mode='composed' cannot serve a SpectralFT layer"):
+        layer(torch.randn(2, layer.in_features, dtype=F64))
+    with pytest.raises(TypeError, match=r"config=SpectralFTConfig.*allowed is SSVDConfig for SSVDLinear"):
+        sk.SSVDLinear.from_linear(nn.Linear(8, 8), METHODS["SpectralFT"].config)
+    with pytest.raises(TypeError, match=r"config=SSVDConfig.*allowed is SpectralFTConfig for SpectralFTLinear"):
+        sk.SpectralFTLinear.from_linear(nn.Linear(8, 8), METHODS["cayley, input"].config)
