@@ -37,7 +37,6 @@ from .speech import Speech
 from .train import Interrupted
 from .transcribe import pick_device
 
-
 UNFINISHED = 75  # exit status, sysexits.h's "try again"
 
 
