@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,14 @@ class Cell:
     measure: str = "test"
     limit: int | None = None  # clips of each measured set
     language: str = "en"  # of a manifest
+    source: bool = True  # whether to measure the source domain
     model: str | None = None
     device: str = "cpu"
 
     @property
     def key(self) -> str:
-        return short_hash(asdict(self))
+        """Of what is not the default: a field added later leaves the keys of earlier cells as they are."""
+        return short_hash({f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default})
 
     def __str__(self) -> str:
         budget = "" if self.budget is None else f" {self.budget:.2%}"
@@ -54,13 +56,13 @@ class Cell:
 
 
 @lru_cache(maxsize=8)
-def _shift(name: str, data: Path, longest: float, language: str) -> Shift:
-    return load_shift(name, data, longest, language)
+def _shift(name: str, data: Path, longest: float, language: str, source: bool) -> Shift:
+    return load_shift(name, data, longest, language, source)
 
 
 @lru_cache(maxsize=64)
-def _speech(shift: str, data: Path, longest: float, language: str, part: str, limit: int | None) -> Speech:
-    found = _shift(shift, data, longest, language)
+def _speech(part: str, limit: int | None, *where: Any) -> Speech:
+    found = _shift(*where)
     clips = {"train": found.train, "validation": found.validation, "test": found.test, **found.source}[part]
     return Speech(clips[:limit], part)
 
@@ -72,9 +74,9 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
     """
     folder = root / cell.key
     device = torch.device(cell.device)
-    where = (cell.shift, data, cell.longest, cell.language)
+    where = (cell.shift, data, cell.longest, cell.language, cell.source)
     shift = _shift(*where)
-    training = _speech(*where, "train", None)
+    training = _speech("train", None, *where)
     recognizer = load_recognizer(cell.model, data, device, shift.language)
     runs = RunFolder(folder, {**asdict(cell), "weights": recognizer.fingerprint, "speech": training.fingerprint})
     model = recognizer.model
@@ -82,7 +84,7 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
     total = sum(parameter.numel() for parameter in model.parameters())
     torch.manual_seed(cell.seed)
     applied = apply(model, cell.method, cell.budget)
-    validation = _speech(*where, "validation", cell.limit)
+    validation = _speech("validation", cell.limit, *where)
     peak = _PeakMemory(device)
     history = History()
     if cell.method != "zero-shot":
@@ -102,7 +104,7 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
     scores = {}
     for name in names:
         recognizer.set_language("en" if name in shift.source else shift.language)
-        scores[name] = _measure(recognizer, _speech(*where, name, cell.limit))
+        scores[name] = _measure(recognizer, _speech(name, cell.limit, *where))
     result = {
         "cell": asdict(cell),
         "title": shift.title,

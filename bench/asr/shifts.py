@@ -88,10 +88,11 @@ def parts_of(name: str) -> tuple[str, ...]:
     return tuple(filter(None, dict.fromkeys((_kind(name).part, ASTERISK, SPHINX, SONNET))))
 
 
-def load_shift(name: str, data: Path, longest: float, language: str = "en") -> Shift:
+def load_shift(name: str, data: Path, longest: float, language: str = "en", source: bool = True) -> Shift:
     """The shift's clips of at most `longest` seconds, 25 % of the texts for testing and 15 % for validation.
 
-    name: one of SHIFTS, or a manifest of your own speech (see `read_manifest`), in `language`.
+    name: one of SHIFTS, or a manifest of your own speech (see `read_manifest`), in `language`. source=False leaves out
+    the source domain.
     Those of the source domain by other speakers are of at most MAX_PROMPT_SECONDS.
 
     The sides are those of the demo's split: a fixed hash of the text, so equal texts are never on two sides, not even
@@ -105,11 +106,13 @@ def load_shift(name: str, data: Path, longest: float, language: str = "en") -> S
 
     rest, test = split(usable(kind.clips(data)))
     train, validation = split(rest, HELD_OUT + VALIDATION)
-    known = source_speech(data) | {"sonnet reader": [Clip(*line) for line in read_sphinx(data / SONNET)]}
-    source = {
+    known = (
+        source_speech(data) | {"sonnet reader": [Clip(*line) for line in read_sphinx(data / SONNET)]} if source else {}
+    )
+    heard = {
         title: usable(clips, longest if title == AS_RECORDED else MAX_PROMPT_SECONDS) for title, clips in known.items()
     }
-    shift = Shift(name, kind.title, kind.language, train, validation, test, source)
+    shift = Shift(name, kind.title, kind.language, train, validation, test, heard)
     for side in ("train", "validation", "test"):
         if not getattr(shift, side):
             raise DemoError(f"shift {name}: no {side} clip lasts at most longest = {longest} s")

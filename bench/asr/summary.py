@@ -50,7 +50,7 @@ def _row(entry: Entry) -> list[str]:
         f"{100 * statistics.fmean(wers):.1f} ({100 * low:.1f} to {100 * high:.1f})",
         f"{100 * statistics.stdev(wers):.1f}" if len(wers) > 1 else "",
         _percent(entry.rates(["test"], "cer")),
-        _percent(entry.rates([AS_RECORDED])),
+        _percent(entry.rates([AS_RECORDED])) if AS_RECORDED in entry.results[0]["scores"] else "",
         _percent(entry.rates(entry.others)) if entry.others else "",
         f"{statistics.median(s for r in entry.results for s in r['seconds']):.2f}" if trained else "",
         f"{max(r['peak_bytes'] or 0 for r in entry.results) / 2**20:.0f}",
