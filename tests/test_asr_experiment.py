@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from asr_tiny import manifest, tone, write_ct2_folder, write_wav
 
-pytest.importorskip("transformers")
-pytest.importorskip("av")
-
-from bench.asr import DemoError, entries, grid, summary
-from bench.asr.cell import Cell
+from bench.asr import DemoError, entries, experiment, grid, summary, train
+from bench.asr.cell import Cell, run_cell
 from bench.asr.grid import GRIDS, Grid, candidates, read_rates, tuning_cell, write_rates
 from bench.asr.methods import METHODS
 from bench.asr.shifts import SHIFTS
@@ -62,7 +60,7 @@ def test_restricting_keeps_zero_shot_and_refuses_what_is_not_there() -> None:
 
 def test_tuning_goes_on_beyond_the_edge_and_stops_inside(tmp_path: Any) -> None:
     only = SMALL.restricted([], ["ssvd"])
-    best = 9e-3  # three steps of 3 above the start, so beyond the first candidates
+    best = 9e-3  # twice times three above the start, so beyond the first candidates
     tried: dict[tuple[str, str], dict[float, float]] = {}
     for _ in range(10):
         wanted = candidates(only, tried)
@@ -163,4 +161,62 @@ def test_everything_is_written(tmp_path: Any) -> None:
     assert float(rows[4]["test wer"]) == 0.125
     drawn = sorted(path.stem for path in tmp_path.glob("*.png"))
     assert drawn == ["curves", "learning-forgetting", "orthogonality", "wer-parameters"]
-    json.dumps(rows)
+
+
+# -- whole runs, of a tiny random model on tones ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    texts = [f"text number {i}" for i in range(16)]
+    for i in range(len(texts)):
+        write_wav(tmp_path / f"{i}.wav", tone(150 + 20 * i, 0.8))
+    lines = manifest(tmp_path, *({"audio": f"{i}.wav", "text": text} for i, text in enumerate(texts)))
+    folder = write_ct2_folder(tmp_path)
+    chosen = ["--methods", "full", "ssvd", "lora", "--budgets", "0.15", "--steps", "2", "--seeds", "2"]
+    places = {name: str(tmp_path / name) for name in ("data", "runs", "out", "tuned.csv")}
+    own = ["--manifest", str(lines), "--no-source", "--model", str(folder.path), "--longest", "2", "--device", "cpu"]
+    keeping = ["--data", places["data"], "--runs", places["runs"], "--out", places["out"]]
+    return [*own, *chosen, *keeping, "--tuned", places["tuned.csv"], "--workers", "1"]
+
+
+def test_an_own_manifest_is_tuned_and_compared_and_nothing_is_done_twice(
+    command, tmp_path, monkeypatch, capsys
+) -> None:
+    assert experiment.main(command) == 2
+    assert "has no learning rate of full on" in capsys.readouterr().err
+    assert experiment.main([*command, "--tune"]) == 0
+    with (tmp_path / "tuned.csv").open(newline="") as stream:
+        assert {row["method"] for row in csv.DictReader(stream) if row["chosen"]} == {"full", "ssvd", "lora"}
+    assert experiment.main(command) == 0
+    with (tmp_path / "out" / "cells.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("zero-shot", "0"), ("full", "0"), ("full", "1"), ("lora", "0"), ("lora", "1"), ("ssvd", "0"), ("ssvd", "1"),
+    ]  # fmt: skip
+    assert all(
+        0 < int(row["trainable"]) <= 0.15 * int(row["total"]) for row in rows if row["method"] in ("lora", "ssvd")
+    )
+    monkeypatch.setattr(experiment, "ProcessPoolExecutor", None)  # nothing is left to compute
+    assert experiment.main(command) == 0
+
+
+def test_a_run_out_of_time_says_so_and_the_next_one_goes_on(command, tmp_path, capsys) -> None:
+    assert experiment.main([*command, "--tune"]) == 0
+    before = set((tmp_path / "runs").glob("*/result.json"))
+    assert experiment.main([*command, "--minutes", "0.0001"]) == experiment.UNFINISHED
+    assert "7 cells are missing: the same command goes on" in capsys.readouterr().err
+    assert set((tmp_path / "runs").glob("*/result.json")) == before
+
+
+def test_a_cell_goes_on_from_where_its_time_was_up(command, tmp_path, monkeypatch) -> None:
+    args = experiment.parse(command)
+    shift = Cell(str(args.manifest), "ssvd", 0.15, 0, 1e-3, 4, 2, 2.0, model=args.model, source=False)
+    whole = run_cell(shift, args.data, tmp_path / "whole")
+    with pytest.raises(train.Interrupted, match="time is up: stopped after step 1 of 4"):
+        run_cell(shift, args.data, tmp_path / "cut", until=0.0)
+    cut = run_cell(shift, args.data, tmp_path / "cut")
+    assert cut["losses"] == whole["losses"] and cut["scores"] == whole["scores"] and len(cut["seconds"]) == 4
+    assert cut["watched"][0].keys() == {"step", "validation loss", "orthogonality error"}
+    assert 0 <= cut["watched"][-1]["orthogonality error"] < 1e-6
+    assert not (tmp_path / "cut" / shift.key / "checkpoint.pt").exists()
