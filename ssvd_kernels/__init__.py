@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "config": ["SSVDConfig"],
+    "config": ["SSVDConfig", "SpectralFTConfig"],
     "functional": ["cayley", "cayley_delta", "ssvd_linear"],
     "layers": ["SSVDLinear"],
+    "spectralft": ["SpectralFTLinear"],
     "quantized": ["SSVDQuantizedLinear"],
-    "model": ["InjectReport", "inject", "merge", "remove", "ssvd_layers", "unmerge"],
+    "model": ["InjectReport", "adapted_layers", "inject", "merge", "remove", "ssvd_layers", "unmerge"],
     "adapter_file": ["AdapterError"],
     "checkpoint": ["load_adapter", "save_adapter"],
     "adapters": [
@@ -45,7 +46,10 @@ __all__ = [
     "SSVDConfig",
     "SSVDLinear",
     "SSVDQuantizedLinear",
+    "SpectralFTConfig",
+    "SpectralFTLinear",
     "TrainingReport",
+    "adapted_layers",
     "adapter_names",
     "add_adapter",
     "average_adapters",
@@ -81,15 +85,16 @@ if TYPE_CHECKING:
         set_adapter,
     )
     from .checkpoint import load_adapter, save_adapter
-    from .config import SSVDConfig
+    from .config import SpectralFTConfig, SSVDConfig
     from .convert import ConversionError, from_espnet, to_espnet
     from .dispatch import use_backend
     from .export import LoraReport, export_merged, to_lora
     from .functional import cayley, cayley_delta, ssvd_linear
     from .layers import SSVDLinear
-    from .model import InjectReport, inject, merge, remove, ssvd_layers, unmerge
+    from .model import InjectReport, adapted_layers, inject, merge, remove, ssvd_layers, unmerge
     from .probe import TrainingReport, check_training
     from .quantized import SSVDQuantizedLinear
+    from .spectralft import SpectralFTLinear
 
 
 def __getattr__(name: str) -> Any:

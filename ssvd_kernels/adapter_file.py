@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import ROTATIONS, SIDES
+from .config import ROTATIONS, SIDES, Config, SpectralFTConfig, SSVDConfig
 from .factorize import BASIS, SKETCH_ROWS
 from .files import digest
 from .functional import theta_length
@@ -67,16 +67,25 @@ def read_adapter(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tenso
 
 
 def _check_description(path: Path, name: str, layer: dict[str, Any]) -> None:
+    if not isinstance(layer, dict):
+        raise AdapterError(f"{path}: its description of {name} is no table: {layer!r}")
     allowed: dict[str, Callable[[Any], bool]] = {
         "k": _is_rank,
-        "k_out": lambda value: value is None or _is_rank(value),
-        "side": lambda value: value in SIDES,
-        "rotation": lambda value: value in ROTATIONS,
         "shape": lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_rank, value)),
         "fingerprint": lambda value: isinstance(value, str),
     }
+    if "method" in layer:  # SSVD's, the first, has none
+        allowed |= {"method": lambda value: value == SpectralFTConfig.method, "rank": _is_rank}
+    else:
+        allowed |= {
+            "k_out": lambda value: value is None or _is_rank(value),
+            "side": lambda value: value in SIDES,
+            "rotation": lambda value: value in ROTATIONS,
+        }
+    if layer.get("rotation") == "banded":
+        allowed["band"] = lambda value: type(value) is int and value >= 0
     for key, check in allowed.items():
-        if not isinstance(layer, dict) or key not in layer:
+        if key not in layer:
             raise AdapterError(f"{path}: its description of {name} has no {key!r}: {layer!r}")
         if not check(layer[key]):
             raise AdapterError(f"{path}: its description of {name} makes no sense: {key}={layer[key]!r}")
@@ -86,11 +95,29 @@ def _is_rank(value: Any) -> bool:
     return type(value) is int and value >= 1
 
 
+def config_of(layer: dict[str, Any]) -> Config:
+    """The configuration, but for its targets, of a layer described in a file. Raises as the configurations do."""
+    if "method" in layer:
+        return SpectralFTConfig(top=layer["k"], rank=layer["rank"])
+    side, rotation, band = layer["side"], layer["rotation"], layer.get("band")
+    return SSVDConfig(rank=layer["k"], rank_out=layer["k_out"], side=side, rotation=rotation, band=band)
+
+
+def trained_shapes(layer: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what was trained of a layer described in a file."""
+    k = layer["k"]
+    if "method" in layer:
+        (d_out, d_in), r = layer["shape"], layer["rank"]
+        return {"A_out": (d_out, r), "B_out": (r, k), "A_in": (d_in, r), "B_in": (r, k)}
+    k_out, rotation = layer["k_out"], layer["rotation"]
+    theta = theta_length(k, rotation, layer.get("band"))
+    outer = {} if k_out is None else {"theta_out": (theta_length(k_out, rotation),)}
+    return {"theta": (theta,), **outer, "delta_sigma": (max(k, k_out or 0),)}
+
+
 def _expected_shapes(name: str, layer: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    (d_out, d_in), k_in, k_out, rotation = layer["shape"], layer["k"], layer["k_out"], layer["rotation"]
-    k = max(k_in, k_out or 0)
-    shapes: dict[str, tuple[int, ...]] = {"theta": (theta_length(k_in, rotation),), "delta_sigma": (k,)}
-    if k_out is not None:
-        shapes["theta_out"] = (theta_length(k_out, rotation),)
+    d_out, d_in = layer["shape"]
+    k = max(layer["k"], layer.get("k_out") or 0)
+    shapes = trained_shapes(layer)
     shapes |= {"sketch": (2 * SKETCH_ROWS, k), "U": (d_out, k), "sigma": (k,), "V": (d_in, k)}
     return {f"{name}.{key}": shape for key, shape in shapes.items()}

@@ -1,8 +1,8 @@
 """Several named adapters on one injected model: add, set, delete, disable, average.
 
 The one that `inject` makes is called "default". All adapters of a model have its layers, ranks, side and rotation: the
-bases U, sigma and V belong to the base model, and an adapter is theta and delta_sigma alone. One is in use, as
-`layer.theta` and `layer.delta_sigma`; the others are parked, frozen, under "parked.NAME." in the state dict.
+bases U, sigma and V belong to the base model, and an adapter is theta and delta_sigma alone (of SpectralFT, A and B).
+One is in use, as `layer.theta` and so on; the others are parked, frozen, under "parked.NAME." in the state dict.
 
     sk.add_adapter(model, "child", "child.safetensors")
     sk.set_adapter(model, "child")
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .adapted import AdaptedLinear
 from .checkpoint import adapter_values
 from .layers import SSVDLinear
 from .model import check_not_ddp, require_layers
@@ -40,7 +41,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def add_adapter(model: nn.Module, name: str, path: str | os.PathLike[str] | None = None) -> None:
-    """Adds an adapter, zero (the base model) or from a file of `save_adapter`; `set_adapter` then puts it to use.
+    """Adds an adapter, new (the base model) or from a file of `save_adapter`; `set_adapter` then puts it to use.
 
     Raises ValueError for a name that is taken or no name (letters, digits, "_" and "-"), or for a merged model, and as
     `load_adapter` does for a file, AdapterError if it was trained with other layers, ranks, side or rotation. Where
@@ -57,7 +58,8 @@ def add_adapter(model: nn.Module, name: str, path: str | os.PathLike[str] | None
         raise ValueError(f"name={name!r} is taken: the model has the adapters {', '.join(map(repr, taken))}")
     values = {} if path is None else adapter_values(layers, path)
     for layer_name, layer in layers.items():
-        new = {key: nn.Parameter(torch.zeros_like(present)) for key, present in layer.adapter().items()}
+        present = layer.adapter()
+        new = {key: nn.Parameter(made.detach().to(present[key])) for key, made in layer.new_adapter().items()}
         for key, value in values.get(layer_name, {}).items():
             new[key].data.copy_(value)
         _park(layer, {**layer.inactive, name: ParkedAdapter(new)})
@@ -112,11 +114,18 @@ def average_adapters(model: nn.Module, weights: Mapping[str, float], into: str) 
 
     theta = sum_a w_a theta_a / sum_a w_a, and so for delta_sigma. With rotation="cayley" this averages K in the Lie
     algebra, so that G = cayley(K) stays orthogonal, which a mean of the G would not be.
-    weights: name -> number >= 0, not all zero. Raises ValueError for others, unknown names and merged models.
+    weights: name -> number >= 0, not all zero. Raises ValueError for others, unknown names and merged models, and for
+    SpectralFT: its update is a product of what trains, and the mean of factors is not the factor of a mean.
     """
     if not weights or not all(math.isfinite(w) and w >= 0 for w in weights.values()) or not sum(weights.values()) > 0:
         raise ValueError(f"weights={dict(weights)!r}: allowed are names with numbers >= 0, not all of them zero")
     layers, total = _ready(model, *weights), sum(weights.values())
+    for name, layer in layers.items():
+        if not isinstance(layer, SSVDLinear):
+            raise ValueError(
+                f"{name} is adapted by {layer.config_type.method}, whose update is a product of what trains: allowed "
+                "are adapters of SSVD, which average to one of the same rank"
+            )
     means = {
         name: {key: _mean([(w / total, layer.adapter(a)[key]) for a, w in weights.items()]) for key in layer.adapter()}
         for name, layer in layers.items()
@@ -136,22 +145,21 @@ def _mean(terms: list[tuple[float, Tensor]]) -> Tensor:
     return first
 
 
-def _ready(model: nn.Module, *names: str) -> dict[str, SSVDLinear]:
-    """The SSVD layers, if each has the named adapters and can change what it uses."""
+def _ready(model: nn.Module, *names: str) -> dict[str, AdaptedLinear]:
+    """The adapted layers, if each has the named adapters and can change what it uses."""
     layers = require_layers(model)
     for layer_name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{layer_name} is merged: unmerge before changing or disabling its adapters")
-        if type(layer.theta) is not nn.Parameter:
-            raise ValueError(
-                f"{layer_name}.theta is a {type(layer.theta).__name__}: allowed is a Parameter, not sharded"
-            )
+        if type(layer.first_trained) is not nn.Parameter:
+            kind = type(layer.first_trained).__name__
+            raise ValueError(f"{layer_name}.{layer.trained_names[0]} is a {kind}: allowed is a Parameter, not sharded")
         for name in names:
             layer.adapter(name)
     return layers
 
 
-def _park(layer: SSVDLinear, adapters: Mapping[str, ParkedAdapter]) -> None:
+def _park(layer: AdaptedLinear, adapters: Mapping[str, ParkedAdapter]) -> None:
     layer._modules.pop("parked", None)
     if adapters:
         layer.add_module("parked", ParkedAdapters(layer.active_adapter, adapters).train(layer.training))

@@ -1,9 +1,10 @@
 """Adapters on disk: what was trained, and what identifies the basis that it refers to.
 
-One safetensors file. Per layer: theta, delta_sigma (theta_out), and a sketch (6, k) of U and V; U, sigma and V
-themselves only where they cannot be recomputed safely, or on request. Metadata: format version, each layer's rank,
-side, rotation, shape and base-weight fingerprint, and a digest over everything. Loading factorises the base weight
-again, compares with the sketch, repairs signs, and refuses anything that does not match, before it changes anything.
+One safetensors file. Per layer: theta, delta_sigma (theta_out; of SpectralFT, A and B), and a sketch (6, k) of U and V;
+U, sigma and V themselves only where they cannot be recomputed safely, or on request. Metadata: format version, each
+layer's ranks, choices, shape and base-weight fingerprint, and a digest over everything. Loading factorises the base
+weight again, compares with the sketch, repairs signs, and refuses anything that does not match, before it changes
+anything.
 """
 
 from __future__ import annotations
@@ -18,15 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .adapter_file import FORMAT_VERSION, AdapterError, read_adapter
+from .adapted import AdaptedLinear
+from .adapter_file import FORMAT_VERSION, AdapterError, config_of, read_adapter, trained_shapes
 from .base_layers import base_weight, check_adaptable
-from .config import SSVDConfig
 from .factorize import BASIS, SAFE_GAP, Factorization, basis_error, fingerprint, match_signs
 from .files import digest, write_atomically
-from .functional import flip_theta
-from .layers import SSVDLinear
-from .model import Plan, check_not_ddp, check_own, factorize_all, install, require_layers, ssvd_layers, unwrapped
-from .parked import TRAINED
+from .model import Plan, adapted_layers, check_not_ddp, check_own, factorize_all, install, require_layers, unwrapped
+from .quantized import check_method
 from .sharded import assign, gathered, is_sharded
 
 logger = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ def save_adapter(
                 raise ValueError(f"{name}.{key} holds NaN or infinity: nothing was saved")
             tensors[f"{name}.{key}"] = value
         tensors[f"{name}.sketch"] = layer.basis.sketch
-        layers[name] = {**_describe(layer), "fingerprint": layer.basis.fingerprint}
+        layers[name] = {**layer.description(), "fingerprint": layer.basis.fingerprint}
     if unsafe:
         logger.warning(
             "%d of %d layers have singular values too close to recompute their bases; stored U and V of %s",
@@ -104,10 +103,10 @@ def load_adapter(
     """
     path = Path(path)
     described, tensors = read_adapter(path)
-    if not ssvd_layers(model):
+    if not adapted_layers(model):
         check_not_ddp(model)
     model = unwrapped(model)
-    present = ssvd_layers(model)
+    present = adapted_layers(model)
     check_own(present)
     found: dict[str, Factorization] = {}
     if any(layer.inactive for layer in present.values()):  # whose bases belong to other adapters, too
@@ -125,8 +124,12 @@ def load_adapter(
         found = {**factorize_all(missing, progress, cache_dir, share), **_stored_bases(path, plan, described, tensors)}
     signs = {}
     for name in described:
-        dtype = present[name].theta.dtype if present else torch.promote_types(plan[name][0].weight.dtype, torch.float32)
-        _check_precision(path, name, tensors, dtype)
+        dtype = (
+            present[name].first_trained.dtype
+            if present
+            else torch.promote_types(plan[name][0].weight.dtype, torch.float32)
+        )
+        _check_precision(path, name, described[name], tensors, dtype)
         identity = present[name].basis if present else found[name]
         if f"{name}.U" in tensors:
             if present:
@@ -137,13 +140,13 @@ def load_adapter(
         signs[name] = _matched_signs(path, name, tensors, identity.sketch, remedy)
     if not present:
         install(model, plan, found)
-        present = ssvd_layers(model)
+        present = adapted_layers(model)
     for name in described:
         _fill(present[name], name, tensors, signs.get(name))
     return list(described)
 
 
-def _fill(layer: SSVDLinear, name: str, tensors: dict[str, Tensor], signs: Tensor | None) -> None:
+def _fill(layer: AdaptedLinear, name: str, tensors: dict[str, Tensor], signs: Tensor | None) -> None:
     if signs is None:
         layer.set_basis(*(tensors[f"{name}.{key}"] for key in BASIS))
     elif bool((signs < 0).any()):
@@ -151,17 +154,17 @@ def _fill(layer: SSVDLinear, name: str, tensors: dict[str, Tensor], signs: Tenso
     _copy({key: tensors[f"{name}.{key}"] for key in layer.adapter()}, layer)
 
 
-def _copy(values: dict[str, Tensor], layer: SSVDLinear) -> None:
+def _copy(values: dict[str, Tensor], layer: AdaptedLinear) -> None:
     with torch.no_grad():
         for key, parameter in layer.adapter().items():
             assign(parameter, values[key])
     layer._forget()
 
 
-def adapter_values(layers: dict[str, SSVDLinear], path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
-    """Layer name -> theta, delta_sigma (and theta_out) of an adapter file, in terms of the bases that `layers` hold.
+def adapter_values(layers: dict[str, AdaptedLinear], path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
+    """Layer name -> what was trained, from an adapter file, in terms of the bases that `layers` hold.
 
-    Where the file means another sign of a singular pair, its theta changes instead of the basis: K' = S K S.
+    Where the file means another sign of a singular pair, these values change instead of the basis.
     Raises as `load_adapter` does, and AdapterError where the file's basis is another one altogether.
     """
     path = Path(path)
@@ -169,17 +172,14 @@ def adapter_values(layers: dict[str, SSVDLinear], path: str | os.PathLike[str]) 
     _check_present(path, layers, described)
     values = {}
     for name, layer in layers.items():
-        _check_precision(path, name, tensors, layer.theta.dtype)
+        _check_precision(path, name, described[name], tensors, layer.first_trained.dtype)
         if f"{name}.U" in tensors:
             _check_base(path, name, described[name], gathered(layer.base_weight), tensors)
         else:
             _check_fingerprint(path, name, described[name], layer.basis.fingerprint)
         remedy = "the adapters of one model share its bases, so load this one into a model of its own"
         signs = _matched_signs(path, name, tensors, layer.basis.sketch, remedy)
-        values[name] = {key: tensors[f"{name}.{key}"] for key in layer.adapter()}
-        for key, k in (("theta", layer.k_in), ("theta_out", layer.k_out)):
-            if key in values[name]:
-                values[name][key] = flip_theta(values[name][key], signs[:k], layer.rotation)
+        values[name] = layer.flipped({key: tensors[f"{name}.{key}"] for key in layer.adapter()}, signs)
     return values
 
 
@@ -193,17 +193,7 @@ def _matched_signs(path: Path, name: str, tensors: dict[str, Tensor], sketch: Te
     return signs
 
 
-def _describe(layer: SSVDLinear) -> dict[str, Any]:
-    return {
-        "k": layer.k_in,
-        "k_out": layer.k_out,
-        "side": layer.side,
-        "rotation": layer.rotation,
-        "shape": [layer.out_features, layer.in_features],
-    }
-
-
-def _check_present(path: Path, present: dict[str, SSVDLinear], described: dict[str, dict[str, Any]]) -> None:
+def _check_present(path: Path, present: dict[str, AdaptedLinear], described: dict[str, dict[str, Any]]) -> None:
     if set(present) != set(described):
         differing = sorted(set(present) ^ set(described))
         raise AdapterError(
@@ -215,9 +205,10 @@ def _check_present(path: Path, present: dict[str, SSVDLinear], described: dict[s
             raise AdapterError(f"{name} has no singular vectors yet: load the pretrained weights before {path}")
         if layer.merged:
             raise AdapterError(f"{name} is merged: unmerge before loading {path}")
-        if layer.sharded and not is_sharded(layer.theta):  # what is written now would not reach the shards
+        if layer.sharded and not is_sharded(layer.first_trained):  # what is written now would not reach the shards
             raise AdapterError(f"FSDP2 left {name} whole after a forward: reshard() the model before loading {path}")
-        mine, theirs = _describe(layer), {key: described[name].get(key) for key in _describe(layer)}
+        mine = layer.description()
+        theirs = {key: described[name].get(key) for key in mine}
         if mine != theirs:
             raise AdapterError(f"{path} was saved for {name} as {theirs}, but the model has {mine}")
 
@@ -237,21 +228,22 @@ def _plan(path: Path, model: nn.Module, described: dict[str, dict[str, Any]]) ->
             shape = [linear.out_features, linear.in_features]
             if shape != layer["shape"]:
                 raise AdapterError(f"{path} was saved for {name} of shape {layer['shape']}, but the model has {shape}")
-            config = SSVDConfig(
-                rank=layer["k"], rank_out=layer["k_out"], side=layer["side"], rotation=layer["rotation"]
-            )
-            config.resolve_ranks(linear.in_features, linear.out_features)
+            config = config_of(layer)
+            check_method(linear, config, name)
+            config.triplets(linear.in_features, linear.out_features)
         except (TypeError, ValueError) as error:
             raise error if isinstance(error, AdapterError) else AdapterError(f"{path}: {name}: {error}") from None
         plan[name] = (linear, config)
     return plan
 
 
-def _check_precision(path: Path, name: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+def _check_precision(
+    path: Path, name: str, layer: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype
+) -> None:
     """Refuses to round what was trained: theta in the file may not be wider than the layer's."""
-    for key in TRAINED:
-        value = tensors.get(f"{name}.{key}")
-        if value is not None and torch.promote_types(value.dtype, dtype) != dtype:
+    for key in trained_shapes(layer):
+        value = tensors[f"{name}.{key}"]
+        if torch.promote_types(value.dtype, dtype) != dtype:
             raise AdapterError(
                 f"{path}: {name}.{key} is {value.dtype} and the model's is {dtype}, which would lose precision: "
                 f"load the adapter before casting the model, or cast the model to {value.dtype}"

@@ -6,10 +6,10 @@ import dataclasses
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 Side = Literal["input", "output", "smaller", "both"]
-Rotation = Literal["cayley", "linear", "free"]
+Rotation = Literal["cayley", "linear", "free", "banded"]
 SIDES, ROTATIONS = get_args(Side), get_args(Rotation)
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -39,8 +39,28 @@ def check_rank(argument: str, rank: int, d_in: int, d_out: int) -> int:
     return rank
 
 
+class _Configuration:
+    """What the configurations of all methods share: `targets` and `exclude`, and plain values of all fields."""
+
+    targets: str | Sequence[str]
+    exclude: str | Sequence[str]
+
+    def _check_targets(self) -> None:
+        for argument in ("targets", "exclude"):
+            object.__setattr__(self, argument, check_names(argument, getattr(self, argument)))
+        if not self.targets:
+            raise ValueError(
+                f"targets={self.targets!r} is empty: give 'all-linear', a preset, suffixes or a regular expression"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values; the class called with `**d` restores it."""
+        fields = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
 @dataclass(frozen=True)
-class SSVDConfig:
+class SSVDConfig(_Configuration):
     """Configuration of SSVD (arXiv 2509.02830) for `inject` and `SSVDLinear.from_linear`.
 
     rank, ratio      adapted rank k, or k = int(min(d_in, d_out) * ratio); exactly one of them.
@@ -48,14 +68,18 @@ class SSVDConfig:
                      input side where d_out >= d_in and else the output side (ESPnet's rule), "both" each with its own
                      rotation (our reading of the abstract of SSVD-O, arXiv 2601.12600).
     rotation         "cayley" G = (I-K)(I+K)^-1, orthogonal; "linear" I - 2K, its first-order map (not orthogonal);
-                     "free" any k x k matrix (k^2 parameters).
+                     "free" any k x k matrix (k^2 parameters); "banded" no rotation but SVFT (arXiv 2405.19597),
+                     W' = U (Sigma + M) V^T with M zero beyond `band` off-diagonals on each side.
     rank_out, ratio_out   rank of the output rotation, only for side="both" (default: as rank or ratio).
     targets          "all-linear" | a preset ("whisper", "wav2vec2", "hubert", "wavlm", "espnet")
                      | list of module-name suffixes | regular expression matched against the whole module name.
     exclude          list of suffixes or a regular expression of modules to leave alone.
+    band             0 <= band < k, needed by rotation="banded" and by no other; with ratio=1.0 it is the paper's SVFT.
 
     Raises ValueError or TypeError naming the argument, its value and what is allowed.
     """
+
+    method: ClassVar[str] = "SSVD"
 
     rank: int | None = None
     ratio: float | None = None
@@ -65,6 +89,7 @@ class SSVDConfig:
     exclude: str | Sequence[str] = ()
     rank_out: int | None = None
     ratio_out: float | None = None
+    band: int | None = None
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.ratio is None):
@@ -72,6 +97,7 @@ class SSVDConfig:
         _check_amount("rank", self.rank, "ratio", self.ratio)
         check_choice("side", self.side, SIDES)
         check_choice("rotation", self.rotation, ROTATIONS)
+        self._check_band()
         if self.rank_out is not None or self.ratio_out is not None:
             if self.side != "both":
                 raise ValueError(f"rank_out and ratio_out need side='both' (got side={self.side!r})")
@@ -80,11 +106,21 @@ class SSVDConfig:
                     f"give one of rank_out and ratio_out (got rank_out={self.rank_out}, ratio_out={self.ratio_out})"
                 )
             _check_amount("rank_out", self.rank_out, "ratio_out", self.ratio_out)
-        for argument in ("targets", "exclude"):
-            object.__setattr__(self, argument, check_names(argument, getattr(self, argument)))
-        if not self.targets:
+        self._check_targets()
+
+    def _check_band(self) -> None:
+        if self.rotation != "banded":
+            if self.band is not None:
+                raise ValueError(f"band={self.band!r} needs rotation='banded' (got rotation={self.rotation!r})")
+            return
+        if isinstance(self.band, bool) or not isinstance(self.band, int):
+            raise TypeError(f"band={self.band!r}: rotation='banded' needs a whole number >= 0")
+        if self.band < 0:
+            raise ValueError(f"band={self.band}: allowed is a whole number >= 0")
+        if self.side != "input":
             raise ValueError(
-                f"targets={self.targets!r} is empty: give 'all-linear', a preset, suffixes or a regular expression"
+                f"side={self.side!r} with rotation='banded': M stands between the singular vectors and belongs to "
+                "neither side, allowed is the default 'input'"
             )
 
     def resolve_side(self, d_in: int, d_out: int) -> Side:
@@ -96,16 +132,53 @@ class SSVDConfig:
     def resolve_ranks(self, d_in: int, d_out: int) -> tuple[int, int | None]:
         """(k of the input rotation, k of the output rotation or None) for a weight of shape (d_out, d_in)."""
         k = _resolve("rank", self.rank, "ratio", self.ratio, d_in, d_out)
+        if self.band is not None and self.band >= k:
+            raise ValueError(
+                f"band={self.band} does not fit k={k} of a weight of shape ({d_out}, {d_in}): allowed is 0 to {k - 1}"
+            )
         if self.side != "both":
             return k, None
         if self.rank_out is None and self.ratio_out is None:
             return k, k
         return k, _resolve("rank_out", self.rank_out, "ratio_out", self.ratio_out, d_in, d_out)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain JSON values; `SSVDConfig(**d)` restores it."""
-        fields = dataclasses.asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    def triplets(self, d_in: int, d_out: int) -> int:
+        """How many singular triplets of a weight of shape (d_out, d_in) are adapted. Raises as `resolve_ranks`."""
+        k_in, k_out = self.resolve_ranks(d_in, d_out)
+        return max(k_in, k_out or 0)
+
+
+@dataclass(frozen=True)
+class SpectralFTConfig(_Configuration):
+    """Configuration of SpectralFT (arXiv 2501.03829) for `inject` and `SpectralFTLinear.from_linear`.
+
+    top                how many of the largest singular triplets change, p <= min(d_in, d_out).
+    rank               rank r <= p of the change of their left and of their right vectors.
+    targets, exclude   as in `SSVDConfig`.
+
+    Raises ValueError or TypeError naming the argument, its value and what is allowed.
+    """
+
+    method: ClassVar[str] = "SpectralFT"
+
+    top: int = 256
+    rank: int = 16
+    targets: str | Sequence[str] = "all-linear"
+    exclude: str | Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for argument in ("top", "rank"):
+            _check_whole(argument, getattr(self, argument))
+        if self.rank > self.top:
+            raise ValueError(f"rank={self.rank} exceeds top={self.top}: allowed is a whole number from 1 to top")
+        self._check_targets()
+
+    def triplets(self, d_in: int, d_out: int) -> int:
+        """How many singular triplets of a weight of shape (d_out, d_in) change. Raises ValueError if it has fewer."""
+        return check_rank("top", self.top, d_in, d_out)
+
+
+Config = SSVDConfig | SpectralFTConfig
 
 
 def check_names(argument: str, value: str | Sequence[str]) -> str | tuple[str, ...]:
@@ -117,12 +190,16 @@ def check_names(argument: str, value: str | Sequence[str]) -> str | tuple[str, .
     return tuple(value)
 
 
+def _check_whole(argument: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument}={value!r}: allowed is a whole number >= 1")
+    if value < 1:
+        raise ValueError(f"{argument}={value}: allowed is a whole number >= 1")
+
+
 def _check_amount(rank_name: str, rank: int | None, ratio_name: str, ratio: float | None) -> None:
     if rank is not None:
-        if isinstance(rank, bool) or not isinstance(rank, int):
-            raise TypeError(f"{rank_name}={rank!r}: allowed is a whole number >= 1")
-        if rank < 1:
-            raise ValueError(f"{rank_name}={rank}: allowed is a whole number >= 1")
+        _check_whole(rank_name, rank)
     if ratio is not None:
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
             raise TypeError(f"{ratio_name}={ratio!r}: allowed is a number in (0, 1]")

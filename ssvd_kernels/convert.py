@@ -25,11 +25,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .adapted import AdaptedLinear
 from .checkpoint import load_adapter, save_adapter
 from .config import SSVDConfig
 from .factorize import MATCH_TOLERANCE, Factorization, fingerprint, sketch
 from .layers import SSVDLinear
-from .model import ssvd_layers
+from .model import adapted_layers, ssvd_layers
 
 logger = logging.getLogger(__name__)
 
@@ -132,8 +133,8 @@ def to_espnet(
     merged    whether `weight` holds W', as in the files that ESPnet writes, or W
 
     gate is 0 and s twice delta_sigma. ESPnet's configuration needs the adapter's rotation_map and rank, which are
-    logged. Raises what `load_adapter` raises if the adapter does not fit the base, and ConversionError for what
-    ESPnet's SSVD has not: rotation="free", side="both", a rotation of the larger side, or several rotations.
+    logged. Raises what `load_adapter` raises if the adapter does not fit the base, and ConversionError for what ESPnet
+    has not: SVFT, SpectralFT, rotation="free", side="both", a rotation of the larger side, or several rotations.
     """
     _check_folder("path", path)
     state = _read(base, "base")
@@ -143,9 +144,7 @@ def to_espnet(
             name = key.removesuffix(".weight")
             _place(model, name, _linear(weight, state.get(f"{name}.bias")))
     load_adapter(model, adapter, progress=progress)
-    layers = ssvd_layers(model)
-    for name, layer in layers.items():
-        _check_exportable(name, layer)
+    layers = {name: _exportable(name, layer) for name, layer in adapted_layers(model).items()}
     rotations = sorted({layer.rotation for layer in layers.values()})
     if len(rotations) > 1:
         raise ConversionError(f"the adapter's layers have rotations {rotations}: ESPnet has one for all")
@@ -300,7 +299,9 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float64).tiny))
 
 
-def _check_exportable(name: str, layer: SSVDLinear) -> None:
+def _exportable(name: str, layer: AdaptedLinear) -> SSVDLinear:
+    if not isinstance(layer, SSVDLinear):
+        raise ConversionError(f"{name} is adapted by {layer.config_type.method}: ESPnet has SSVD")
     if layer.rotation not in MAPS:
         raise ConversionError(f"{name} has rotation={layer.rotation!r}: ESPnet has {' and '.join(map(repr, MAPS))}")
     side = "input" if layer.out_features >= layer.in_features else "output"
@@ -309,6 +310,7 @@ def _check_exportable(name: str, layer: SSVDLinear) -> None:
             f"{name} of shape ({layer.out_features}, {layer.in_features}) has side={layer.side!r}: ESPnet rotates the "
             f"smaller side, here {side!r}"
         )
+    return layer
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .layers import SSVDLinear
+from .adapted import AdaptedLinear
 from .model import unwrapped, whole_layers
 
 logger = logging.getLogger(__name__)
@@ -63,9 +63,10 @@ def to_lora(
 
         W' = W + B A,   B = U P sqrt(S) (d_out, r),   A = sqrt(S) Q^T V^T (r, d_in),   core = P S Q^T
 
-    rank=None writes the exact update (r = k in each layer, error about 1e-7: float32 rounding); rank=r its best
-    approximation of rank min(r, k), optimal because U and V are orthonormal. The scaling is 1; ranks that differ go
-    into rank_pattern and alpha_pattern. base_model_name_or_path defaults to the name that the model was loaded by.
+    rank=None writes the exact update (r = k in each layer, of SpectralFT twice its rank; error about 1e-7: float32
+    rounding); rank=r its best approximation of rank min(r, k), optimal because U and V are orthonormal. The scaling is
+    1; ranks that differ go into rank_pattern and alpha_pattern. base_model_name_or_path defaults to the name that the
+    model was loaded by.
     Of several adapters it is the one in use that is written, also where it is disabled at the moment. Merged and
     unmerged models give the same adapter, which belongs to the base model as it was before `inject`.
     WavLM's attention reads the weights past PEFT's layers: there merge_and_unload() the adapter, or it does nothing.
@@ -92,7 +93,7 @@ def to_lora(
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     attentions = [module for module in model.modules() if type(module).__name__ == "WavLMAttention"]
-    if any(isinstance(part, SSVDLinear) for attention in attentions for part in attention.modules()):
+    if any(isinstance(part, AdaptedLinear) for attention in attentions for part in attention.modules()):
         logger.warning("WavLM's attention passes over LoRA layers: call merge_and_unload() after loading the adapter")
     total = sum(pair.norm**2 for pair in pairs.values()) ** 0.5
     return LoraReport(
@@ -170,15 +171,15 @@ class _Pair(NamedTuple):
 
 
 @torch.no_grad()
-def _lora_pair(name: str, layer: SSVDLinear, rank: int | None) -> _Pair:
-    core = layer.core()
-    if not bool(torch.isfinite(core).all()):
+def _lora_pair(name: str, layer: AdaptedLinear, rank: int | None) -> _Pair:
+    U, V, M = (tensor.detach().to("cpu", torch.float64) for tensor in layer.orthonormal_factors())
+    if not bool(torch.isfinite(M).all()):
         raise ValueError(f"{name}: the update holds NaN or infinity: nothing was written")
-    U, V, M = (tensor.detach().to("cpu", torch.float64) for tensor in (layer.U, layer.V, core))
+    dtype = torch.promote_types(layer.first_trained.dtype, torch.float32)
     P, S, Qh = torch.linalg.svd(M)
     root = S[:rank].sqrt()
-    B = (U @ (P[:, :rank] * root)).to(core.dtype)
-    A = (root.unsqueeze(1) * (Qh[:rank] @ V.mT)).to(core.dtype)
+    B = (U @ (P[:, :rank] * root)).to(dtype)
+    A = (root.unsqueeze(1) * (Qh[:rank] @ V.mT)).to(dtype)
     error = norm = 0.0
     for left, b in zip((U @ M).split(ROWS), B.double().split(ROWS), strict=True):
         exact = left @ V.mT

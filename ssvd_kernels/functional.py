@@ -37,38 +37,48 @@ def cayley(theta: Tensor, k: int) -> Tensor:
     return E + torch.eye(k, dtype=E.dtype, device=E.device)
 
 
-def rotation_delta(theta: Tensor, k: int, rotation: str) -> Tensor:
-    """E = G - I (..., k, k) of a rotation "cayley", "linear" (E = -2 K) or "free" (E = theta reshaped)."""
+def rotation_delta(theta: Tensor, k: int, rotation: str, band: int | None = None) -> Tensor:
+    """E = G - I (..., k, k) of a rotation "cayley", "linear" (E = -2 K) or "free" (E = theta reshaped); of "banded" the
+    off-diagonals of M (see `reference.banded`)."""
     if rotation == "cayley":
         return cayley_delta(theta, k)
-    check_theta("theta", theta, k, rotation)
+    check_theta("theta", theta, k, rotation, band)
     theta = theta.to(torch.promote_types(theta.dtype, torch.float32))
     if rotation == "free":
         return theta.view(*theta.shape[:-1], k, k)
+    if band is not None:
+        return reference.banded(theta, k, band)
     return -2 * reference.skew(theta, k)
 
 
-def rotation_deltas(thetas: Sequence[Tensor], ks: Sequence[int], rotations: Sequence[str]) -> list[Tensor]:
-    """`rotation_delta` of many thetas: those of one rank, rotation, dtype and device go through one batched call."""
+def rotation_deltas(
+    thetas: Sequence[Tensor], ks: Sequence[int], rotations: Sequence[str], bands: Sequence[int | None]
+) -> list[Tensor]:
+    """`rotation_delta` of many thetas: those of one rank, rotation, band, dtype and device go through one batched
+    call."""
     buckets: dict[tuple, list[int]] = defaultdict(list)
-    for index, (theta, k, rotation) in enumerate(zip(thetas, ks, rotations, strict=True)):
-        buckets[k, rotation, theta.dtype, theta.device].append(index)
+    for index, (theta, *kind) in enumerate(zip(thetas, ks, rotations, bands, strict=True)):
+        buckets[(*kind, theta.dtype, theta.device)].append(index)
     result: list[Tensor] = list(thetas)
-    for (k, rotation, _, _), members in buckets.items():
+    for (k, rotation, band, _, _), members in buckets.items():
         stacked = torch.stack([thetas[index] for index in members])
-        for index, E in zip(members, rotation_delta(stacked, k, rotation).unbind(), strict=True):
+        for index, E in zip(members, rotation_delta(stacked, k, rotation, band).unbind(), strict=True):
             result[index] = E
     return result
 
 
-def flip_theta(theta: Tensor, signs: Tensor, rotation: str) -> Tensor:
-    """theta (m,) that means in the basis (s_i u_i, s_i v_i) what the given one means in (u_i, v_i): K' = S K S.
+def flip_theta(theta: Tensor, signs: Tensor, rotation: str, band: int | None = None) -> Tensor:
+    """theta (m,) that means in the basis (s_i u_i, s_i v_i) what the given one means in (u_i, v_i): K' = S K S, and
+    M' = S M S for rotation="banded".
 
     signs (k,) of +-1, of the pairs that theta rotates; exact, as only signs change.
     """
     products = torch.outer(signs, signs).to(theta.device, theta.dtype)
     if rotation == "free":
         return theta * products.flatten()
+    if band is not None:
+        i, j = reference.band_indices(len(signs), band, theta.device)
+        return theta * products[i, j].repeat(2)
     rows, columns = torch.triu_indices(len(signs), len(signs), 1, device=theta.device)
     return theta * products[rows, columns]
 
@@ -143,22 +153,25 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def check_theta(argument: str, theta: Tensor, k: int, rotation: str) -> None:
+def check_theta(argument: str, theta: Tensor, k: int, rotation: str, band: int | None = None) -> None:
     """Raises unless theta is a floating tensor (..., m) of the length that `rotation` needs at rank k."""
     if not theta.is_floating_point():
         raise TypeError(f"{argument} has dtype {theta.dtype}: allowed are floating-point dtypes")
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k={k!r}: allowed is a whole number >= 1")
-    if theta.ndim == 0 or theta.shape[-1] != theta_length(k, rotation):
-        formula = "k^2" if rotation == "free" else "k(k-1)/2"
+    if theta.ndim == 0 or theta.shape[-1] != theta_length(k, rotation, band):
+        formula = {"free": "k^2", "banded": f"2 k band - band (band+1), band={band},"}.get(rotation, "k(k-1)/2")
         raise ValueError(
-            f"{argument} has shape {tuple(theta.shape)}: allowed is (..., {theta_length(k, rotation)}), "
+            f"{argument} has shape {tuple(theta.shape)}: allowed is (..., {theta_length(k, rotation, band)}), "
             f"{formula} numbers for k={k} and rotation={rotation!r}"
         )
 
 
-def theta_length(k: int, rotation: str) -> int:
-    """Numbers in theta: k^2 for "free", else k(k-1)/2."""
+def theta_length(k: int, rotation: str, band: int | None = None) -> int:
+    """Numbers in theta: k^2 for "free", 2 k band - band (band+1) for "banded", else k(k-1)/2."""
+    if rotation == "banded":
+        assert band is not None
+        return 2 * k * band - band * (band + 1)
     return k * k if rotation == "free" else k * (k - 1) // 2
 
 

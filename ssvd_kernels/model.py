@@ -1,8 +1,9 @@
-"""SSVD on a whole model: inject, merge, unmerge, remove; one batched rotation per forward."""
+"""Adapting a whole model: inject, merge, unmerge, remove; one batched rotation per forward."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,15 +16,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
+from .adapted import AdaptedLinear
 from .base_layers import base_weight, is_quantized
-from .config import SSVDConfig
+from .config import Config
 from .distributed import Task, Tasks, several_ranks, share_out
 from .factor_cache import cache_folder, load, store
 from .factorize import Factorization, check_weight, factorize
 from .functional import rotation_deltas
 from .handed import HandedRotations
 from .layers import SSVDLinear
-from .quantized import SSVDQuantizedLinear, adapt, forget_quantization, prevent_repacking
+from .quantized import SSVDQuantizedLinear, adapt, check_method, forget_quantization, prevent_repacking
 from .targets import find_targets
 from .triplets import cost
 from .workspace import InputSharing
@@ -38,15 +40,11 @@ class InjectReport:
     modules: list[str]
     trainable: int
     total: int
-    layers: list[SSVDLinear] = field(repr=False, default_factory=list)
+    layers: list[AdaptedLinear] = field(repr=False, default_factory=list)
 
     def __str__(self) -> str:
-        shapes: dict[tuple, int] = {}
-        for layer in self.layers:
-            rank = str(layer.k) if layer.k_out is None else f"{layer.k_in}+{layer.k_out}"
-            key = (layer.out_features, layer.in_features, rank, layer.side, layer.rotation)
-            shapes[key] = shapes.get(key, 0) + 1
-        rows = [f"  {n:4d} x {d_out}x{d_in}, k={k}, {side}, {rot}" for (d_out, d_in, k, side, rot), n in shapes.items()]
+        kinds = Counter(f"{layer.out_features}x{layer.in_features}, {layer.summary()}" for layer in self.layers)
+        rows = [f"  {count:4d} x {kind}" for kind, count in kinds.items()]
         head = (
             f"SSVD: {len(self.modules)} layers, {self.trainable:,} trainable of {self.total:,} parameters "
             f"({100 * self.trainable / self.total:.2f} %)"
@@ -62,24 +60,30 @@ class _Root:
     sharing: InputSharing = field(default_factory=InputSharing)
 
 
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Name -> layer for every adapted layer of `model`, whatever the method."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
 def ssvd_layers(model: nn.Module) -> dict[str, SSVDLinear]:
-    """Name -> SSVDLinear for every adapted layer of `model`."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SSVDLinear)}
+    """Name -> SSVDLinear for every layer of `model` that is adapted by SSVD (or SVFT)."""
+    return {name: layer for name, layer in adapted_layers(model).items() if isinstance(layer, SSVDLinear)}
 
 
 def inject(
     model: nn.Module,
-    config: SSVDConfig,
+    config: Config,
     *,
     progress: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
     share: bool = True,
 ) -> InjectReport:
-    """Replaces the linear layers that `config` targets by SSVDLinear, in place, and freezes all other parameters.
+    """Replaces the linear layers that `config` targets by SSVDLinear (by SpectralFTLinear for a SpectralFTConfig), in
+    place, and freezes all other parameters.
 
     The weights are factorised here, in float64 on their own device, with a progress bar. The rotations of all layers
     are computed in one batched call at the start of each forward of `model`. Linear layers that bitsandbytes or torchao
-    quantised become SSVDQuantizedLinear.
+    quantised become SSVDQuantizedLinear; SpectralFT refuses them.
     cache_dir: a folder that keeps factorisations for the next time (default: the environment's SSVD_CACHE, else none).
     share: where torch.distributed is initialised, every rank must call this, on the same weights; each factorises a
     part and sends it to all. share=False has a rank factorise everything alone.
@@ -87,10 +91,10 @@ def inject(
     module matched, a tied weight named explicitly, NaN or infinite weights, a rank that does not fit, a second
     injection, a model wrapped by DDP or FSDP2 already, ranks that hold different weights).
     """
-    if not isinstance(config, SSVDConfig):
-        raise TypeError(f"config={config!r}: allowed is an SSVDConfig")
+    if not isinstance(config, Config):
+        raise TypeError(f"config={config!r}: allowed is an SSVDConfig or a SpectralFTConfig")
     check_not_ddp(model)
-    present = ssvd_layers(model)
+    present = adapted_layers(model)
     check_own(present)
     if present:
         raise ValueError(
@@ -102,16 +106,17 @@ def inject(
         )
     targets = find_targets(model, config)
     for name, linear in targets.items():
+        check_method(linear, config, name)
         check_weight(base_weight(linear, name), f"{name}.weight")
         try:
-            config.resolve_ranks(linear.in_features, linear.out_features)
+            config.triplets(linear.in_features, linear.out_features)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     plan = {name: (linear, config) for name, linear in targets.items()}
     return install(model, plan, factorize_all(plan, progress, cache_dir, share))
 
 
-Plan = Mapping[str, tuple[nn.Linear, SSVDConfig]]  # module name -> the layer and how to adapt it
+Plan = Mapping[str, tuple[nn.Linear, Config]]  # module name -> the layer and how to adapt it
 
 
 def factorize_all(
@@ -122,8 +127,7 @@ def factorize_all(
     tasks = {}
     for name, (linear, config) in plan.items():
         d_in, d_out = linear.in_features, linear.out_features
-        k_in, k_out = config.resolve_ranks(d_in, d_out)
-        k = max(k_in, k_out or 0)
+        k = config.triplets(d_in, d_out)
         tasks[name] = Task(partial(base_weight, linear, name), k, cost(d_out, d_in, k))
     if share and several_ranks():
         return share_out(tasks, partial(_factorize_each, folder=folder, progress=progress and dist.get_rank() == 0))
@@ -152,7 +156,7 @@ def install(
     model: nn.Module,
     plan: Plan,
     found: Mapping[str, Factorization],
-    make: Callable[[nn.Linear, SSVDConfig, Factorization], SSVDLinear] = adapt,
+    make: Callable[[nn.Linear, Any, Factorization], AdaptedLinear] = adapt,
 ) -> InjectReport:
     """The part of `inject` that changes the model, given the factorisations; `make` makes each layer."""
     trainable_before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -243,16 +247,16 @@ def _roots(model: nn.Module) -> Iterator[nn.Module]:
     return filter(is_watched, model.modules())
 
 
-def require_layers(model: nn.Module) -> dict[str, SSVDLinear]:
-    """`ssvd_layers` of the model within wrappers; ValueError if there is none, or if PEFT put them there."""
-    layers = ssvd_layers(unwrapped(model))
+def require_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """`adapted_layers` of the model within wrappers; ValueError if there is none, or if PEFT put them there."""
+    layers = adapted_layers(unwrapped(model))
     if not layers:
         raise ValueError(f"model ({type(model).__name__}) has no SSVD layer: call inject() first")
     check_own(layers)
     return layers
 
 
-def check_own(layers: Mapping[str, SSVDLinear]) -> None:
+def check_own(layers: Mapping[str, AdaptedLinear]) -> None:
     """Raises ValueError for layers that another library manages: this package's functions would get in its way."""
     for name, layer in layers.items():
         if layer.managed_by is not None:
@@ -278,7 +282,7 @@ def check_not_ddp(model: nn.Module) -> None:
         )
 
 
-def whole_layers(model: nn.Module) -> dict[str, SSVDLinear]:
+def whole_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """`require_layers`, or ValueError if FSDP2 has sharded one."""
     layers = require_layers(model)
     for name, layer in layers.items():
@@ -295,11 +299,11 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _hand_out_rotations(root: nn.Module, args: Any) -> None:
-    """Forward pre-hook of the root: one batched rotation for all layers, which they use until the forward ends.
+    """Forward pre-hook of the root: one batched rotation for all SSVD layers, which use it until the forward ends.
 
     A layer that runs outside of it (alone, or recomputed by a checkpoint during backward) computes its own.
     """
-    layers = [layer for layer in _walk(root, set()) if layer.in_use and type(layer.theta) is nn.Parameter]
+    layers = [layer for layer in _rotating(root) if layer.in_use and type(layer.theta) is nn.Parameter]
     if not torch.is_grad_enabled():
         layers = [layer for layer in layers if not layer.has_cache()]
     thetas = [layer.theta for layer in layers]
@@ -308,7 +312,8 @@ def _hand_out_rotations(root: nn.Module, args: Any) -> None:
     thetas += [layer.theta_out for layer in outer if layer.theta_out is not None]
     ranks += [layer.k_out for layer in outer if layer.k_out is not None]
     rotations = [layer.rotation for layer in [*layers, *outer]]
-    deltas = rotation_deltas(thetas, ranks, rotations)
+    bands = [layer.band for layer in [*layers, *outer]]
+    deltas = rotation_deltas(thetas, ranks, rotations, bands)
     E_out = dict(zip(map(id, outer), deltas[len(layers) :], strict=True))
     # compiled, the partitioner chooses what is saved
     inputs = None if torch.compiler.is_compiling() else _sharing(root).begin()
@@ -319,16 +324,20 @@ def _hand_out_rotations(root: nn.Module, args: Any) -> None:
 def _end_of_forward(root: nn.Module, args: Any, output: Any) -> None:
     if not torch.compiler.is_compiling():
         _sharing(root).end()
-    for layer in _walk(root, set()):
+    for layer in _rotating(root):
         layer._handed = None
 
 
-def _walk(module: nn.Module, seen: set[nn.Module]) -> Iterator[SSVDLinear]:
-    """The SSVD layers below `module`, not entered: a compiled forward would be bound to the adapters parked there."""
+def _rotating(root: nn.Module) -> Iterator[SSVDLinear]:
+    return (layer for layer in _walk(root, set()) if isinstance(layer, SSVDLinear))
+
+
+def _walk(module: nn.Module, seen: set[nn.Module]) -> Iterator[AdaptedLinear]:
+    """Adapted layers below `module`, not entered: a compiled forward would be bound to the adapters parked there."""
     if module in seen:
         return
     seen.add(module)
-    if isinstance(module, SSVDLinear):
+    if isinstance(module, AdaptedLinear):
         yield module
         return
     for child in module.children():

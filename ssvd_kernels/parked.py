@@ -42,14 +42,15 @@ class ParkedAdapters(nn.ModuleDict):
         """Nothing to do: `other_adapters` compares the names before any tensor is loaded."""
 
 
-def other_adapters(state_dict: Mapping[str, Any], prefix: str, mine: Sequence[str]) -> str | None:
+def other_adapters(state_dict: Mapping[str, Any], prefix: str, mine: Sequence[str], first: str) -> str | None:
     """Why a layer with the adapters `mine`, the one in use first, cannot load its part of a state dict; None if it can.
 
-    The key "theta" means the adapter in use: by another one it would be taken for that.
+    The key "theta", or whatever is `first` of an adapter's Parameters, means the adapter in use: by another one it
+    would be taken for that.
     """
     names = state_dict.get(f"{prefix}parked._extra_state")
     theirs = mine[:1] if names is None else bytes(names.tolist()).decode().split("\n")
-    if f"{prefix}theta" not in state_dict or list(mine) == list(theirs):
+    if f"{prefix}{first}" not in state_dict or list(mine) == list(theirs):
         return None
     shown = "a single adapter" if names is None else f"the adapters {theirs}"
     return (

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-# an adapter's Parameter, also inside a wrapper that prefixes it or keeps it by the adapter's name
-_TRAINED = re.compile(r"(?:(?P<layer>.+)\.)?(?:ssvd_)?(?:theta|theta_out|delta_sigma)(?:\.[^.]+)?")
+# an adapter's Parameter, also inside a wrapper that prefixes it or keeps it by the adapter's name; of SpectralFT's not
+# A_in and A_out, whose gradients are zero before training as B is
+_TRAINED = re.compile(r"(?:(?P<layer>.+)\.)?(?:ssvd_)?(?:theta|theta_out|delta_sigma|B_in|B_out)(?:\.[^.]+)?")
 
 
 @dataclass
@@ -45,9 +46,10 @@ def check_training(model: nn.Module, loss: Tensor | None = None) -> TrainingRepo
     differentiated again afterwards. Without it the `.grad` that `loss.backward()` left are read.
 
     A layer without gradient is one that the model does not call, or of which it reads a weight that is not the
-    effective one. At initialisation, too, gradients of zero are suspicious: theta is zero there, its gradient is not.
-    But a layer that LayerDrop left out has zeros (the rotations of all layers are computed in one batch), so check in
-    eval mode or with LayerDrop off. Works on models whose layers are wrapped (PEFT), as it goes by parameter names.
+    effective one. At initialisation, too, gradients of zero are suspicious: theta (of SpectralFT, B) is zero there, its
+    gradient is not. But a layer that LayerDrop left out has zeros (the rotations of all layers are computed in one
+    batch), so check in eval mode or with LayerDrop off. Works on models whose layers are wrapped (PEFT), as it goes by
+    parameter names.
     Raises ValueError if the model has no adapted layer that trains, for a loss that is not a scalar, and for one that
     went through reentrant checkpointing, whose graph shows no parameters: check after its backward, without it.
     """

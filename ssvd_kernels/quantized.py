@@ -13,17 +13,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .adapted import AdaptedLinear
 from .base_layers import base_weight, is_bitsandbytes, is_quantized
-from .config import SSVDConfig
+from .config import Config, SpectralFTConfig
 from .factorize import Factorization
 from .functional import ssvd_update
 from .layers import SSVDLinear
+from .spectralft import SpectralFTLinear
 
 logger = logging.getLogger(__name__)
 
 
-def adapt(linear: nn.Linear, config: SSVDConfig, factorization: Factorization | None = None) -> SSVDLinear:
-    """The SSVD layer for a plain or quantised linear layer."""
+def check_method(linear: nn.Linear, config: Config, name: str) -> None:
+    """Raises TypeError for a quantised layer that the method of `config` cannot adapt."""
+    if isinstance(config, SpectralFTConfig) and is_quantized(linear):
+        raise TypeError(
+            f"{name} is a quantised {type(linear).__name__}: SpectralFT adapts plain nn.Linear layers only, SSVD both"
+        )
+
+
+def adapt(linear: nn.Linear, config: Config, factorization: Factorization | None = None) -> AdaptedLinear:
+    """The layer of the method that `config` asks for, in place of a plain or (SSVD only) a quantised linear layer."""
+    if isinstance(config, SpectralFTConfig):
+        return SpectralFTLinear(linear, config, factorization)
     return (SSVDQuantizedLinear if is_quantized(linear) else SSVDLinear)(linear, config, factorization)
 
 

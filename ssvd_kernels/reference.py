@@ -34,6 +34,27 @@ def unskew(Z: Tensor) -> Tensor:
     return Z[..., i, j] - Z[..., j, i]
 
 
+def banded(theta: Tensor, k: int, band: int) -> Tensor:
+    """Off-diagonals of SVFT's M (arXiv 2405.19597): theta (..., 2 band k - band (band+1)) -> E (..., k, k), zero on the
+    diagonal and where |i - j| > band.
+
+    theta is the part above the diagonal and then that below it, each diagonal by diagonal from the main one outwards,
+    from the top left: E[0,1], E[1,2], ..., E[0,2], E[1,3], ... and E[1,0], E[2,1], ..., E[2,0], E[3,1], ...
+    """
+    E = theta.new_zeros(*theta.shape[:-1], k, k)
+    i, j = band_indices(k, band, theta.device)
+    above, below = theta.chunk(2, dim=-1)
+    E[..., i, j] = above
+    E[..., j, i] = below
+    return E
+
+
+def band_indices(k: int, band: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the entries with 0 < j - i <= band, in theta's order."""
+    distance, end = torch.triu_indices(band, k - 1, device=device)  # of j - i = distance + 1 the entries j = end + 1
+    return end - distance, end + 1
+
+
 def inverse_delta_ref(N: Tensor) -> Tensor:
     """F = (I + N)^-1 - I for N (..., n, n) whose symmetric part is positive semidefinite.
 
@@ -85,6 +106,11 @@ def core_ref(E: Tensor, sigma: Tensor, delta: Tensor, side: str, E_out: Tensor |
     assert E_out is not None
     left = E_out.mT
     return torch.diag(delta) + left * D + right + left @ right
+
+
+def banded_core_ref(E: Tensor, delta: Tensor) -> Tensor:
+    """core M = diag(delta) + E (k, k) of SVFT, W' = U (Sigma + M) V^T: E is added to Sigma, not multiplied with it."""
+    return torch.diag(delta) + E
 
 
 def compose_ref(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which modules of a model an SSVDConfig means."""
+"""Which modules of a model a configuration means."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .adapted import AdaptedLinear
 from .base_layers import check_adaptable, is_adaptable
-from .config import PRESETS, SSVDConfig
-from .layers import SSVDLinear
+from .config import PRESETS, Config
 
 
-def find_targets(model: nn.Module, config: SSVDConfig) -> dict[str, nn.Linear]:
+def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
     """Name -> nn.Linear for every module that `config` targets, in the model's order.
 
     Weights that are tied (shared with another module, such as Whisper's proj_out with its token embedding) and the
@@ -55,7 +55,7 @@ def find_targets(model: nn.Module, config: SSVDConfig) -> dict[str, nn.Linear]:
 
 def _match(model: nn.Module, targets: str | Sequence[str]) -> tuple[dict[str, nn.Module], bool]:
     """(name -> module matched by `targets`, whether the user listed them by name)."""
-    modules = {name: module for name, module in model.named_modules() if name and not isinstance(module, SSVDLinear)}
+    modules = {name: module for name, module in model.named_modules() if name and not isinstance(module, AdaptedLinear)}
     modules = {name: module for name, module in modules.items() if not _within_layer(model, name)}
     if targets == "all-linear":
         return modules, False
@@ -88,7 +88,7 @@ def _match_names(names: Sequence[str], pattern: str | Sequence[str]) -> list[str
 
 def _within_layer(model: nn.Module, name: str) -> bool:
     parent = name.rpartition(".")[0]
-    return bool(parent) and isinstance(model.get_submodule(parent), SSVDLinear)
+    return bool(parent) and isinstance(model.get_submodule(parent), AdaptedLinear)
 
 
 def weight_holders(model: nn.Module) -> dict[tuple, list[str]]:

@@ -20,6 +20,7 @@ Compose = Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]
 
 class _Kept(NamedTuple):
     key: tuple  # rounding, dtype and the frozen tensors
+    factors: tuple[Tensor, Tensor]  # U and V, whose addresses are in the key: nothing else may get them meanwhile
     core: Tensor
     version: int  # of core
     weight: Tensor  # W'
@@ -86,7 +87,7 @@ class Workspace:
         kept = self._find(key, core)
         if kept is not None:
             return self.pin(kept.weight)
-        kept = _Kept(key, core.detach(), core._version, make(weight, U, V, core.detach(), dtype))
+        kept = _Kept(key, (U, V), core.detach(), core._version, make(weight, U, V, core.detach(), dtype))
         if core.requires_grad or not capturing(core):  # in a graph: for the backward that follows there
             self._kept = kept  # at once: replicas of a layer may share a workspace between threads
         return kept.weight

@@ -38,19 +38,27 @@ class Net(nn.Module):
 class Case(NamedTuple):
     dims: tuple[int, int, int]
     dtype: torch.dtype
-    config: sk.SSVDConfig
+    config: sk.SSVDConfig | sk.SpectralFTConfig
     seed: int
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     dims = draw(st.tuples(*[st.integers(1, 20)] * 3))
-    side, rotation = draw(st.sampled_from(SIDES)), draw(st.sampled_from(ROTATIONS))
+    dtype, seed = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 99))
+    if draw(st.integers(0, 4)) == 0:
+        top = draw(st.integers(1, min(dims)))
+        return Case(dims, dtype, sk.SpectralFTConfig(top=top, rank=draw(st.integers(1, top))), seed)
+    side, rotation = draw(st.sampled_from(SIDES)), draw(st.sampled_from([*ROTATIONS, "banded"]))
+    if rotation == "banded":
+        side = "input"
     ranks = st.one_of(st.just(1), st.just(min(dims)), st.integers(1, min(dims)))
     options = {"rank_out": draw(ranks)} if side == "both" and draw(st.booleans()) else {}
     amount = {"ratio": 1.0} if not options and draw(st.integers(0, 3)) == 0 else {"rank": draw(ranks)}
+    if rotation == "banded":
+        options["band"] = draw(st.integers(0, amount.get("rank", min(dims)) - 1))
     config = sk.SSVDConfig(**amount, **options, side=side, rotation=rotation)
-    return Case(dims, draw(st.sampled_from(DTYPES)), config, draw(st.integers(0, 99)))
+    return Case(dims, dtype, config, seed)
 
 
 def base_net(case: Case) -> Net:
@@ -64,10 +72,10 @@ def example(net: nn.Module) -> Tensor:
 
 
 def train_randomly(net: nn.Module, seed: int = 1, scale: float = 0.3) -> None:
-    """Stands for training: random theta and delta_sigma, as large as one would ever see."""
+    """Stands for training: random theta and delta_sigma (or A and B), as large as one would ever see."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for layer in sk.ssvd_layers(net).values():
+        for layer in sk.adapted_layers(net).values():
             for name, parameter in layer.named_parameters():
                 if parameter.requires_grad:
                     size = 0.1 if name == "delta_sigma" else scale / layer.k**0.5

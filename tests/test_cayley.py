@@ -127,7 +127,7 @@ def test_mixed_ranks_share_one_call_per_rank(monkeypatch):
     monkeypatch.setattr(dispatch, "cayley_delta", lambda theta, k: calls.append((len(theta), k)) or original(theta, k))
     ks = [5, 3, 5, 1, 3, 5]
     thetas = [torch.randn(k * (k - 1) // 2) for k in ks]
-    deltas = rotation_deltas(thetas, ks, ["cayley"] * len(ks))
+    deltas = rotation_deltas(thetas, ks, ["cayley"] * len(ks), [None] * len(ks))
     assert sorted(calls) == [(1, 1), (2, 3), (3, 5)]
     for theta, k, E in zip(thetas, ks, deltas):
         torch.testing.assert_close(E, sk.cayley_delta(theta, k))

@@ -274,6 +274,7 @@ def test_another_base_is_refused(tmp_path):
     ("config", "match"),
     [
         ({"rotation": "free", "side": "smaller"}, "rotation='free': ESPnet has 'linear' and 'cayley'"),
+        ({"rotation": "banded", "band": 1}, "rotation='banded': ESPnet has 'linear' and 'cayley'"),
         ({"side": "both"}, "side='both': ESPnet rotates the smaller side, here 'input'"),
         ({"side": "output"}, "side='output': ESPnet rotates the smaller side, here 'input'"),
         ({"side": "input"}, r"wide of shape \(16, 24\) has side='input'.*here 'output'"),

@@ -11,7 +11,7 @@ from speech_models import adapted, inputs, run, whisper
 from torch import nn
 
 import ssvd_kernels as sk
-from ssvd_kernels import layers as layers_module
+from ssvd_kernels import adapted as adapted_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,6 +111,6 @@ def test_weight_never_falls_back_to_the_base_weight_in_silence(monkeypatch):
     def broken(*args, **kwargs):
         raise AttributeError("a name that this version of torch does not have")
 
-    monkeypatch.setattr(layers_module.reference, "compose_ref", broken)
+    monkeypatch.setattr(adapted_module.reference, "compose_ref", broken)
     with pytest.raises((AttributeError, RuntimeError)):
         _ = layer.weight

@@ -43,6 +43,7 @@ IMPORT = "import ssvd_kernels.integrations.peft"
         ({"rank": 3, "side": "left"}, "side='left' is unknown"),
         ({"rank": 3, "rotation": "givens"}, "rotation='givens' is unknown"),
         ({"rank": 3, "rank_out": 2}, "need side='both'"),
+        ({"rank": 3, "band": 2}, "band=2 needs rotation='banded'"),
         ({"rank": 3, "layers_to_transform": [0], "target_modules": "all-linear"}, "layers_to_transform=.0. needs"),
         ({"rank": 3, "layers_pattern": "layers"}, "layers_pattern='layers' needs layers_to_transform"),
     ],
@@ -58,10 +59,13 @@ def test_names_of_another_kind_are_refused(argument):
         SSVDPeftConfig(rank=3, **{argument: [7]})
 
 
-def test_configuration_survives_its_file(tmp_path):
+@pytest.mark.parametrize(
+    "options", [{"side": "both", "rank_out": 3, "rotation": "linear"}, {"rotation": "banded", "band": 2}]
+)
+def test_configuration_survives_its_file(tmp_path, options):
     saved = SSVDPeftConfig(
-        ratio=0.5, side="both", rank_out=3, rotation="linear", target_modules=["q_proj"], exclude_modules=["fc2"],
-        modules_to_save=["head"], layers_to_transform=[1], layers_pattern="layers",
+        ratio=0.5, **options, target_modules=["q_proj"], exclude_modules=["fc2"], modules_to_save=["head"],
+        layers_to_transform=[1], layers_pattern="layers",
     )  # fmt: skip
     saved.save_pretrained(str(tmp_path))
     loaded = peft.PeftConfig.from_pretrained(str(tmp_path))

@@ -58,7 +58,13 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
 @pytest.mark.parametrize("load", LOADERS)
 @pytest.mark.parametrize(
     "options",
-    [{"ratio": 0.5}, {"rank": 1}, {"side": "both", "rank_out": 3, "rotation": "linear"}, {"rotation": "free"}],
+    [
+        {"ratio": 0.5},
+        {"rank": 1},
+        {"side": "both", "rank_out": 3, "rotation": "linear"},
+        {"rotation": "free"},
+        {"ratio": 1.0, "rotation": "banded", "band": 2},
+    ],
 )
 def test_an_adapter_comes_back(tmp_path, options, load):
     model = adapted(**options)

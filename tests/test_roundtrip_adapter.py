@@ -40,7 +40,7 @@ def test_saved_adapter_loads_into_a_fresh_base_bit_for_bit(case, save_bases):
         path = Path(folder) / "a.safetensors"
         sk.save_adapter(net, path, save_bases=save_bases)
         fresh, present = copy.deepcopy(base), copy.deepcopy(base)
-        assert sk.load_adapter(fresh, path, progress=False) == list(sk.ssvd_layers(net))
+        assert sk.load_adapter(fresh, path, progress=False) == list(sk.adapted_layers(net))
         assert_same_outputs(fresh, net)
         assert [p.requires_grad for p in fresh.parameters()] == [p.requires_grad for p in net.parameters()]
         sk.inject(present, case.config, progress=False)
@@ -104,8 +104,8 @@ def test_adapter_with_its_bases_loads_on_a_rounded_base(tmp_path, dtype):
     sk.save_adapter(net, path, save_bases=True)
     rounded = copy.deepcopy(base).to(dtype)
     sk.load_adapter(rounded, path, progress=False)
-    for name, layer in sk.ssvd_layers(rounded).items():
-        update = sk.ssvd_layers(net)[name].core().detach()
+    for name, layer in sk.adapted_layers(rounded).items():
+        update = sk.adapted_layers(net)[name].core().detach()
         assert torch.equal(layer.core().detach(), update)
         assert layer.base_weight.dtype == dtype
     assert relative_error(outputs(rounded)[0], outputs(net)[0]) <= 8 * torch.finfo(dtype).eps
@@ -196,5 +196,7 @@ def test_compiled_model_saves_and_loads_under_its_own_names(tmp_path):
     sk.inject(net, sk.SSVDConfig(rank=3), progress=False)
     train_randomly(net)
     sk.save_adapter(torch.compile(net), tmp_path / "a.safetensors")
-    assert sk.load_adapter(torch.compile(base), tmp_path / "a.safetensors", progress=False) == list(sk.ssvd_layers(net))
+    assert sk.load_adapter(torch.compile(base), tmp_path / "a.safetensors", progress=False) == list(
+        sk.adapted_layers(net)
+    )
     assert_same_outputs(base, net)

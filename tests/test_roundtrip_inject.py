@@ -51,9 +51,10 @@ def test_remove_gives_back_the_very_modules_weights_and_flags(case):
     net = base_net(case)
     before, state, expected = snapshot(net), clone_state(net), net(example(net)).detach()
     report = sk.inject(net, case.config, progress=False)
-    assert report.modules == ["first", "block.inner", "last.1"] == list(sk.ssvd_layers(net))
+    assert report.modules == ["first", "block.inner", "last.1"] == list(sk.adapted_layers(net))
     trained = {name for name, p in net.named_parameters() if p.requires_grad}
-    assert {name.rpartition(".")[2] for name in trained} <= {"theta", "theta_out", "delta_sigma"}
+    named = {"theta", "theta_out", "delta_sigma", "A_out", "B_out", "A_in", "B_in"}
+    assert {name.rpartition(".")[2] for name in trained} <= named
     assert report.trainable == sum(p.numel() for p in net.parameters() if p.requires_grad)
     assert torch.equal(net(example(net)).detach(), expected)  # bit-identical before training
     train_randomly(net, case.seed)
@@ -73,7 +74,7 @@ def test_merged_equals_unmerged_and_unmerge_is_exact(case):
     net = injected(case)
     state, (trained, inferred) = clone_state(net), outputs(net)
     sk.merge(net)
-    assert all(layer.merged for layer in sk.ssvd_layers(net).values())
+    assert all(layer.merged for layer in sk.adapted_layers(net).values())
     assert_equal_state(net, state)  # a merged model's state dict still holds the base weights
     with torch.no_grad():
         merged = net(example(net))
@@ -91,14 +92,14 @@ def test_merged_equals_unmerged_and_unmerge_is_exact(case):
 @given(cases())
 def test_merge_with_unload_leaves_plain_layers_that_hold_the_effective_weight(case):
     net = injected(case)
-    weights = {name: layer.weight.detach().clone() for name, layer in sk.ssvd_layers(net).items()}
+    weights = {name: layer.weight.detach().clone() for name, layer in sk.adapted_layers(net).items()}
     sk.merge(net)
     with torch.no_grad():
         merged = net.eval()(example(net))
-    base_weights = {name: layer.base_weight for name, layer in sk.ssvd_layers(net).items()}
+    base_weights = {name: layer.base_weight for name, layer in sk.adapted_layers(net).items()}
     untouched = {name: weight.clone() for name, weight in base_weights.items()}
     sk.merge(net, unload=True)
-    assert not sk.ssvd_layers(net)
+    assert not sk.adapted_layers(net)
     assert [type(net.get_submodule(name)) for name in weights] == [nn.Linear] * 3
     assert list(net.state_dict()) == list(Net(*case.dims).state_dict())
     with torch.no_grad():

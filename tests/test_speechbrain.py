@@ -16,7 +16,7 @@ from roundtrip import flipped
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
-from ssvd_kernels import layers as layers_module
+from ssvd_kernels import adapted as adapted_module
 from ssvd_kernels.factorize import Factorization, factorize, sketch
 from ssvd_kernels.integrations.speechbrain import SSVDAdapter
 
@@ -87,21 +87,23 @@ def test_adapted_model_starts_as_the_base_and_trains(base, side):
     assert all(layer.side in (side, "input", "output") and layer.k == 4 for layer in layers.values())
 
 
-def test_saver_keeps_little_and_a_model_with_other_signs_loads_it(base, tmp_path, monkeypatch):
-    model = train_randomly(adapted(base, side="both"))
+@pytest.mark.parametrize("options", [{"side": "both"}, {"rotation": "banded", "band": 1}])
+def test_saver_keeps_little_and_a_model_with_other_signs_loads_it(base, tmp_path, monkeypatch, options):
+    model = train_randomly(adapted(base, **options))
     model.saver(tmp_path / "a.pt")
     saved = torch.load(tmp_path / "a.pt", weights_only=True)
-    assert {name.rpartition(".")[2] for name in saved} == {"theta", "theta_out", "delta_sigma", "_extra_state"}
+    trained = {"theta", "delta_sigma"} | ({"theta_out"} if "side" in options else set())
+    assert {name.rpartition(".")[2] for name in saved} == trained | {"_extra_state"}
     assert sum(p.numel() for p in saved.values()) < 2 * (6 + 6 + 4 + 6 * 4 + 100)
-    monkeypatch.setattr(layers_module, "factorize", flipped)
-    fresh = adapted(base, side="both")
+    monkeypatch.setattr(adapted_module, "factorize", flipped)
+    fresh = adapted(base, **options)
     pairs = list(zip(sk.ssvd_layers(fresh).values(), sk.ssvd_layers(model).values(), strict=True))
     assert all(bool(((a.V * b.V).sum(0) < 0).any()) for a, b in pairs)
     fresh.loader(tmp_path / "a.pt", end_of_epoch=True)
     assert relative_error(fresh(X).detach(), model(X).detach()) <= 1e-6
     assert relative_error(model(X).detach(), base(X).detach()) > 1e-2
     fresh.saver(tmp_path / "b.pt")  # and again
-    again = adapted(base, side="both")
+    again = adapted(base, **options)
     again.parameter_transfer(tmp_path / "b.pt")
     assert relative_error(again(X).detach(), model(X).detach()) <= 1e-6
 
@@ -117,7 +119,7 @@ def test_checkpointer_resumes_bit_for_bit_on_other_signs(base, tmp_path, monkeyp
     steps(model, optimizer, range(4))
     checkpointer.save_checkpoint()
     expected = steps(model, optimizer, range(4, 8))
-    monkeypatch.setattr(layers_module, "factorize", flipped)
+    monkeypatch.setattr(adapted_module, "factorize", flipped)
     model, optimizer, checkpointer = start()
     assert checkpointer.recover_if_possible() is not None
     assert steps(model, optimizer, range(4, 8)) == expected
@@ -134,11 +136,15 @@ def _refusals(base: Net) -> dict[str, tuple[Callable[[], nn.Module], str]]:
         ),
         "another side": (lambda: adapted(base, side="output"), r"input, cayley.*but the model has.*output, cayley"),
         "another rotation": (lambda: adapted(base, rotation="linear"), r"cayley.*but the model has.*linear"),
+        "another band": (
+            lambda: adapted(base, rotation="banded", band=1),
+            r"cayley.*but the model has.*banded, band=1",
+        ),
         "another rank": (lambda: adapted(base, ratio=0.8), r"k=4.*but the model has.*k=6"),
     }
 
 
-@pytest.mark.parametrize("case", ["another base", "another side", "another rotation", "another rank"])
+@pytest.mark.parametrize("case", ["another base", "another side", "another rotation", "another band", "another rank"])
 def test_checkpoint_that_does_not_fit_is_refused(base, tmp_path, case):
     train_randomly(adapted(base)).saver(tmp_path / "a.pt")
     make, message = _refusals(base)[case]
@@ -163,7 +169,7 @@ def test_checkpoint_without_its_singular_vectors_is_refused(base, tmp_path, monk
         U, V = found.U @ turn, found.V @ turn
         return found._replace(U=U, V=V, sketch=sketch(U, V))
 
-    monkeypatch.setattr(layers_module, "factorize", turned)
+    monkeypatch.setattr(adapted_module, "factorize", turned)
     with pytest.raises(RuntimeError, match=r"up: its singular vectors cannot be matched"):
         adapted(base).loader(tmp_path / "a.pt", end_of_epoch=True)
 
@@ -186,7 +192,7 @@ def test_basis_that_cannot_be_recomputed_travels_along(base, tmp_path, monkeypat
         U, V = found.U @ turn, found.V @ turn
         return found._replace(U=U, V=V, sketch=sketch(U, V))
 
-    monkeypatch.setattr(layers_module, "factorize", turned)
+    monkeypatch.setattr(adapted_module, "factorize", turned)
     fresh = adapted(base)
     fresh.loader(tmp_path / "a.pt", end_of_epoch=True)
     assert torch.equal(fresh(X), model(X))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ssvd_kernels as sk
-import ssvd_kernels.layers as layers_module
+import ssvd_kernels.adapted as adapted_module
 from ssvd_kernels import reference, workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -276,7 +276,7 @@ def graph(monkeypatch):
 
     def capture(call):
         with monkeypatch.context() as patch:
-            for module in (workspace, layers_module):
+            for module in (workspace, adapted_module):
                 patch.setattr(module, "capturing", lambda tensor: True)
             return call()
 
@@ -290,7 +290,7 @@ def test_what_a_graph_reads_outlives_forgetting_and_what_it_makes_serves_no_eage
         graph(lambda: layer(x))  # nothing was kept before
         assert layer._cache is None and layer._workspace._kept is None and not layer._workspace._in_graphs
         layer(x)
-        kept = [layer._cache[1], layer._workspace._kept.weight]
+        kept = [layer._cache[1][-1], layer._workspace._kept.weight]
         graph(lambda: layer(x))
     layer.train()
     assert layer._cache is None and layer._workspace._kept is None

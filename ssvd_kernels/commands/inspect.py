@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..adapter_file import FORMAT_VERSION, read_adapter
+from ..adapter_file import FORMAT_VERSION, read_adapter, trained_shapes
 from ..checkpoint import load_adapter
-from ..model import ssvd_layers
-from ..parked import TRAINED
+from ..functional import rotation_delta
+from ..layers import SSVDLinear
+from ..model import adapted_layers
 from .base import load_base
 
 COLUMNS = {  # key of a layer's description -> heading
@@ -24,6 +25,9 @@ COLUMNS = {  # key of a layer's description -> heading
     "rank": "k",
     "side": "side",
     "rotation": "rotation",
+    "band": "band",
+    "method": "method",
+    "low_rank": "rank",
     "trained": "numbers",
     "turn": "||K||",
     "shift": "shift",
@@ -53,20 +57,22 @@ def describe(layers: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> l
     """What the file alone tells of each layer; sizes relative to sigma where it stores the basis."""
     found = []
     for name, layer in layers.items():
-        trained = {key: tensors[f"{name}.{key}"] for key in TRAINED if f"{name}.{key}" in tensors}
-        thetas = [(trained["theta"], layer["k"])]
-        if layer["k_out"] is not None:
-            thetas.append((trained["theta_out"], layer["k_out"]))
+        trained = {key: tensors[f"{name}.{key}"] for key in trained_shapes(layer)}
+        thetas = {key: layer[k] for key, k in (("theta", "k"), ("theta_out", "k_out")) if key in trained}
+        turns = [_turn(trained[key], k, layer["rotation"], layer.get("band")) for key, k in thetas.items()]
+        shift = trained.get("delta_sigma")
         sigma = tensors.get(f"{name}.sigma")
         found.append(
             {
                 "name": name,
-                **{key: layer[key] for key in ("shape", "k", "k_out", "side", "rotation", "fingerprint")},
+                **{key: layer.get(key) for key in ("shape", "k", "k_out", "side", "rotation", "band", "fingerprint")},
+                "method": layer.get("method"),
+                "low_rank": layer.get("rank"),
                 "trained": sum(value.numel() for value in trained.values()),
-                "dtype": str(trained["theta"].dtype).removeprefix("torch."),
-                "turn": max(_turn(theta, k, layer["rotation"]) for theta, k in thetas),
-                "shift": float(trained["delta_sigma"].abs().max()),
-                "relative_shift": None if sigma is None else _relative_shift(trained["delta_sigma"], sigma),
+                "dtype": str(next(iter(trained.values())).dtype).removeprefix("torch."),
+                "turn": max(turns, default=None),
+                "shift": None if shift is None else float(shift.abs().max()),
+                "relative_shift": None if shift is None or sigma is None else _relative_shift(shift, sigma),
                 "relative_update": None,
                 "basis_stored": sigma is not None,
             }
@@ -106,18 +112,22 @@ def _cell(layer: dict[str, Any], key: str) -> str:
 
 
 def _add_base(found: list[dict[str, Any]], model: nn.Module) -> None:
-    layers = ssvd_layers(model)
+    layers = adapted_layers(model)
     for description in found:
         layer = layers[description["name"]]
         with torch.no_grad():
-            description["relative_shift"] = _relative_shift(layer.delta_sigma, layer.sigma)
+            if isinstance(layer, SSVDLinear):
+                description["relative_shift"] = _relative_shift(layer.delta_sigma, layer.sigma)
             norm = float(layer.base_weight.float().norm())
-            description["relative_update"] = float(layer.core().norm()) / norm if norm > 0 else None
+            description["relative_update"] = float(layer.orthonormal_factors()[-1].norm()) / norm if norm > 0 else None
 
 
-def _turn(theta: Tensor, k: int, rotation: str) -> float:
-    """||K||, or ||G - I|| of a free rotation: spectral norms."""
-    matrix = theta.view(k, k) if rotation == "free" else reference.skew(theta, k)
+def _turn(theta: Tensor, k: int, rotation: str, band: int | None) -> float:
+    """||K||, or ||G - I|| of a free rotation, or of a banded M the norm off its diagonal: spectral norms."""
+    if rotation in ("free", "banded"):
+        matrix = rotation_delta(theta, k, rotation, band)
+    else:
+        matrix = reference.skew(theta, k)
     return float(torch.linalg.matrix_norm(matrix.double(), 2))
 
 

@@ -45,7 +45,7 @@ from ..factorize import (
 )
 from ..functional import flip_theta
 from ..layers import SSVDLinear
-from ..model import InjectReport, factorize_all, install, ssvd_layers
+from ..model import InjectReport, adapted_layers, factorize_all, install, ssvd_layers
 from ..targets import find_targets
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def create_adapter(
     """
     check_choice("rotation_map", rotation_map, _MAPS)
     check_choice("weights", weights, ("later", "now"))
-    if ssvd_layers(model):
+    if adapted_layers(model):
         raise ValueError("model has SSVD layers already: create_adapter is called once")
     if not isinstance(target_modules, str):
         target_modules = _names_that_end(model, target_modules)

@@ -21,9 +21,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..adapted import AdaptedLinear
 from ..base_layers import is_quantized
 from ..config import PRESETS, Rotation, Side, SSVDConfig, check_names
-from ..layers import SSVDLinear
 from ..model import is_watched, unwatch_forwards, watch_forwards
 from ..quantized import forget_quantization
 from ..targets import tied_to, weight_holders
@@ -62,7 +62,7 @@ SSVD: Any = _Method("SSVD")
 class SSVDPeftConfig(PeftConfig):
     """SSVD (arXiv 2509.02830) for `peft.get_peft_model`, `model.add_adapter` and the like.
 
-    rank, ratio, side, rotation, rank_out, ratio_out   as in `ssvd_kernels.SSVDConfig`; one of rank and ratio is needed
+    rank, ratio, side, rotation, rank_out, ratio_out, band   as in `ssvd_kernels.SSVDConfig`; rank or ratio is needed
     target_modules       a list of module-name suffixes, a regular expression, "all-linear", a preset ("whisper",
                          "wav2vec2", "hubert", "wavlm"), or None: the preset of the model's type, else "all-linear"
     exclude_modules, modules_to_save, layers_to_transform, layers_pattern   as in PEFT's other methods
@@ -78,6 +78,7 @@ class SSVDPeftConfig(PeftConfig):
     rotation: Rotation = "cayley"
     rank_out: int | None = None
     ratio_out: float | None = None
+    band: int | None = None
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -112,6 +113,7 @@ class SSVDPeftConfig(PeftConfig):
             rotation=self.rotation,
             rank_out=self.rank_out,
             ratio_out=self.ratio_out,
+            band=self.band,
         )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -176,7 +178,7 @@ class SSVDPeftModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(parent, SSVDLinear):
+        if isinstance(parent, AdaptedLinear):
             raise TypeError(f"{current_key!r} belongs to an SSVD layer that inject made: call remove(model) first")
         layer = target if isinstance(target, SSVDPeftLinear) else self._new_layer(target, current_key)
         layer.update_layer(adapter_name, peft_config.ssvd(), peft_config.inference_mode)

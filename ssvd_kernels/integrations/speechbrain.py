@@ -37,8 +37,10 @@ class SSVDAdapter(SSVDLinear):
         rotation: Rotation = "cayley",
         rank_out: int | None = None,
         ratio_out: float | None = None,
+        band: int | None = None,
     ) -> None:
-        super().__init__(linear, SSVDConfig(rank, ratio, side, rotation, rank_out=rank_out, ratio_out=ratio_out))
+        config = SSVDConfig(rank, ratio, side, rotation, rank_out=rank_out, ratio_out=ratio_out, band=band)
+        super().__init__(linear, config)
 
     def get_extra_state(self) -> Tensor:
         """[length of text, text, sketch]: what theta means and on which basis; a tensor that is saved as if trained."""
@@ -49,7 +51,8 @@ class SSVDAdapter(SSVDLinear):
         """Nothing to do: compared before anything is loaded."""
 
     def _meaning(self) -> str:
-        return f"base weight {self.basis.fingerprint}, k={self.k_in}, {self.k_out}, {self.side}, {self.rotation}"
+        rotation = self.rotation if self.band is None else f"{self.rotation}, band={self.band}"
+        return f"base weight {self.basis.fingerprint}, k={self.k_in}, {self.k_out}, {self.side}, {rotation}"
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
