@@ -12,7 +12,7 @@ import torch
 from asr_tiny import manifest, pitch, tone, write_wav
 
 from bench.asr import DemoError, fetch, speech
-from bench.asr.audio import RATE, AudioError, raise_voice, read_audio
+from bench.asr.audio import RATE, AudioError, duration, raise_voice, read_audio, telephone
 from bench.asr.prompts import check_prompts, parse_prompts, usable
 from bench.asr.recognizer import load_recognizer
 
@@ -35,6 +35,43 @@ def test_wav_is_resampled_to_16_khz(tmp_path: Path) -> None:
     assert samples.dtype == np.float32
     assert len(samples) == pytest.approx(1.5 * RATE, abs=32)
     assert pitch(samples) == pytest.approx(440, abs=2)
+
+
+def share(samples: np.ndarray, low: float, high: float) -> float:
+    """The part of the energy between two frequencies."""
+    energy = np.abs(np.fft.rfft(samples)) ** 2
+    hertz = np.fft.rfftfreq(len(samples), 1 / RATE)
+    return float(energy[(hertz >= low) & (hertz < high)].sum() / energy.sum())
+
+
+def test_telephone_is_narrow_noisy_and_always_the_same() -> None:
+    chirp = np.random.default_rng(0).standard_normal(2 * RATE + 1).astype(np.float32) / 10  # an odd number of samples
+    heard = telephone(chirp, "a.wav")
+    assert heard.dtype == np.float32 and len(heard) == len(chirp)
+    assert share(chirp, 300, 3400) < 0.5 < 0.97 < share(heard, 280, 3600)
+    assert share(heard, 4000, 8000) < 1e-3
+    np.testing.assert_array_equal(heard, telephone(chirp, "a.wav"))
+    assert not np.array_equal(heard, telephone(chirp, "b.wav"))
+
+
+@pytest.mark.parametrize("snr", [0.0, 10.0])
+def test_telephone_noise_has_its_level_and_the_spectrum_of_the_speech(snr: float) -> None:
+    speech_like = tone(1000, 2) * np.hanning(2 * RATE).astype(np.float32)
+    line = telephone(speech_like, "a", snr=100.0)  # no noise: what the line does
+    noise = telephone(speech_like, "a", snr) - line
+    assert 10 * np.log10((line**2).sum() / (noise**2).sum()) == pytest.approx(snr, abs=0.5)
+    assert share(noise, 900, 1100) > 0.9
+
+
+def test_duration_is_read_without_decoding(tmp_path: Path) -> None:
+    assert duration(write_wav(tmp_path / "a.wav", tone(300, 1.25))) == 1.25
+    (tmp_path / "b.g722").write_bytes(bytes(12000))
+    assert duration(tmp_path / "b.g722") == len(read_audio(tmp_path / "b.g722")) / RATE == 1.5
+    with pytest.raises(AudioError, match=r"none.wav: there is no such audio file"):
+        duration(tmp_path / "none.wav")
+    (tmp_path / "text.wav").write_text("not audio at all")
+    with pytest.raises(AudioError, match=r"text.wav: cannot be opened as audio"):
+        duration(tmp_path / "text.wav")
 
 
 def test_bad_audio_names_the_file(tmp_path: Path) -> None:
@@ -84,6 +121,14 @@ def test_split_is_disjoint_stable_and_by_text() -> None:
     assert [speech.held_out(text) for text in texts[:8]] == EXPECTED_SIDES  # runs of other days keep the same split
 
 
+def test_a_larger_share_holds_out_more_of_the_same() -> None:
+    clips = [speech.Clip(f"{i}", f"This is sentence number {i}.", Path(f"{i}")) for i in range(400)]
+    rest, test = speech.split(clips)
+    training, both = speech.split(clips, 0.4)
+    assert {c.name for c in test} < {c.name for c in both} and {c.name for c in training} < {c.name for c in rest}
+    assert len(both) == pytest.approx(160, abs=30)
+
+
 EXPECTED_SIDES = [True, False, False, False, False, True, True, False]
 
 
@@ -91,13 +136,16 @@ def test_manifest_is_read_as_it_is(tmp_path: Path) -> None:
     write_wav(tmp_path / "a.wav", tone(300, 1))
     line = {"audio": "a.wav", "text": "three short\u2028words"}
     plain, raised = speech.read_manifest(manifest(tmp_path, line, {**line, "pitch": 1.6}))
-    assert (plain.text, plain.factor, plain.path) == (line["text"], 1.0, tmp_path / "a.wav")
+    assert (plain.text, plain.voice, plain.path) == (line["text"], 1.0, tmp_path / "a.wav")
     data = speech.Speech([plain, raised], "test")
     assert pitch(data.samples(0)) == pytest.approx(300, abs=2)
     assert pitch(data.samples(1)) == pytest.approx(480, abs=3)
+    called = speech.Clip("call", line["text"], tmp_path / "a.wav", channel="telephone")
+    data = speech.Speech([plain, raised, called], "test")
     speech.write_manifest(tmp_path / "again.jsonl", data.clips)
     again = speech.Speech(speech.read_manifest(tmp_path / "again.jsonl"), "test")
     assert again.fingerprint == data.fingerprint
+    assert not np.array_equal(data.samples(2), data.samples(0))
 
 
 @pytest.mark.parametrize(
@@ -110,6 +158,7 @@ def test_manifest_is_read_as_it_is(tmp_path: Path) -> None:
         ({"audio": "a.wav", "text": " ... "}, "m.jsonl:2: the text ' ... ' holds no word"),
         ({"audio": "b.wav", "text": "words"}, "m.jsonl:2: there is no audio file .*b.wav"),
         ({"audio": "a.wav", "text": "words", "pitch": 9}, "m.jsonl:2: pitch = 9"),
+        ({"audio": "a.wav", "text": "words", "channel": "tin"}, "m.jsonl:2: channel = 'tin'; '', 'telephone' are"),
     ],
 )
 def test_bad_manifest_lines_are_named(tmp_path: Path, second: object, message: str) -> None:
@@ -150,6 +199,23 @@ def test_audio_beyond_the_cache_is_read_again(tmp_path: Path, monkeypatch: pytes
     assert pitch(data.samples(0)) == pytest.approx(200, abs=1)
     assert pitch(data.samples(2)) == pytest.approx(202, abs=1)
     assert len(speech.Speech(clips[1:], "test", drop_above=0.5)) == 0
+
+
+def test_what_is_made_of_a_recording_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, cache = write_wav(tmp_path / "a.wav", tone(300, 1)), tmp_path / "cache"
+    plain, raised = (speech.Clip("a", "text", path, voice, cache=cache) for voice in (1.0, 1.6))
+    called = speech.Clip("a", "text", path, channel="telephone", cache=cache)
+    made = [clip.read() for clip in (plain, raised, called)]
+    assert len(list(cache.iterdir())) == 3
+    monkeypatch.setattr(speech, "read_audio", lambda path: 1 / 0)
+    for clip, samples in zip((plain, raised, called), made, strict=True):
+        np.testing.assert_array_equal(clip.read(), samples)
+    monkeypatch.undo()
+    write_wav(path, tone(400, 1))  # another recording under the same name
+    assert pitch(plain.read()) == pytest.approx(400, abs=2) and len(list(cache.iterdir())) == 4
+    path.unlink()
+    with pytest.raises(AudioError, match="there is no such audio file"):
+        plain.read()
 
 
 # -- obtaining data ----------------------------------------------------------------------------------------------------
@@ -240,7 +306,7 @@ def test_real_corpus(data: Path) -> None:
     assert not {speech.words(c.text) for c in corpus.train} & {speech.words(c.text) for c in corpus.test}
     assert {name: len(clips) for name, clips in corpus.source.items() if name != "prompts as recorded"} == {
         "LibriVox reader": 5, "playing cards": 5}  # fmt: skip
-    assert all(clip.factor == 1.6 for clip in corpus.train + corpus.test)
+    assert all(clip.voice == 1.6 for clip in corpus.train + corpus.test)
 
 
 @pytest.mark.data

@@ -99,16 +99,24 @@ def clips(tmp_path: Path) -> speech.Speech:
     return tone_clips(tmp_path)
 
 
-def test_word_error_rate_after_the_normaliser(tiny: Recognizer) -> None:
-    assert tiny.score(["Mister Smith has two dogs, doesn't he?"], ["Mr. Smith has 2 dogs does not he"]) == Score(
-        0, 8, 1
-    )
-    score = tiny.score(["press one now", "good bye now"], ["press 1 1 now", "good now"])
-    assert (score.errors, score.utterances) == (2, 2)
-    assert score.wer == pytest.approx(2 / score.words)
-    assert tiny.score(["to exit the menu..."], ["to exit the menu\u2026"]) == Score(0, 4, 1)
+def test_error_rates_after_the_normaliser(tiny: Recognizer) -> None:
+    same = tiny.score(["Mister Smith has two dogs, doesn't he?"], ["Mr. Smith has 2 dogs does not he"])
+    assert (same.errors, same.words, same.character_errors, same.utterances) == (0, 8, 0, 1)
+    score = tiny.score(["press any key", "good bye now"], ["press a key", "good now"])
+    assert score.per_utterance == [(1, 3, 2, 13), (1, 3, 4, 12)]
+    assert score.wer == pytest.approx(2 / 6) and score.cer == pytest.approx(6 / 25)
+    assert tiny.score(["to exit the menu..."], ["to exit the menu\u2026"]) == Score([(0, 4, 0, 16)])
+    assert tiny.score(["two words"], [""]).wer == 1.0
     with pytest.raises(DemoError, match="no reference text"):
         tiny.score(["..."], ["word"])
+
+
+def test_an_english_model_hears_another_language(ct2_folder: SimpleNamespace) -> None:
+    french = load_recognizer(str(ct2_folder.path), ct2_folder.path, torch.device("cpu"), "fr")
+    ids = french.tokenizer.get_vocab()
+    assert french.prefix == [ids["<|startoftranscript|>"], ids["<|notimestamps|>"]]
+    assert french.score(["L\u2019été, c'est fini!"], ["l'été c est FINI"]).errors == 0
+    assert french.score(["Press one"], ["press 1"]).errors == 1  # English numbers are left alone
 
 
 def test_labels_count_text_and_end_only(tiny: Recognizer) -> None:

@@ -120,8 +120,9 @@ def test_evaluations_are_kept_by_what_they_depend_on(tmp_path: Path) -> None:
 
 
 def test_report_shows_all_numbers_and_failed_checks(tmp_path: Path) -> None:
-    rows = [report.Row("target", Score(30, 100, 9), Score(8, 100, 9), Score(8, 100, 9)),
-            report.Row("source", Score(1, 20, 3), Score(2, 20, 3))]  # fmt: skip
+    before, after = Score([(20, 60, 70, 300), (10, 40, 10, 100)]), Score([(8, 100, 20, 400)])
+    rows = [report.Row("target", before, after, after),
+            report.Row("source", Score([(1, 20, 3, 90)]), Score([(2, 20, 3, 90)]))]  # fmt: skip
     facts = {"Trained parameters": "12 of 600", "Time per step": "1 s", "Adapter file": "50 bytes"}
     result = report.Report("title", rows, facts, {"Merged the same": False}, [3.0, 2.0, 1.5], {"total": 600})
     assert not result.passed
@@ -129,7 +130,8 @@ def test_report_shows_all_numbers_and_failed_checks(tmp_path: Path) -> None:
     for shown in ("30.0 %", "8.0 %", "5.0 %", "10.0 %", "12 of 600", "Merged the same: NO"):
         assert shown in text
     kept = json.loads((tmp_path / "report.json").read_text())
-    assert kept["rows"][0]["before"]["wer"] == 0.3 and kept["rows"][1]["merged"] is None
+    assert kept["rows"][0]["before"]["wer"] == 0.3 and kept["rows"][0]["before"]["cer"] == 0.2
+    assert kept["rows"][0]["before"]["utterances"] == 2 and kept["rows"][1]["merged"] is None
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "report.md").read_text() == text
 

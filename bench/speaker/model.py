@@ -105,9 +105,14 @@ def _ssvd(encoder: nn.Module) -> None:
     sk.inject(encoder, sk.SSVDConfig(rank=202, targets=TARGETS), progress=False)
 
 
+def _spectralft(encoder: nn.Module) -> None:
+    sk.inject(encoder, sk.SpectralFTConfig(top=256, rank=16, targets=TARGETS), progress=False)
+
+
 # ranks for as many parameters as SpectralFT's in a 384 x 384 layer: 2 (384 + 256) 16 = 20480
 METHODS = {
     "head": Method("head only", _head_only, HEAD_LR),
+    "spectralft": Method("SpectralFT, p = 256, r = 16", _spectralft, 1e-3),
     "ssvd": Method("SSVD, k = 202", _ssvd, 1e-3),
     "lora": Method("LoRA, r = 27", _lora, 1e-3),
 }

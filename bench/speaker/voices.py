@@ -11,7 +11,6 @@ import json
 import re
 import shutil
 import tempfile
-import wave
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -19,12 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from ..asr import DemoError, progress
-from ..asr.audio import RATE, Samples, read_audio
-from ..asr.fetch import ASTERISK, STAMP, VOICES, ensure
+from ..asr.audio import RATE, Samples, read_audio, write_wav
+from ..asr.fetch import ASTERISK, FRENCH, ITALIAN, SPANISH, STAMP, VOICES, ensure
 from ..asr.runfolder import short_hash
 
+PARTS = (ASTERISK, FRENCH, SPANISH, ITALIAN, VOICES)
 BAND = (300.0, 3400.0)  # Hz
-BAND_RATE = 8000
 SHORTEST, LONGEST = 3.0, 4.0  # seconds of an utterance
 UTTERANCES = 12  # of each voice, at most
 FLOOR = 10 ** (-35 / 20)  # of the loudest 20 ms: quieter ends are cut off
@@ -51,6 +50,7 @@ def _tuberling(language: str, role: str, themes: str = THEMES) -> Voice:
 
 TABLE = (
     Voice("ivrvoice-ru", "train", "asterisk", f"{VOICES}/asterisk-ru"),
+    Voice("wallack-fr", "train", "asterisk", f"{FRENCH}/audio"),
     Voice("jimenez-es", "train", "asterisk", f"{VOICES}/asterisk-es-co"),
     Voice("small-fish-cs", "train", "fillets", f"{VOICES}/fillets", "/cs/[^/]*-m-"),
     Voice("big-fish-cs", "train", "fillets", f"{VOICES}/fillets", "/cs/[^/]*-v-"),
@@ -62,7 +62,8 @@ TABLE = (
     Voice("desjardins-fr", "validation", "asterisk", f"{VOICES}/asterisk-fr-armelle"),
     _tuberling("el", "validation"),
     _tuberling("ru", "validation"),
-    Voice("smith-en", "test", "asterisk", f"{ASTERISK}/audio"),
+    Voice("smith", "test", "asterisk", ".", f"^({ASTERISK}|{SPANISH})/audio/"),  # in two languages
+    Voice("flora-it", "test", "asterisk", f"{ITALIAN}/audio"),
     Voice("dalzot-it", "test", "asterisk", f"{VOICES}/asterisk-it-menardi"),
     Voice("small-fish-nl", "test", "fillets", f"{VOICES}/fillets", "/nl/[^/]*-m-"),
     Voice("big-fish-nl", "test", "fillets", f"{VOICES}/fillets", "/nl/[^/]*-v-"),
@@ -74,13 +75,13 @@ ROLES = {voice.name: voice.role for voice in TABLE}
 PACKAGES = {voice.name: voice.package for voice in TABLE}
 
 
-def telephone(samples: Samples) -> Samples:
-    """16 kHz samples (n,) to the telephone's band at 8 kHz (n / 2,), without silent ends, at one loudness."""
+def narrow(samples: Samples) -> Samples:
+    """Samples without what lies outside of BAND, without silent ends, at one loudness."""
     spectrum = np.fft.rfft(samples)
     frequency = np.fft.rfftfreq(len(samples), 1 / RATE)
     spectrum[(frequency < BAND[0]) | (frequency > BAND[1])] = 0
-    band = np.fft.irfft(spectrum, len(samples))[:: RATE // BAND_RATE]
-    frame = BAND_RATE // 50
+    band = np.fft.irfft(spectrum, len(samples))
+    frame = RATE // 50
     power = (band[: len(band) // frame * frame].reshape(-1, frame) ** 2).mean(axis=1)
     if not power.any():
         return np.zeros(0, np.float32)
@@ -93,9 +94,9 @@ def utterances(files: list[Path]) -> Iterator[Samples]:
     """Recordings in their order, short ones joined until they last SHORTEST seconds, all cut off at LONGEST."""
     joined = np.zeros(0, np.float32)
     for file in files:
-        joined = np.concatenate([joined, telephone(read_audio(file))])
-        if len(joined) >= SHORTEST * BAND_RATE:
-            yield joined[: round(LONGEST * BAND_RATE)]
+        joined = np.concatenate([joined, narrow(read_audio(file))])
+        if len(joined) >= SHORTEST * RATE:
+            yield joined[: round(LONGEST * RATE)]
             joined = joined[:0]
 
 
@@ -111,9 +112,9 @@ def recordings_of(voice: Voice, data: Path) -> list[Path]:
 
 def prepare(data: Path, out: Path) -> Path:
     """Writes out/voices-HASH/VOICE/NUMBER.wav unless it is there; returns that folder. Fetches what is missing."""
-    ensure(data, (ASTERISK, VOICES))
-    stamps = [json.loads((data / part / STAMP).read_text())["files"] for part in (ASTERISK, VOICES)]
-    recipe = [BAND, BAND_RATE, SHORTEST, LONGEST, UTTERANCES, FLOOR, LOUDNESS, NO_SPEECH.pattern]
+    ensure(data, PARTS)
+    stamps = [json.loads((data / part / STAMP).read_text())["files"] for part in PARTS]
+    recipe = [BAND, SHORTEST, LONGEST, UTTERANCES, FLOOR, LOUDNESS, NO_SPEECH.pattern]
     folder = out / f"voices-{short_hash([stamps, recipe, list(map(astuple, TABLE))])[:8]}"
     if folder.is_dir():
         return folder
@@ -122,18 +123,10 @@ def prepare(data: Path, out: Path) -> Path:
         for voice in progress(TABLE, desc="preparing voices", unit="voice"):
             number = 0
             for number, samples in zip(range(1, UTTERANCES + 1), utterances(recordings_of(voice, data))):
-                write_wav(Path(name, "all", voice.name, f"{number:02d}.wav"), samples)
+                path = Path(name, "all", voice.name, f"{number:02d}.wav")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_wav(path, samples)
             if number < 8:
                 raise DemoError(f"{data / voice.folder}: gives {voice.name} only {number} utterances (8 wanted)")
         shutil.move(Path(name, "all"), folder)
     return folder
-
-
-def write_wav(path: Path, samples: Samples) -> None:
-    """Writes samples at the band's rate as 16-bit PCM."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with wave.open(str(path), "wb") as stream:
-        stream.setnchannels(1)
-        stream.setsampwidth(2)
-        stream.setframerate(BAND_RATE)
-        stream.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
