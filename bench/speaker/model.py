@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import ssvd_kernels as sk
 
 EMBEDDING = 128
-HEAD_LR = 3e-4  # chosen as Method.lr was
+HEAD_LR = 1e-4  # chosen as Method.lr was
 TARGETS = ["q_proj", "k_proj"]  # as in SpectralFT's experiment
 
 
@@ -112,7 +112,7 @@ def _spectralft(encoder: nn.Module) -> None:
 # ranks for as many parameters as SpectralFT's in a 384 x 384 layer: 2 (384 + 256) 16 = 20480
 METHODS = {
     "head": Method("head only", _head_only, HEAD_LR),
-    "spectralft": Method("SpectralFT, p = 256, r = 16", _spectralft, 1e-3),
-    "ssvd": Method("SSVD, k = 202", _ssvd, 1e-3),
-    "lora": Method("LoRA, r = 27", _lora, 1e-3),
+    "spectralft": Method("SpectralFT, p = 256, r = 16", _spectralft, 1e-4),
+    "ssvd": Method("SSVD, k = 202", _ssvd, 1e-4),
+    "lora": Method("LoRA, r = 27", _lora, 1e-4),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class Plan:
     @property
     def measured(self) -> list[str]:
         """Every recording that a trial names."""
-        return sorted({path for trials in self.lists.values() for trial in trials for path in trial[1:]})
+        return sorted({path for trials in self.lists.values() for trial in trials for path in _recordings(trial)})
 
     def only(self, name: str) -> Plan:
         """The plan with this list alone."""
@@ -41,7 +42,11 @@ class Plan:
         return Plan(self.folder, self.training, lists)
 
 
-def hashed_roles(speakers: list[str], tested: set[str] | None = None) -> dict[str, str]:
+def _recordings(trial: Trial) -> tuple[str, str]:
+    return trial.first, trial.second
+
+
+def hashed_roles(speakers: list[str], tested: Collection[str] = ()) -> dict[str, str]:
     """Speaker -> "test" (those given, or a quarter), "validation" (an eighth) or "train"; by a hash of the names."""
     order = sorted(speakers, key=lambda name: hashlib.sha256(name.encode()).digest())
     test = [name for name in order if name in tested] if tested else order[: max(2, len(order) // 4)]
@@ -71,7 +76,7 @@ def make_plan(
     found = list_recordings(folder)
     listed = None if trials is None else read_trials(trials, folder)
     if roles is None:
-        roles = hashed_roles(list(found), listed and {speaker_of(path) for trial in listed for path in trial[1:]})
+        roles = hashed_roles(list(found), {speaker_of(path) for trial in listed or () for path in _recordings(trial)})
     of = {
         kind: {s: paths for s, paths in found.items() if roles[s] == kind} for kind in ("train", "validation", "test")
     }

@@ -126,10 +126,11 @@ class Experiment:
         return replace(self.recipe, head_lr=lr) if name == "head" else self.recipe
 
     def _run(self, name: str, lr: float, seed: int) -> Cell:
-        torch.manual_seed(seed)
-        desc, recognizer = f"{name}, seed {seed}, lr {lr:g}", self._recognizer()
+        statistics, desc = self._statistics, f"{name}, seed {seed}, lr {lr:g}"
+        torch.manual_seed(seed)  # after what only the first cell computes; the head is the same under all methods
+        recognizer = self._recognizer()
         encoder = speaker_encoder(recognizer)
-        encoder.calibrate(self._statistics)
+        encoder.calibrate(statistics)
         losses: list[float] = []
         seconds: list[float] = []
         adapter = head = 0
@@ -161,13 +162,14 @@ def speaker_encoder(recognizer: Recognizer) -> SpeakerEncoder:
 
 def scores(embedded: dict[str, torch.Tensor], trials: Sequence[Trial]) -> list[float]:
     """Cosine of both embeddings of each trial."""
-    first, second = (torch.stack([embedded[trial[i]] for trial in trials]) for i in (1, 2))
+    first = torch.stack([embedded[trial.first] for trial in trials])
+    second = torch.stack([embedded[trial.second] for trial in trials])
     return torch.nn.functional.cosine_similarity(first, second).double().tolist()
 
 
 def tune(experiment: Experiment, methods: Sequence[str], out: Path) -> None:
     """Writes tune.csv: the EER on the validation trials, which the plan must hold, of each method and rate, seed 0."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in methods:
         if name not in METHODS:
             continue

@@ -23,7 +23,7 @@ HEARD = 3  # seconds of a recording that count in a comparison
 class Recipe:
     """AdamW without weight decay, linear warm-up over a tenth of the steps, then linear decay to 0."""
 
-    steps: int = 30
+    steps: int = 20
     batch: int = 8
     crop: int = 2  # seconds
     head_lr: float = HEAD_LR
@@ -51,7 +51,7 @@ def draw(voices: Sequence[Sequence[Samples]], recipe: Recipe, step: int, seed: i
     crops = []
     for label in chosen:
         speed, voice = divmod(label, len(voices))
-        samples = at_speed(voices[voice][random.integers(len(voices[voice]))], SPEEDS[speed])
+        samples = at_speed(voices[voice][int(random.integers(len(voices[voice])))], SPEEDS[speed])
         start = int(random.integers(max(1, len(samples) - recipe.crop * RATE + 1)))
         crops.append(samples[start : start + recipe.crop * RATE])
     return crops, chosen
@@ -74,7 +74,8 @@ def embed(
 ) -> dict[str, Tensor]:
     """Recording -> `function` of its first HEARD seconds, a vector on the CPU."""
     recognizer.set_window(HEARD)
-    names, found = sorted(recordings), {}
+    names = sorted(recordings)
+    found: dict[str, Tensor] = {}
     with progress(total=len(names), desc=desc, unit="clip") as bar:
         for start in range(0, len(names), batch):
             chosen = names[start : start + batch]

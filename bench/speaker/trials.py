@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -47,7 +47,8 @@ def read_trials(file: Path, folder: Path | None = None) -> list[Trial]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DemoError(f"{file}: cannot be read as a trial list ({error})") from error
-    found, known = [], set()
+    found: list[Trial] = []
+    known: set[str] = set()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -71,7 +72,7 @@ def read_trials(file: Path, folder: Path | None = None) -> list[Trial]:
 def write_trials(file: Path, trials: Iterable[Trial]) -> None:
     """Writes one line a trial; raises DemoError for a path with white space in it, which the format cannot hold."""
     listed = list(trials)
-    for path in {path for trial in listed for path in trial[1:]}:
+    for path in {path for _, *paths in listed for path in paths}:
         if len(path.split()) != 1:
             raise DemoError(f"{path!r}: a trial list cannot hold white space in a path; rename the recording")
     text = "".join(f"{trial.label} {trial.first} {trial.second}\n" for trial in listed)
@@ -79,7 +80,7 @@ def write_trials(file: Path, trials: Iterable[Trial]) -> None:
 
 
 def make_trials(
-    recordings: dict[str, Sequence[str]], most: int = 1000, group: Callable[[str], object] | None = None
+    recordings: Mapping[str, Sequence[str]], most: int = 1000, group: Callable[[str], object] | None = None
 ) -> list[Trial]:
     """As many target as non-target trials, at most `most` of each: those of all pairs whose SHA-256 comes first.
 
