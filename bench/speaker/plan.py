@@ -34,12 +34,12 @@ class Plan:
         return Plan(self.folder, self.training, {name: self.lists[name]})
 
     def shortened(self, most: int) -> Plan:
-        """The first `most` trials of each kind in each list."""
+        """The first `most` trials of each kind in each list, and recordings of each training speaker."""
         lists = {
             name: [trial for label in (1, 0) for trial in [t for t in trials if t.label == label][:most]]
             for name, trials in self.lists.items()
         }
-        return Plan(self.folder, self.training, lists)
+        return Plan(self.folder, {speaker: paths[:most] for speaker, paths in self.training.items()}, lists)
 
 
 def _recordings(trial: Trial) -> tuple[str, str]:

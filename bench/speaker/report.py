@@ -118,7 +118,7 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     limits = (probit(0.008), probit(0.65))
     det.set(xlabel="false acceptances, %", ylabel="misses, %", xlim=limits, ylim=limits, aspect="equal")
     det.set_title(f"Detection error trade-off, {UNSEEN}", fontsize=11)
-    det.legend(frameon=False)
+    det.legend(loc="lower left", framealpha=0.9, edgecolor="none")
     dots.set_xticks(range(len(lists)), lists)
     dots.set(ylabel="equal error rate, % (lower is better)", ylim=(0, None))
     dots.set_title("Each seed (dot) and their mean (line)", fontsize=11)

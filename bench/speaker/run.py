@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         plan = make_plan(voices.prepare(args.data, args.out), voices.ROLES, packages=voices.PACKAGES)
     if args.smoke:
-        plan = plan.shortened(8)
+        plan = plan.shortened(4)
     for name, trials in plan.lists.items():
         write_trials(args.out / "trials" / f"{name.replace(',', '').replace(' ', '-')}.txt", trials)
     print(
