@@ -236,11 +236,14 @@ def test_the_adapter_and_the_head_alone_learn(arguments: list[str]):
     args = runner.parse([*arguments, "--device", "cpu"])
     recognizer = runner.load_recognizer(args.model, args.data, torch.device("cpu"))
     encoder = runner.speaker_encoder(recognizer)
+    spoken = [[tone(300 + 200 * voice, 2.0)] for voice in range(3)]
+    sounds = {f"{i} {speed}": at_speed(takes[0], speed) for i, takes in enumerate(spoken) for speed in SPEEDS}
+    encoder.calibrate(torch.stack(list(training.embed(recognizer, sounds, encoder.pooled, "test").values())))
     METHODS["ssvd"].adapt(encoder.encoder)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    spoken = [[tone(300 + 200 * voice, 2.0)] for voice in range(3)]
-    losses, seconds = training.train(recognizer, encoder, spoken, Recipe(steps=20, batch=6, head_lr=1e-2), 1e-2, 0, "")
-    assert len(losses) == len(seconds) == 20 and np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3])
+    recipe = Recipe(steps=40, batch=9, head_lr=1e-2)
+    losses, seconds = training.train(recognizer, encoder, spoken, recipe, 1e-2, 0, "test")
+    assert len(losses) == len(seconds) == 40 and np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3])
     changed = {name for name, tensor in encoder.state_dict().items() if not torch.equal(tensor, before[name])}
     trainable = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
     assert changed == trainable and any("theta" in name for name in changed)
