@@ -63,7 +63,7 @@ def read_audio(path: Path) -> Samples:
     if not path.is_file():
         raise AudioError(f"{path}: there is no such audio file")
     try:
-        with av.open(str(path), format=RAW_FORMATS.get(path.suffix.lower())) as container:
+        with av.open(str(path), format=RAW_FORMATS.get(path.suffix.lower()), metadata_errors="replace") as container:
             if not container.streams.audio:
                 raise AudioError(f"{path}: holds no audio stream")
             frames = list(container.decode(audio=0))
