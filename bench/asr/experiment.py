@@ -17,15 +17,17 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tqdm import tqdm
 
 from . import DemoError, hide_progress, progress, summary
 from .cell import RESULT, Cell, run_cell
@@ -79,7 +81,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Runner:
-    """Runs cells in worker processes of their own threads, and keeps to a time limit."""
+    """Runs cells, several at a time in worker processes or one at a time in this one, and keeps to a time limit."""
 
     def __init__(self, data: Path, root: Path, workers: int, minutes: float | None) -> None:
         self.data, self.root, self.workers = data, root, workers
@@ -91,32 +93,42 @@ class Runner:
         waiting = [cell for cell in dict.fromkeys(cells) if cell not in found]
         if not waiting:
             return found
-        threads = max(1, (os.cpu_count() or 1) // self.workers)
-        pool = ProcessPoolExecutor(
-            self.workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(threads,)
-        )
-        running: dict[Future, Cell] = {}
+        run = self._here if self.workers == 1 else self._in_workers
         with progress(total=len(found) + len(waiting), initial=len(found), desc=desc, unit="cell") as bar:
-            try:
-                while waiting or running:
-                    while waiting and len(running) < self.workers and not self.late:
-                        cell = waiting.pop(0)
-                        running[pool.submit(run_cell, cell, self.data, self.root, self.until)] = cell
-                    if not running:
-                        break
-                    bar.set_postfix_str("; ".join(map(str, running.values())))
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        cell = running.pop(future)
-                        try:
-                            found[cell] = future.result()
-                            bar.update()
-                        except Interrupted:
-                            waiting.append(cell)
-                        except DemoError as error:
-                            raise DemoError(f"{cell}: {error}") from error
-            finally:
-                pool.shutdown(cancel_futures=True)
+            for cell, outcome in run(waiting, bar):
+                try:
+                    found[cell] = outcome()
+                except Interrupted:
+                    if not self.late:
+                        raise
+                except DemoError as error:
+                    raise DemoError(f"{cell}: {error}") from error
+                else:
+                    bar.update()
         return found
+
+    def _here(self, cells: Sequence[Cell], bar: tqdm) -> Iterator[tuple[Cell, Callable[[], dict[str, Any]]]]:
+        for cell in cells:
+            if self.late:
+                return
+            bar.set_postfix_str(str(cell))
+            yield cell, partial(run_cell, cell, self.data, self.root, self.until)
+
+    def _in_workers(self, cells: Sequence[Cell], bar: tqdm) -> Iterator[tuple[Cell, Callable[[], dict[str, Any]]]]:
+        threads = max(1, (os.cpu_count() or 1) // self.workers)
+        spawn = multiprocessing.get_context("spawn")
+        waiting, running = list(cells), dict[Future[dict[str, Any]], Cell]()
+        pool = ProcessPoolExecutor(self.workers, spawn, initializer=_start_worker, initargs=(threads,))
+        try:
+            while running or (waiting and not self.late):
+                while waiting and len(running) < self.workers and not self.late:
+                    cell = waiting.pop(0)
+                    running[pool.submit(run_cell, cell, self.data, self.root, self.until)] = cell
+                bar.set_postfix_str("; ".join(map(str, running.values())))
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     @property
     def late(self) -> bool:
