@@ -145,15 +145,18 @@ def _start_worker(threads: int) -> None:
     transformers.logging.set_verbosity_error()
 
 
-def tune(grid: Grid, run: Runner, tuned: Path, **where: Any) -> None:
-    """Tries learning rates until the best of each method is inside of what was tried; writes them all to `tuned`."""
+def tune(grid: Grid, run: Runner, tuned: Path, **where: Any) -> bool:
+    """Tries learning rates until the best of each method is inside of what was tried; then writes them all to `tuned`.
+
+    Whether there was time for that.
+    """
     results: dict[tuple[str, str], dict[float, tuple[float, float]]] = {}
     tried: dict[tuple[str, str, float], Cell] = {}
     while wanted := candidates(grid, results):
         cells = {key: tuning_cell(grid, *key, **where) for key in wanted}
         found = run(list(cells.values()), "tuning")
         if len(found) < len(set(cells.values())):
-            return
+            return False
         for (shift, method, lr), cell in cells.items():
             results.setdefault((shift, method), {})[lr] = _order(found[cell])
             tried[shift, method, lr] = cell
@@ -176,6 +179,7 @@ def tune(grid: Grid, run: Runner, tuned: Path, **where: Any) -> None:
         )
     write_rates(rows, grid, tuned)
     print(f"learning rates: {tuned}")
+    return True
 
 
 def _order(result: dict[str, Any]) -> tuple[float, float]:
@@ -204,8 +208,7 @@ def run(args: argparse.Namespace) -> bool:
     runner = Runner(args.data, args.runs, workers, args.minutes)
     where = {"model": args.model, "device": device.type, "language": args.language, "source": not args.no_source}
     if args.tune:
-        tune(grid, runner, args.tuned, **where)
-        return not runner.late
+        return tune(grid, runner, args.tuned, **where)
     cells = grid.cells(read_rates(grid, args.tuned), **where)
     began = time.time()
     found = runner(cells, f"{grid.name} grid")

@@ -65,6 +65,13 @@ def _by_shift(found: Sequence[Entry]) -> dict[str, list[Entry]]:
     return {shift: [e for e in found if e.shift == shift] for shift in dict.fromkeys(e.shift for e in found)}
 
 
+def _compared(found: Sequence[Entry]) -> list[Entry]:
+    """The entries without a budget, and those at the one that most methods have (of several the highest)."""
+    budgets = [e.budget for e in found if e.budget]
+    common = max(set(budgets), key=lambda budget: (budgets.count(budget), budget), default=None)
+    return [e for e in found if e.budget in (None, common)]
+
+
 def _mean(values: Sequence[float]) -> float:
     return 100 * statistics.fmean(values)
 
@@ -153,8 +160,8 @@ def allocation(found: Sequence[Entry]) -> Figure | None:
 
 def spectra(found: Sequence[Entry]) -> Figure | None:
     """Singular values after training over those before, of three weights, on the first shift that has them."""
-    drawn = [e for e in found if e.results[0]["spectra"] and e.method in CURVED]
-    drawn = [e for e in drawn if e.shift == drawn[0].shift and e.budget in (None, 0.02)]
+    drawn = [e for e in _compared(found) if e.results[0]["spectra"] and e.method in CURVED]
+    drawn = [e for e in drawn if e.shift == drawn[0].shift]
     if not drawn:
         return None
     names = list(drawn[0].results[0]["spectra"])
@@ -178,9 +185,8 @@ def _line(method: str) -> str:
 
 def orthogonality(found: Sequence[Entry]) -> Figure | None:
     """Distance of the rotations from orthogonality in the course of training: mean of ||G^T G - I||_F / sqrt(k)."""
-    drawn = [e for e in found if any("orthogonality error" in w for w in e.results[0]["watched"])]
-    drawn = [e for e in drawn if e.budget == max(other.budget or 0 for other in drawn) or e.budget == 0.02]
-    drawn = [e for e in drawn if e.method in ("ssvd", "ssvd-linear", "ssvd-free", "ssvd-o")]
+    rotating = ("ssvd", "ssvd-linear", "ssvd-free", "ssvd-o")
+    drawn = [e for e in _compared(found) if e.method in rotating and e.results[0]["watched"]]
     if not drawn:
         return None
     shifts = _by_shift(drawn)
@@ -202,7 +208,7 @@ def orthogonality(found: Sequence[Entry]) -> Figure | None:
 
 def curves(found: Sequence[Entry]) -> Figure | None:
     """Validation loss in the course of training, mean over the seeds."""
-    drawn = [e for e in found if e.results[0]["watched"] and e.method in CURVED and e.budget in (None, 0.02)]
+    drawn = [e for e in _compared(found) if e.results[0]["watched"] and e.method in CURVED]
     if not drawn:
         return None
     shifts = _by_shift(drawn)

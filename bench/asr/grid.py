@@ -166,10 +166,8 @@ def read_rates(grid: Grid, path: Path = TUNED) -> dict[tuple[str, str], float]:
 
 def write_rates(rows: Iterable[dict[str, Any]], grid: Grid, path: Path = TUNED) -> None:
     """Replaces the rows of the grid's methods in the table of everything that was tried."""
-    kept, mine = (
-        [],
-        {(grid.tuned_as, shift, method) for shift, choices in grid.choices.items() for method, _ in choices},
-    )
+    mine = {(grid.tuned_as, shift, method) for shift, choices in grid.choices.items() for method, _ in choices}
+    kept = []
     if path.is_file():
         with path.open(newline="") as stream:
             kept = [row for row in csv.DictReader(stream) if (row["grid"], row["shift"], row["method"]) not in mine]
