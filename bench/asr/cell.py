@@ -41,6 +41,7 @@ class Cell:
     measure: str = "test"
     limit: int | None = None  # clips of each measured set
     language: str = "en"  # of a manifest
+    sigma_lr: float = 1.0  # of delta_sigma, over lr
     source: bool = True  # whether to measure the source domain
     model: str | None = None
     device: str = "cpu"
@@ -90,7 +91,15 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
     if cell.method != "zero-shot":
         recognizer.fit_window(max(TRAINED, *training.seconds))
         watch = _Watch(recognizer, validation, cell.steps)
-        recipe = Recipe(cell.steps, cell.batch, cell.lr, seed=cell.seed, amp=True, checkpoint_every=cell.steps)
+        recipe = Recipe(
+            cell.steps,
+            cell.batch,
+            cell.lr,
+            seed=cell.seed,
+            amp=True,
+            sigma_lr=cell.sigma_lr,
+            checkpoint_every=cell.steps,
+        )
         try:
             history = train(recognizer, training, recipe, runs, watch, until)
         except Diverged:
