@@ -138,7 +138,7 @@ def orthogonality_error(model: nn.Module) -> float | None:
             continue
         for theta, k in ((layer.theta, layer.k_in), (layer.theta_out, layer.k_out)):
             if theta is not None and k is not None:
-                E = rotation_delta(theta.double(), k, layer.rotation)
+                E = rotation_delta(theta, k, layer.rotation).double()
                 errors.append(float((E + E.mT + E.mT @ E).norm()) / k**0.5)
     return sum(errors) / len(errors) if errors else None
 
