@@ -77,7 +77,7 @@ def test_a_shift_is_split_in_three_by_text(made_up: Path) -> None:
 
 def test_bad_shifts_are_named(made_up: Path) -> None:
     with pytest.raises(
-        DemoError, match="shift = 'dutch': child, .*, italian and the name of a manifest, .* are allowed"
+        DemoError, match=r"shift = 'dutch': child, .*, italian and the name of a manifest, .* are allowed"
     ):
         shifts.load_shift("dutch", made_up, 4.0)
     with pytest.raises(DemoError, match="shift = 'dutch'"):
