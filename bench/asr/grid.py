@@ -92,9 +92,9 @@ REDUCED = Grid(
     "reduced",
     {"child": CURVES, "telephone": CURVES, "spanish": CURVES},
     seeds=3,
-    steps=40,
+    steps=36,
     batch=4,
-    longest=5.0,
+    longest=9.0,
     tuned_as="reduced",
 )
 GRIDS = {
@@ -106,7 +106,7 @@ GRIDS = {
         seeds=3,
         steps=240,
         batch=8,
-        longest=8.5,
+        longest=9.0,
         tuned_as="full",
     ),
     "smoke": Grid(

@@ -29,10 +29,7 @@ class Diverged(DemoError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW without weight decay; linear warm-up over a tenth of the steps, then linear decay to 0.
-
-    sigma_lr: the learning rate of parameters named delta_sigma, as a multiple of the others'.
-    """
+    """AdamW without weight decay; linear warm-up over a tenth of the steps, then linear decay to 0."""
 
     steps: int = 120
     batch: int = 8
@@ -40,7 +37,6 @@ class Recipe:
     clip: float = 1.0
     seed: int = 0
     amp: bool = False
-    sigma_lr: float = 1.0
     checkpoint_every: int = 10
 
     def lr_at(self, step: int) -> float:
@@ -115,10 +111,7 @@ def train(
     """
     model = recognizer.model
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    shifts = [p for name, p in trainable.items() if name.endswith("delta_sigma")]
-    others = [p for name, p in trainable.items() if not name.endswith("delta_sigma")]
-    groups = [{"params": others, "scale": 1.0}, {"params": shifts, "scale": recipe.sigma_lr}]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trainable.values(), lr=recipe.lr, weight_decay=0.0)
     history, start = History(), 0
     torch.manual_seed(recipe.seed)
     if (state := folder.load_checkpoint()) is not None:
@@ -149,7 +142,7 @@ def train(
         for step in range(start, recipe.steps):
             began = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = group["scale"] * recipe.lr_at(step)
+                group["lr"] = recipe.lr_at(step)
             loss = cross_entropy(
                 recognizer, speech, batch_indices(len(speech), recipe.batch, step, recipe.seed), recipe.amp
             )
