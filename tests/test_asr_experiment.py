@@ -162,7 +162,7 @@ def test_everything_is_written(tmp_path: Any) -> None:
     assert [row["method"] for row in rows] == ["zero-shot", "full", "full", "lora", "ssvd"]
     assert float(rows[4]["test wer"]) == 0.125
     drawn = sorted(path.stem for path in tmp_path.glob("*.png"))
-    assert drawn == ["curves", "learning-forgetting", "orthogonality", "wer-parameters"]
+    assert drawn == ["curves", "learning-forgetting", "orthogonality"]
 
 
 # -- whole runs, of a tiny random model on tones ----------------------------------------------------------------------

@@ -85,7 +85,6 @@ def _at(budgets: Iterable[float], *methods: str) -> list[Choice]:
 
 UNBUDGETED: list[Choice] = [("zero-shot", None), ("full", None)]
 CURVES = [*UNBUDGETED, *_at((LOW, MIDDLE), "lora", "ssvd")]
-RELATIVES = ("dora", "pissa", "svft", "spectralft", "ssvd-linear", "ssvd-free", "ssvd-o", "ssvd-o-25", "ssvd-o-75")
 EVERYTHING = [name for name, method in METHODS.items() if method.budgeted]
 
 REDUCED = Grid(
@@ -99,7 +98,7 @@ REDUCED = Grid(
 )
 GRIDS = {
     "reduced": REDUCED,
-    "relatives": replace(REDUCED, name="relatives", choices={"child": [*CURVES, *_at((MIDDLE,), *RELATIVES)]}),
+    "relatives": replace(REDUCED, name="relatives", choices={"child": [*UNBUDGETED, *_at((MIDDLE,), *EVERYTHING)]}),
     "full": Grid(
         "full",
         {shift: [*UNBUDGETED, *_at((LOW, MIDDLE, HIGH), *EVERYTHING)] for shift in SHIFTS},

@@ -83,13 +83,19 @@ def apply(model: nn.Module, name: str, budget: float | None) -> Applied:
     if arguments["method"] in PEFT:
         import peft
 
-        # The papers' scale of LoRA's update, alpha / r: 2, of PiSSA's 1, its initial weights being the base's own.
-        alpha = {"lora": 2, "dora": 2, "pissa": 1}.get(arguments["method"])
-        scale = {} if alpha is None else {"lora_alpha": alpha * plan.layers[0].rank}
-        adapted = peft.get_peft_model(model, plan.peft_config(**scale))  # type: ignore[arg-type]  # in place
+        options = _peft_options(arguments["method"], plan.layers[0].rank)
+        adapted = peft.get_peft_model(model, plan.peft_config(**options))  # type: ignore[arg-type]  # in place
         return Applied(_trainable(model), _ranks(plan), lambda path: _save_peft(adapted, path))
     sk.inject(model, plan, progress=False)
     return Applied(_trainable(model), _ranks(plan), lambda path: _save_own(model, path))
+
+
+def _peft_options(method: str, rank: int) -> dict[str, Any]:
+    """The scale alpha / r of SSVD's paper, 2 for LoRA and 1 for PiSSA, and OFT's exact rotation, not its series."""
+    if method == "oft":
+        return {"use_cayley_neumann": False}
+    alpha = {"lora": 2, "dora": 2, "pissa": 1}.get(method)
+    return {} if alpha is None else {"lora_alpha": alpha * rank}
 
 
 def _ranks(plan: Any) -> str:
