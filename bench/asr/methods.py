@@ -30,12 +30,12 @@ class Method:
         return self.arguments is not None
 
 
-def _ssvd(title: str, lr: float = 1e-3, **arguments: Any) -> Method:
-    return Method(title, lr, {"method": "ssvd", **arguments})
+def _ssvd(title: str, **arguments: Any) -> Method:
+    return Method(title, 3e-4, {"method": "ssvd", **arguments})
 
 
 def _ssvd_o(share: float) -> Method:
-    return Method(f"SSVD-O, {share:.0%} inner", 1e-3, {"method": "ssvd-o", "inner_share": share})
+    return Method(f"SSVD-O, {share:.0%} inner", 3e-4, {"method": "ssvd-o", "inner_share": share})
 
 
 METHODS: dict[str, Method] = {
@@ -46,8 +46,8 @@ METHODS: dict[str, Method] = {
     "pissa": Method("PiSSA", 3e-4, {"method": "pissa"}),
     "vera": Method("VeRA", 1e-2, {"method": "vera"}),
     "oft": Method("OFT", 1e-3, {"method": "oft"}),
-    "psoft": Method("PSOFT", 1e-3, {"method": "psoft"}),
-    "svft": Method("SVFT", 3e-3, {"method": "svft"}),
+    "psoft": Method("PSOFT", 3e-4, {"method": "psoft"}),
+    "svft": Method("SVFT", 1e-3, {"method": "svft"}),
     "spectralft": Method("SpectralFT", 1e-3, {"method": "spectralft"}),
     "ssvd": _ssvd("SSVD, strict"),
     "ssvd-linear": _ssvd("SSVD, linear", rotation="linear"),
