@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from . import DemoError, hide_progress, progress, summary
 from .cell import RESULT, Cell, run_cell
+from .commands import exit_status
 from .fetch import MODEL, default_data, ensure
 from .grid import GRIDS, TUNED, Grid, Trained, candidates, read_rates, tuning_cell, write_rates
 from .methods import METHODS
@@ -220,16 +221,8 @@ def run(args: argparse.Namespace) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    transformers.logging.set_verbosity_error()
     args = parse(argv)
-    try:
-        return 0 if run(args) else UNFINISHED
-    except (Interrupted, KeyboardInterrupt):
-        print("\nstopped; run the same command again to go on", file=sys.stderr)
-        return 130
-    except (DemoError, ValueError, TypeError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: 0 if run(args) else UNFINISHED)
 
 
 if __name__ == "__main__":
