@@ -60,7 +60,8 @@ def test_restricting_keeps_zero_shot_and_refuses_what_is_not_there() -> None:
 
 def test_tuning_goes_on_beyond_the_edge_and_stops_inside(tmp_path: Any) -> None:
     only = SMALL.restricted([], ["ssvd"])
-    best = 9e-3  # twice times three above the start, so beyond the first candidates
+    start = METHODS["ssvd"].lr
+    best = 9 * start  # beyond the first candidates
     tried: dict[grid.Trained, dict[float, float]] = {}
     for _ in range(10):
         wanted = candidates(only, tried)
@@ -69,7 +70,7 @@ def test_tuning_goes_on_beyond_the_edge_and_stops_inside(tmp_path: Any) -> None:
         if not wanted:
             break
     known = tried["child", "ssvd", 0.02]
-    assert sorted(known) == pytest.approx([3.3e-4, 1e-3, 3e-3, 9e-3, 2.7e-2])
+    assert sorted(known) == pytest.approx([start * 3.0**power for power in (-1, 0, 1, 2, 3)], rel=0.05)
     assert min(known) < min(known, key=lambda lr: known[lr]) < max(known)
 
 
