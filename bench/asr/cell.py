@@ -15,13 +15,16 @@ from .methods import Applied, apply, effective_weight, orthogonality_error
 from .recognizer import Recognizer, load_recognizer
 from .runfolder import CHECKPOINT, RunFolder, short_hash, write_json
 from .shifts import Shift, load_shift
-from .speech import Speech
+from .speech import AS_RECORDED, Speech
 from .train import Diverged, History, Recipe, cross_entropy, train
 
+VERSION = 1  # of how cells are trained and measured; another one computes all of them again
 SPECTRA = ("model.encoder.layers.3.self_attn.q_proj", "model.encoder.layers.3.fc1", "model.decoder.layers.3.fc2")
 HEARD = 14.0  # seconds (and silence) that the encoder hears at least in measuring; in windows of 10 s the untrained
 # tiny.en repeats itself on one clip in some twenty, in 7 s on most
 TRAINED = 9.0  # the same in training
+RECORDED = 32  # clips at most of the target's voice as recorded that are measured, to save time
+WATCHED = 16  # clips at most of the validation loss
 LOOKS = 4  # at the validation loss and at the rotations, in the course of training
 RESULT = "result.json"
 
@@ -46,9 +49,14 @@ class Cell:
     device: str = "cpu"
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What is not the default: a field added later leaves earlier cells as they are."""
+        changed = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+        return {"version": VERSION, **changed}
+
+    @property
     def key(self) -> str:
-        """Of what is not the default: a field added later leaves the keys of earlier cells as they are."""
-        return short_hash({f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default})
+        return short_hash(self.settings)
 
     def __str__(self) -> str:
         budget = "" if self.budget is None else f" {self.budget:.2%}"
@@ -78,13 +86,13 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
     shift = _shift(*where)
     training = _speech("train", None, *where)
     recognizer = load_recognizer(cell.model, data, device, shift.language)
-    runs = RunFolder(folder, {**asdict(cell), "weights": recognizer.fingerprint, "speech": training.fingerprint})
+    runs = RunFolder(folder, {**cell.settings, "weights": recognizer.fingerprint, "speech": training.fingerprint})
     model = recognizer.model
     base = {name: effective_weight(model.get_submodule(name)) for name in SPECTRA} if _draws_spectra(cell) else {}
     total = sum(parameter.numel() for parameter in model.parameters())
     torch.manual_seed(cell.seed)
     applied = apply(model, cell.method, cell.budget)
-    validation = _speech("validation", cell.limit, *where)
+    validation = _speech("validation", min(cell.limit or WATCHED, WATCHED), *where)
     peak = _PeakMemory(device)
     history = History()
     if cell.method != "zero-shot":
@@ -104,7 +112,8 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
     scores = {}
     for name in names:
         recognizer.set_language("en" if name in shift.source else shift.language)
-        scores[name] = _measure(recognizer, _speech(name, cell.limit, *where))
+        limit = min(cell.limit or RECORDED, RECORDED) if name == AS_RECORDED else cell.limit
+        scores[name] = _measure(recognizer, _speech(name, limit, *where))
     result = {
         "cell": asdict(cell),
         "title": shift.title,
@@ -146,15 +155,12 @@ class _Watch:
 
 
 @torch.no_grad()
-def validation_loss(recognizer: Recognizer, speech: Speech, batch: int = 16) -> float:
-    """Cross-entropy in nats per token, the mean over clips of their batches'."""
+def validation_loss(recognizer: Recognizer, speech: Speech) -> float:
+    """Cross-entropy in nats per token, of all clips in one batch."""
     recognizer.model.eval()
-    total = 0.0
-    for start in range(0, len(speech), batch):
-        chosen = list(range(start, min(start + batch, len(speech))))
-        total += float(cross_entropy(recognizer, speech, chosen, amp=True)) * len(chosen)
+    loss = cross_entropy(recognizer, speech, list(range(len(speech))), amp=True)
     recognizer.model.train()
-    return total / len(speech)
+    return float(loss)
 
 
 def _measure(recognizer: Recognizer, speech: Speech) -> dict[str, Any]:

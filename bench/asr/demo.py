@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 import ssvd_kernels as sk
 
 from . import DemoError, report, speech
+from .commands import exit_status
 from .fetch import ASTERISK, MODEL, SPHINX, default_data, ensure, sha256_file
 from .recognizer import Recognizer, Score, load_recognizer
 from .runfolder import ADAPTER, RunFolder, short_hash
 from .speech import MAX_PROMPT_SECONDS, Corpus, Speech
-from .train import History, Interrupted, Recipe, train
+from .train import History, Recipe, train
 from .transcribe import pick_device
 
 RATIO = 0.4
@@ -267,21 +267,14 @@ def facts(
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    transformers.logging.set_verbosity_error()
-    try:
+
+    def command() -> int:
         if run(args):
             return 0
         print("error: a check failed, see NO in the table", file=sys.stderr)
         return 1
-    except Interrupted as stop:
-        print(f"\n{stop}; run the same command again to go on", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on", file=sys.stderr)
-        return 130
-    except (DemoError, ValueError, TypeError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+    return exit_status(command)
 
 
 if __name__ == "__main__":

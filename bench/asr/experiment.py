@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 from . import DemoError, hide_progress, progress, summary
 from .cell import RESULT, Cell, run_cell
+from .commands import exit_status
 from .fetch import MODEL, default_data, ensure
-from .grid import GRIDS, TUNED, Grid, candidates, read_rates, tuning_cell, write_rates
+from .grid import GRIDS, TUNED, Grid, Trained, candidates, read_rates, tuning_cell, write_rates
 from .methods import METHODS
 from .shifts import load_shift, parts_of
 from .speech import Speech
@@ -150,33 +151,29 @@ def tune(grid: Grid, run: Runner, tuned: Path, **where: Any) -> bool:
 
     Whether there was time for that.
     """
-    results: dict[tuple[str, str], dict[float, tuple[float, float]]] = {}
-    tried: dict[tuple[str, str, float], Cell] = {}
-    while wanted := candidates(grid, results):
+    tried: dict[Trained, dict[float, tuple[float, float]]] = {}
+    while wanted := candidates(grid, tried):
         cells = {key: tuning_cell(grid, *key, **where) for key in wanted}
         found = run(list(cells.values()), "tuning")
-        if len(found) < len(set(cells.values())):
+        if len(found) < len(cells):
             return False
-        for (shift, method, lr), cell in cells.items():
-            results.setdefault((shift, method), {})[lr] = _order(found[cell])
-            tried[shift, method, lr] = cell
-    rows = []
-    for (shift, method, lr), cell in sorted(tried.items()):
-        known = results[shift, method]
-        wer, loss = known[lr]
-        rows.append(
-            {
-                "grid": grid.tuned_as,
-                "shift": shift,
-                "method": method,
-                "budget": cell.budget,
-                "steps": cell.steps,
-                "lr": lr,
-                "validation wer": f"{wer:.4f}",
-                "validation loss": f"{loss:.4f}",
-                "chosen": "yes" if lr == min(known, key=lambda other: known[other]) else "",
-            }
-        )
+        for (trained, lr), cell in cells.items():
+            tried.setdefault(trained, {})[lr] = _order(found[cell])
+    rows = [
+        {
+            "grid": grid.tuned_as,
+            "shift": shift,
+            "method": method,
+            "budget": budget,
+            "steps": grid.steps,
+            "lr": lr,
+            "validation wer": f"{known[lr][0]:.4f}",
+            "validation loss": f"{known[lr][1]:.4f}",
+            "chosen": "yes" if lr == min(known, key=known.__getitem__) else "",
+        }
+        for (shift, method, budget), known in tried.items()
+        for lr in sorted(known)
+    ]
     write_rates(rows, grid, tuned)
     print(f"learning rates: {tuned}")
     return True
@@ -224,16 +221,8 @@ def run(args: argparse.Namespace) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    transformers.logging.set_verbosity_error()
     args = parse(argv)
-    try:
-        return 0 if run(args) else UNFINISHED
-    except (Interrupted, KeyboardInterrupt):
-        print("\nstopped; run the same command again to go on", file=sys.stderr)
-        return 130
-    except (DemoError, ValueError, TypeError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: 0 if run(args) else UNFINISHED)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def wer_parameters(found: Sequence[Entry]) -> Figure | None:
-    """Target WER against trainable parameters, with 95 % intervals; LoRA and SSVD as curves."""
-    shifts = _by_shift(found)
+    """Target WER against trainable parameters, with 95 % intervals: full fine-tuning and what has several budgets."""
+    budgets = Counter((e.shift, e.method) for e in found)
+    shifts = _by_shift([e for e in found if e.budget is None or budgets[e.shift, e.method] > 1])
+    if all(e.budget is None for of_shift in shifts.values() for e in of_shift):
+        return None
     figure, panels = _panels(len(shifts), "Word error rate against trainable parameters")
     for panel, of_shift in zip(panels, shifts.values(), strict=True):
         for method in dict.fromkeys(e.method for e in of_shift):
@@ -104,12 +108,36 @@ def wer_parameters(found: Sequence[Entry]) -> Figure | None:
     return figure
 
 
+def methods(found: Sequence[Entry]) -> Figure | None:
+    """Target WER of every method at one budget, with 95 % intervals and the seeds' own values."""
+    shifts = {shift: _compared(of_shift) for shift, of_shift in _by_shift(found).items()}
+    shifts = {shift: of_shift for shift, of_shift in shifts.items() if len(of_shift) > 5}
+    if not shifts:
+        return None
+    most = max(map(len, shifts.values()))
+    figure, panels = _panels(len(shifts), "Methods at one budget", width=7.5, height=1.2 + 0.32 * most)
+    for panel, of_shift in zip(panels, shifts.values(), strict=True):
+        ordered = sorted(of_shift, key=lambda e: -_mean(e.rates(["test"])))
+        for place, entry in enumerate(ordered):
+            low, high = (100 * bound for bound in interval(entry.results, ["test"]))
+            colour, marker = STYLES.get(entry.method, ("#999999", "o"))
+            panel.plot([low, high], [place, place], color=colour, linewidth=1.5)
+            panel.plot(_mean(entry.rates(["test"])), place, color=colour, marker=marker, markersize=9, linestyle="")
+            seeds = [100 * rate for rate in entry.rates(["test"])]
+            panel.scatter(seeds, [place + 0.25] * len(seeds), s=8, color=colour, alpha=0.6)
+        titles = [f"{e.title} ({e.share:.2%})" if e.method != "zero-shot" else e.title for e in ordered]
+        panel.set_yticks(range(len(ordered)), titles)
+        panel.set(xlabel="WER, % (bars: 95 % interval, small dots: seeds)", xlim=(0, None))
+        panel.set_title(of_shift[0].domain, fontsize=11)
+    return figure
+
+
 def learning_forgetting(found: Sequence[Entry]) -> Figure | None:
     """Points of WER won on the target against points lost on other speakers of the source domain."""
     shifts = {shift: e for shift, e in _by_shift(found).items() if e[0].method == "zero-shot" and e[0].others}
     if not shifts:
         return None
-    figure, panels = _panels(len(shifts), "Learning against forgetting")
+    figure, panels = _panels(len(shifts), "Learning against forgetting (best: right and low)")
     for panel, of_shift in zip(panels, shifts.values(), strict=True):
         before = of_shift[0]
         target, source = _mean(before.rates(["test"])), _mean(before.rates(before.others))
@@ -122,8 +150,8 @@ def learning_forgetting(found: Sequence[Entry]) -> Figure | None:
             panel.scatter(x, y, s=size, color=colour, marker=marker, label=entry.title)
         panel.axhline(0, color="#999999", linewidth=0.8)
         panel.set(
-            xlabel="learnt: WER points won on the target (right is better)",
-            ylabel="forgotten: WER points lost on other speakers (low is better)",
+            xlabel="learnt: WER points won on the target",
+            ylabel="forgotten: WER points, other speakers",
         )
         panel.set_title(of_shift[0].domain, fontsize=11)
     _legend(figure, panels)
@@ -174,7 +202,6 @@ def spectra(found: Sequence[Entry]) -> Figure | None:
                        linestyle=_line(entry.method), linewidth=1.2)  # fmt: skip
         panel.set_title(name.removeprefix("model."), fontsize=10)
         panel.set(xlabel="index of the singular value", ylabel="after / before")
-        panel.set_yscale("log")
     _legend(figure, panels)
     return figure
 
@@ -189,8 +216,9 @@ def orthogonality(found: Sequence[Entry]) -> Figure | None:
     drawn = [e for e in _compared(found) if e.method in rotating and e.results[0]["watched"]]
     if not drawn:
         return None
-    shifts = _by_shift(drawn)
-    figure, panels = _panels(len(shifts), "How far the rotations are from orthogonal")
+    most = max(len(of_shift) for of_shift in _by_shift(drawn).values())
+    shifts = {shift: of_shift for shift, of_shift in _by_shift(drawn).items() if len(of_shift) == most}
+    figure, panels = _panels(len(shifts), "How far the rotations are from orthogonal", width=6)
     for panel, of_shift in zip(panels, shifts.values(), strict=True):
         for entry in of_shift:
             for result in entry.results:
@@ -228,6 +256,7 @@ def curves(found: Sequence[Entry]) -> Figure | None:
 
 FIGURES: dict[str, Callable[[Sequence[Entry]], Figure | None]] = {
     "wer-parameters": wer_parameters,
+    "methods": methods,
     "learning-forgetting": learning_forgetting,
     "allocation": allocation,
     "spectra": spectra,

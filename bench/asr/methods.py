@@ -30,12 +30,12 @@ class Method:
         return self.arguments is not None
 
 
-def _ssvd(title: str, lr: float = 1e-3, **arguments: Any) -> Method:
-    return Method(title, lr, {"method": "ssvd", **arguments})
+def _ssvd(title: str, **arguments: Any) -> Method:
+    return Method(title, 3e-4, {"method": "ssvd", **arguments})
 
 
 def _ssvd_o(share: float) -> Method:
-    return Method(f"SSVD-O, {share:.0%} inner", 1e-3, {"method": "ssvd-o", "inner_share": share})
+    return Method(f"SSVD-O, {share:.0%} inner", 3e-4, {"method": "ssvd-o", "inner_share": share})
 
 
 METHODS: dict[str, Method] = {
@@ -46,8 +46,8 @@ METHODS: dict[str, Method] = {
     "pissa": Method("PiSSA", 3e-4, {"method": "pissa"}),
     "vera": Method("VeRA", 1e-2, {"method": "vera"}),
     "oft": Method("OFT", 1e-3, {"method": "oft"}),
-    "psoft": Method("PSOFT", 1e-3, {"method": "psoft"}),
-    "svft": Method("SVFT", 3e-3, {"method": "svft"}),
+    "psoft": Method("PSOFT", 3e-4, {"method": "psoft"}),
+    "svft": Method("SVFT", 1e-3, {"method": "svft"}),
     "spectralft": Method("SpectralFT", 1e-3, {"method": "spectralft"}),
     "ssvd": _ssvd("SSVD, strict"),
     "ssvd-linear": _ssvd("SSVD, linear", rotation="linear"),
@@ -83,13 +83,19 @@ def apply(model: nn.Module, name: str, budget: float | None) -> Applied:
     if arguments["method"] in PEFT:
         import peft
 
-        # The papers' scale of LoRA's update, alpha / r: 2, of PiSSA's 1, its initial weights being the base's own.
-        alpha = {"lora": 2, "dora": 2, "pissa": 1}.get(arguments["method"])
-        scale = {} if alpha is None else {"lora_alpha": alpha * plan.layers[0].rank}
-        adapted = peft.get_peft_model(model, plan.peft_config(**scale))  # type: ignore[arg-type]  # in place
+        options = _peft_options(arguments["method"], plan.layers[0].rank)
+        adapted = peft.get_peft_model(model, plan.peft_config(**options))  # type: ignore[arg-type]  # in place
         return Applied(_trainable(model), _ranks(plan), lambda path: _save_peft(adapted, path))
     sk.inject(model, plan, progress=False)
     return Applied(_trainable(model), _ranks(plan), lambda path: _save_own(model, path))
+
+
+def _peft_options(method: str, rank: int) -> dict[str, Any]:
+    """The scale alpha / r of SSVD's paper, 2 for LoRA and 1 for PiSSA, and OFT's exact rotation, not its series."""
+    if method == "oft":
+        return {"use_cayley_neumann": False}
+    alpha = {"lora": 2, "dora": 2, "pissa": 1}.get(method)
+    return {} if alpha is None else {"lora_alpha": alpha * rank}
 
 
 def _ranks(plan: Any) -> str:
@@ -138,7 +144,7 @@ def orthogonality_error(model: nn.Module) -> float | None:
             continue
         for theta, k in ((layer.theta, layer.k_in), (layer.theta_out, layer.k_out)):
             if theta is not None and k is not None:
-                E = rotation_delta(theta.double(), k, layer.rotation)
+                E = rotation_delta(theta, k, layer.rotation).double()
                 errors.append(float((E + E.mT + E.mT @ E).norm()) / k**0.5)
     return sum(errors) / len(errors) if errors else None
 
