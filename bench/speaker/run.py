@@ -21,10 +21,10 @@ from statistics import median
 from typing import Any
 
 import torch
-import transformers
 
-from ..asr import DemoError, progress
+from ..asr import progress
 from ..asr.audio import Samples, read_audio
+from ..asr.commands import exit_status
 from ..asr.demo import machine
 from ..asr.fetch import MODEL, default_data, ensure
 from ..asr.recognizer import Recognizer, load_recognizer
@@ -214,16 +214,12 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    transformers.logging.set_verbosity_error()
-    try:
+
+    def command() -> int:
         run(args)
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on", file=sys.stderr)
-        return 130
-    except (DemoError, ValueError, TypeError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return exit_status(command)
 
 
 if __name__ == "__main__":
