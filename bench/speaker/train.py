@@ -100,8 +100,11 @@ def train(
     seed: int,
     desc: str,
 ) -> tuple[list[float], list[float]]:
-    """Trains what requires gradients: the encoder's adapter at `lr`, the rest at the recipe's. Returns (loss, seconds)
-    of each step. centroids (classes, 2 d): mean embedding of each class of `at_speeds`. Raises DemoError if the loss is no longer finite."""
+    """Trains what requires gradients: the encoder's adapter at `lr`, the rest at the recipe's.
+
+    centroids: the mean embedding (classes, 2 d) of each class of `at_speeds`. Returns (loss, seconds) of each step.
+    Raises DemoError if the loss is no longer finite.
+    """
     loss_of = AAMSoftmax(centroids).to(recognizer.device)
     adapter = [p for p in model.encoder.parameters() if p.requires_grad]
     head = [model.layer_weights, *model.projection.parameters(), *loss_of.parameters()]
