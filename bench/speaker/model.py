@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import ssvd_kernels as sk
 
-EMBEDDING = 128
 HEAD_LR = 1e-4  # chosen as Method.lr was
 TARGETS = ["q_proj", "k_proj"]  # as in SpectralFT's experiment
 
@@ -26,16 +25,18 @@ def statistics(hidden: Tensor, frames: Tensor) -> Tensor:
 
 
 class SpeakerEncoder(nn.Module):
-    """Weighted sum of all layers (softmax weights, at first equal) -> mean and deviation over time -> 128 numbers.
+    """Weighted sum of all layers (softmax weights, at first equal) -> mean and deviation over time -> 2 d numbers.
 
-    The 2 d statistics are standardised in between by those of training speech in the encoder as it came (`calibrate`).
+    The 2 d statistics are standardised by those of training speech in the encoder as it came (`calibrate`) and then
+    projected, at first by the identity: training starts from the untrained statistics.
     """
 
     def __init__(self, encoder: nn.Module, layers: int, width: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.layer_weights = nn.Parameter(torch.zeros(layers))
-        self.projection = nn.Linear(2 * width, EMBEDDING)
+        self.projection = nn.Linear(2 * width, 2 * width, bias=False)
+        nn.init.eye_(self.projection.weight)
         self.center: Tensor
         self.spread: Tensor
         self.register_buffer("center", torch.zeros(2 * width))
@@ -45,7 +46,11 @@ class SpeakerEncoder(nn.Module):
         """The statistics (B, 2 d) before the projection; features (B, mels, 2 T) log-mel, frames (B,) up to T."""
         hidden = self.encoder(features, output_hidden_states=True).hidden_states
         weighted = torch.stack(hidden, dim=-1) @ self.layer_weights.softmax(0)
-        return (statistics(weighted, frames) - self.center) / self.spread
+        return self.standardised(statistics(weighted, frames))
+
+    def standardised(self, pooled: Tensor) -> Tensor:
+        """Statistics (..., 2 d) as `calibrate` wants them: unchanged before it was called."""
+        return (pooled - self.center) / self.spread
 
     def calibrate(self, pooled: Tensor) -> None:
         """From now on subtracts the mean of pooled (N, 2 d), N > 1, and divides by its standard deviation."""
@@ -53,7 +58,7 @@ class SpeakerEncoder(nn.Module):
         self.spread.copy_(pooled.std(0) + 1e-3)
 
     def forward(self, features: Tensor, frames: Tensor) -> Tensor:
-        """Embeddings (B, 128), compared by their cosine."""
+        """Embeddings (B, 2 d), compared by their cosine."""
         return self.projection(self.pooled(features, frames))
 
 
@@ -61,11 +66,12 @@ class AAMSoftmax(nn.Module):
     """Additive angular margin (ArcFace, arXiv 1801.07698): cross-entropy of scale * cos(angle), the own angle + margin.
 
     Where angle + margin would pass pi, cos(angle) - margin * sin(margin) goes on falling in its place.
+    centroids (classes, n): the classes' first directions, those of their mean embeddings before training.
     """
 
-    def __init__(self, classes: int, margin: float = 0.2, scale: float = 30.0) -> None:
+    def __init__(self, centroids: Tensor, margin: float = 0.2, scale: float = 30.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(classes, EMBEDDING))
+        self.weight = nn.Parameter(centroids.clone())
         self.margin, self.scale = margin, scale
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:

@@ -21,10 +21,10 @@ from statistics import median
 from typing import Any
 
 import torch
-import transformers
 
-from ..asr import DemoError, progress
+from ..asr import progress
 from ..asr.audio import Samples, read_audio
+from ..asr.commands import exit_status
 from ..asr.demo import machine
 from ..asr.fetch import MODEL, default_data, ensure
 from ..asr.recognizer import Recognizer, load_recognizer
@@ -34,7 +34,7 @@ from . import report, voices
 from .metrics import eer
 from .model import METHODS, SpeakerEncoder
 from .plan import VALIDATION, Plan, make_plan
-from .train import Recipe, embed, train
+from .train import Recipe, at_speeds, embed, train
 from .trials import Trial, write_trials
 
 UNTRAINED = "untrained"
@@ -96,12 +96,16 @@ class Experiment:
         return load_recognizer(self.args.model, self.args.data, self.device)
 
     @cached_property
-    def _statistics(self) -> torch.Tensor:
-        """Those of the training recordings in the encoder as it came, for `SpeakerEncoder.calibrate`."""
-        recognizer = self._recognizer()
-        training = {path: self.recordings[path] for paths in self.plan.training.values() for path in paths}
-        pooled = embed(recognizer, training, speaker_encoder(recognizer).pooled, "calibrating")
-        return torch.stack(list(pooled.values())).to(self.device)
+    def _voices(self) -> list[list[Samples]]:
+        return [[self.recordings[path] for path in paths] for paths in self.plan.training.values()]
+
+    @cached_property
+    def _statistics(self) -> list[torch.Tensor]:
+        """Those of each class's recordings (N, 2 d) in the encoder as it came."""
+        recognizer, classes = self._recognizer(), at_speeds(self._voices)
+        named = {f"{c:03d} {i:03d}": samples for c, found in enumerate(classes) for i, samples in enumerate(found)}
+        pooled = embed(recognizer, named, speaker_encoder(recognizer).pooled, "calibrating")
+        return [torch.stack([pooled[f"{c:03d} {i:03d}"] for i in range(len(classes[c]))]) for c in range(len(classes))]
 
     def cell(self, name: str, lr: float, seed: int) -> Cell:
         """The finished cell from its file, or a new one."""
@@ -127,10 +131,10 @@ class Experiment:
 
     def _run(self, name: str, lr: float, seed: int) -> Cell:
         statistics, desc = self._statistics, f"{name}, seed {seed}, lr {lr:g}"
-        torch.manual_seed(seed)  # after what only the first cell computes; the head is the same under all methods
+        torch.manual_seed(seed)  # after what only the first cell computes
         recognizer = self._recognizer()
         encoder = speaker_encoder(recognizer)
-        encoder.calibrate(statistics)
+        encoder.calibrate(torch.cat(statistics).to(self.device))
         losses: list[float] = []
         seconds: list[float] = []
         adapter = head = 0
@@ -138,8 +142,9 @@ class Experiment:
             METHODS[name].adapt(encoder.encoder)
             adapter = sum(p.numel() for p in encoder.encoder.parameters() if p.requires_grad)
             head = sum(p.numel() for p in encoder.parameters() if p.requires_grad) - adapter
-            speakers = [[self.recordings[path] for path in paths] for paths in self.plan.training.values()]
-            losses, seconds = train(recognizer, encoder, speakers, self._recipe(name, lr), lr, seed, desc)
+            centroids = torch.stack([encoder.standardised(found.to(self.device)).mean(0) for found in statistics])
+            rest = (self._recipe(name, lr), lr, seed, desc)
+            losses, seconds = train(recognizer, encoder, self._voices, centroids, *rest)
         measured = {path: self.recordings[path] for path in self.plan.measured}
         function = encoder if name in METHODS else encoder.pooled
         embedded = embed(recognizer, measured, function, f"{desc}: measuring")
@@ -209,16 +214,12 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    transformers.logging.set_verbosity_error()
-    try:
+
+    def command() -> int:
         run(args)
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on", file=sys.stderr)
-        return 130
-    except (DemoError, ValueError, TypeError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return exit_status(command)
 
 
 if __name__ == "__main__":

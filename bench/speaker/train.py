@@ -42,6 +42,11 @@ def at_speed(samples: Samples, factor: float) -> Samples:
     return np.interp(places, np.arange(len(samples)), samples).astype(np.float32)
 
 
+def at_speeds(voices: Sequence[Sequence[Samples]]) -> list[list[Samples]]:
+    """The recordings of each class: every voice at the first speed, then at the next."""
+    return [[at_speed(samples, factor) for samples in recordings] for factor in SPEEDS for recordings in voices]
+
+
 def draw(voices: Sequence[Sequence[Samples]], recipe: Recipe, step: int, seed: int) -> tuple[list[Samples], list[int]]:
     """One step's crops and their classes, by (seed, step) alone; no class comes twice while others are left."""
     random = np.random.default_rng([seed, step])
@@ -89,14 +94,18 @@ def train(
     recognizer: Recognizer,
     model: SpeakerEncoder,
     voices: Sequence[Sequence[Samples]],
+    centroids: Tensor,
     recipe: Recipe,
     lr: float,
     seed: int,
     desc: str,
 ) -> tuple[list[float], list[float]]:
-    """Trains what requires gradients: the encoder's adapter at `lr`, the rest at the recipe's. Returns (loss, seconds)
-    of each step. Raises DemoError if the loss is no longer finite."""
-    loss_of = AAMSoftmax(len(voices) * len(SPEEDS)).to(recognizer.device)
+    """Trains what requires gradients: the encoder's adapter at `lr`, the rest at the recipe's.
+
+    centroids: the mean embedding (classes, 2 d) of each class of `at_speeds`. Returns (loss, seconds) of each step.
+    Raises DemoError if the loss is no longer finite.
+    """
+    loss_of = AAMSoftmax(centroids).to(recognizer.device)
     adapter = [p for p in model.encoder.parameters() if p.requires_grad]
     head = [model.layer_weights, *model.projection.parameters(), *loss_of.parameters()]
     groups = [{"params": head, "lr": recipe.head_lr}] + [{"params": adapter, "lr": lr}] * bool(adapter)
