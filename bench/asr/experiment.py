@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -141,9 +142,18 @@ class Runner:
 
 
 def _start_worker(threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     hide_progress()
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
+
+
+def _end_with_parent() -> None:
+    """A killed parent would leave its workers computing what nobody waits for."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def tune(grid: Grid, run: Runner, tuned: Path, **where: Any) -> bool:
