@@ -38,7 +38,7 @@ from .train import Recipe, at_speeds, embed, train
 from .trials import Trial, write_trials
 
 UNTRAINED = "untrained"
-RATES = (1e-4, 3e-4, 1e-3)  # of --tune
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)  # of --tune
 Cell = dict[str, Any]
 
 
