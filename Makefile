@@ -36,7 +36,7 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 demo: $(READY)
 	$(PY) -m bench.asr.demo $(ARGS)
 
-# Goes on where it was stopped. --grid reduced takes 40 minutes on two cores; --help tells of the others, and of tuning.
+# Goes on where it was stopped; --help tells of the grids and of tuning.
 asr: $(READY)
 	$(PY) -m bench.asr.experiment $(ARGS)
 

@@ -21,7 +21,7 @@ from .train import Diverged, History, Recipe, cross_entropy, train
 VERSION = 1  # of how cells are trained and measured; another one computes all of them again
 SPECTRA = ("model.encoder.layers.3.self_attn.q_proj", "model.encoder.layers.3.fc1", "model.decoder.layers.3.fc2")
 HEARD = 14.0  # seconds (and silence) that the encoder hears at least in measuring; in windows of 10 s the untrained
-# tiny.en repeats itself on one clip in some twenty, in 7 s on most
+# tiny.en repeats itself on some clips, in 7 s on more
 TRAINED = 9.0  # the same in training
 RECORDED = 32  # clips at most of the target's voice as recorded that are measured, to save time
 WATCHED = 16  # clips at most of the validation loss
