@@ -91,7 +91,7 @@ def apply(model: nn.Module, name: str, budget: float | None) -> Applied:
 
 
 def _peft_options(method: str, rank: int) -> dict[str, Any]:
-    """The scale alpha / r in the recipe of SSVD's code, 2 for LoRA and 1 for PiSSA, and OFT's exact rotation, not its series."""
+    """alpha / r as in the recipe of SSVD's code, 2 for LoRA and 1 for PiSSA; OFT's exact rotation, not its series."""
     if method == "oft":
         return {"use_cayley_neumann": False}
     alpha = {"lora": 2, "dora": 2, "pissa": 1}.get(method)
