@@ -62,11 +62,13 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Applied:
-    """A model made ready for training: its trainable parameters, the ranks in words, and how to write what trained."""
+    """A model made ready for training: its trainable parameters, the ranks in words, how to write what was trained
+    and how to merge it into the weights."""
 
     trainable: int
     ranks: str
     save: Callable[[Path], int]  # -> bytes written
+    merge: Callable[[], None]
 
 
 def apply(model: nn.Module, name: str, budget: float | None) -> Applied:
@@ -77,7 +79,7 @@ def apply(model: nn.Module, name: str, budget: float | None) -> Applied:
             model.requires_grad_(False)
         else:
             _train_everything(model)
-        return Applied(_trainable(model), "", lambda path: _save_trained(model, path))
+        return Applied(_trainable(model), "", lambda path: _save_trained(model, path), lambda: None)
     assert budget is not None
     plan = sk.plan(model, budget=budget, **arguments, progress=False)
     if arguments["method"] in PEFT:
@@ -85,9 +87,9 @@ def apply(model: nn.Module, name: str, budget: float | None) -> Applied:
 
         options = _peft_options(arguments["method"], plan.layers[0].rank)
         adapted = peft.get_peft_model(model, plan.peft_config(**options))  # type: ignore[arg-type]  # in place
-        return Applied(_trainable(model), _ranks(plan), lambda path: _save_peft(adapted, path))
+        return Applied(_trainable(model), _ranks(plan), lambda path: _save_peft(adapted, path), adapted.merge_adapter)
     sk.inject(model, plan, progress=False)
-    return Applied(_trainable(model), _ranks(plan), lambda path: _save_own(model, path))
+    return Applied(_trainable(model), _ranks(plan), lambda path: _save_own(model, path), lambda: sk.merge(model))
 
 
 def _peft_options(method: str, rank: int) -> dict[str, Any]:
