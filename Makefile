@@ -9,12 +9,14 @@ NEIGHBOURS := peft,quant,export,espnet
 PINNING := espnet speechbrain hyperpyyaml "ruamel.yaml<0.19" ruamel.yaml.clib faster-whisper
 ARGS   ?=
 
-.PHONY: help setup demo asr test test-all lint bench gpu clean
+.PHONY: help setup data demo asr speaker test test-all lint bench gpu clean
 
 help:
 	@echo "make setup     virtual environment, CPU build of torch $(TORCH), this package with its C++ op"
+	@echo "make data      obtain all models and speech beforehand (about 600 MB; make demo and the others obtain what they need)"
 	@echo "make demo      fine-tune the real Whisper tiny.en on child-like speech   (options: ARGS='--help')"
 	@echo "make asr       SSVD and its relatives under domain shift, methods x budgets x seeds      (options: ARGS='--help')"
+	@echo "make speaker   speaker verification with SpectralFT, SSVD and LoRA                     (options: ARGS='--help')"
 	@echo "make test      the test suite; test-all adds the slow sweeps"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     microbenchmarks                                           (options: ARGS='--help')"
@@ -33,12 +35,18 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	$(PY) -m ssvd_kernels info
 	touch $@
 
+data: $(READY)
+	$(PY) -m bench.asr.fetch --all $(ARGS)
+
 demo: $(READY)
 	$(PY) -m bench.asr.demo $(ARGS)
 
 # Goes on where it was stopped; --help tells of the grids and of tuning.
 asr: $(READY)
 	$(PY) -m bench.asr.experiment $(ARGS)
+
+speaker: $(READY)
+	$(PY) -m bench.speaker.run $(ARGS)
 
 test: $(READY)
 	$(PY) -m pytest -m "not slow and not gpu" --durations=10 $(ARGS)

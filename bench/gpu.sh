@@ -117,11 +117,16 @@ measure() { # operations
     stage goals 20 bench.log "$PYTHON" -m bench.goals "$OUT/gpu-$PART.csv"
 }
 
-experiment() { # name, options: the same command goes on where the last one stopped (exit code 3: not finished)
-    local name=$1
+experiment() { # name, options: the same command goes on where the last one stopped (exit code 75)
+    local name=$1 minutes=$(((DEADLINE - SECONDS) / 60 - 2)) # what it has begun then takes up to a minute and a half
     shift
-    stage "$name" 440 asr.log sh -c '"$@" || [ $? -eq 75 ]' sh "$PYTHON" -m bench.asr.experiment --grid full \
-        --device cuda --workers 4 --tuned runs/asr-tuned.csv --out runs/asr-full --minutes 6 "$@"
+    if ((minutes < 1)); then
+        record "$name" 0 "NOT BEGUN: for the next call"
+        return
+    fi
+    stage "$name" $((DEADLINE - SECONDS - 40)) asr.log sh -c '"$@" || { [ $? -eq 75 ] && echo "unfinished: for the next call"; }' sh "$PYTHON" \
+        -m bench.asr.experiment --grid full --device cuda --workers 4 --tuned runs/asr-tuned.csv --out runs/asr-full \
+        --minutes $minutes "$@"
 }
 
 case $PART in
@@ -141,10 +146,12 @@ bench) measure cayley,layer,linear ;;
 model) measure accumulate,model,extras,decode,inject ;;
 asr)
     mkdir -p runs/asr-cells
-    if [ -f runs/asr-cells.tar.gz ]; then tar -xzf runs/asr-cells.tar.gz; fi
+    kept=runs/asr-cells.tar.gz # of an earlier call, on this machine or another one; unpacked once
+    [ ! -f $kept ] || { tar -xzf $kept --skip-old-files && rm $kept; } || refuse "$kept cannot be unpacked"
     [ -f runs/asr-tuned.csv ] || experiment "learning rates" --tune
     [ ! -f runs/asr-tuned.csv ] || experiment "full grid"
-    tar -czf "$OUT/asr-cells.tar.gz" --exclude checkpoint.pt runs/asr-cells $(ls -d runs/asr-full runs/asr-tuned.csv 2>/dev/null)
+    stage "keep the cells" 60 asr.log sh -c 'tar -czf "$1.part" --exclude checkpoint.pt runs/asr-cells \
+        $(ls -d runs/asr-full runs/asr-tuned.csv 2>/dev/null) && mv "$1.part" "$1"' sh "$OUT/asr-cells.tar.gz"
     ;;
 esac
 finish

@@ -20,7 +20,8 @@ _HOMES = {
     "layers": ["SSVDLinear"],
     "spectralft": ["SpectralFTLinear"],
     "quantized": ["SSVDQuantizedLinear"],
-    "model": ["InjectReport", "adapted_layers", "inject", "merge", "remove", "ssvd_layers", "unmerge"],
+    "adapted": ["adapted_layers"],
+    "model": ["InjectReport", "inject", "merge", "remove", "ssvd_layers", "unmerge"],
     "adapter_file": ["AdapterError"],
     "checkpoint": ["load_adapter", "save_adapter"],
     "adapters": [
@@ -78,6 +79,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .adapted import adapted_layers
     from .adapter_file import AdapterError
     from .adapters import (
         adapter_names,
@@ -94,7 +96,7 @@ if TYPE_CHECKING:
     from .export import LoraReport, export_merged, to_lora
     from .functional import cayley, cayley_delta, ssvd_linear
     from .layers import SSVDLinear
-    from .model import InjectReport, adapted_layers, inject, merge, remove, ssvd_layers, unmerge
+    from .model import InjectReport, inject, merge, remove, ssvd_layers, unmerge
     from .planner import RankPlan, plan
     from .probe import TrainingReport, check_training
     from .quantized import SSVDQuantizedLinear

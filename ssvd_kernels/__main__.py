@@ -44,15 +44,17 @@ def parser() -> argparse.ArgumentParser:
     plan = add(
         "plan",
         "chooses the ranks that a budget of trainable numbers allows in a model",
-        "Prints layers by shape and rank. In Python, plan(...) with the same arguments gives what inject takes.",
+        "Prints layers by shape and rank. In Python, plan(...) with the same arguments gives what inject or PEFT take.",
     )
     plan.add_argument("--base", type=Path, metavar="FOLDER", required=True, help="folder of a transformers model")
     plan.add_argument("--budget", metavar="N", required=True, help="numbers, or a share of the parameters such as 0.02")
     plan.add_argument("--method", default="ssvd", choices=METHODS, metavar="NAME", help=", ".join(METHODS))
     plan.add_argument("--allocation", default="uniform", choices=ALLOCATIONS, help="spectrum: by the singular values")
-    words = "a preset or a regular expression; several: suffixes of module names"
+    words = "suffixes of module names, a preset, or a regular expression"
     plan.add_argument("--targets", nargs="+", default=["all-linear"], metavar="NAME", help=words)
-    plan.add_argument("--exclude", nargs="+", default=[], metavar="NAME", help="modules to leave alone, likewise")
+    plan.add_argument(
+        "--exclude", nargs="+", default=[], metavar="NAME", help="modules to leave alone: suffixes, or an expression"
+    )
     plan.add_argument("--side", help="ssvd: input, output or smaller")
     plan.add_argument("--rotation", help="ssvd, ssvd-o: cayley, linear or free")
     plan.add_argument("--inner-share", type=float, metavar="S", help="ssvd-o: the input side's share of the rotations")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -367,3 +368,28 @@ class AdaptedLinear(nn.Module):
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.to(b.device, b.dtype), b)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Name -> layer for every adapted layer of `model`, whatever the method."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+def check_own(layers: Mapping[str, AdaptedLinear]) -> None:
+    """Raises ValueError for layers that another library manages: this package's functions would get in its way."""
+    for name, layer in layers.items():
+        if layer.managed_by is not None:
+            raise ValueError(
+                f"{name} was adapted through {layer.managed_by}: allowed are that library's own functions for saving, "
+                "loading, merging, exporting and switching"
+            )
+
+
+def check_not_adapted(model: nn.Module) -> None:
+    """Raises ValueError for a model that has adapted layers already."""
+    present = adapted_layers(model)
+    check_own(present)
+    if present:
+        raise ValueError(
+            f"model has {len(present)} SSVD layers already, e.g. {next(iter(present))!r}: remove() them first"
+        )

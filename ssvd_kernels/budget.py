@@ -29,14 +29,25 @@ def trainable(
     "oft"         block size b        (d_in / b) b(b-1)/2, b a divisor of d_in                     peft
     "psoft"       r                   r(r-1)/2 + 2 r                                               peft
 
-    Raises ValueError for another method. `ranks` tells which ranks there are.
+    rank_out: of "ssvd-o" alone, by default `rank`. rotation: "cayley", "linear" or "free". `ranks` tells which ranks
+    there are. Raises ValueError for another method, rotation or rank.
     """
     check_choice("method", method, METHODS)
+    check_choice("rotation", rotation, ("cayley", "linear", "free"))
     (d_out, d_in), n = shape, min(shape)
+    for name, value in (("rank", rank), ("rank_out", rank_out)):
+        if value is not None and not (
+            value >= (0 if method == "svft" else 1) and value <= _highest(method, shape, top)
+        ):
+            raise ValueError(f"{name}={value} does not fit method={method!r} and a weight of {d_out} x {d_in}")
+    if rank_out is not None and method != "ssvd-o":
+        raise ValueError(f"rank_out={rank_out}: allowed is None for method={method!r}")
     match method:
-        case "ssvd" | "ssvd-o":
-            outer = 0 if rank_out is None else theta_length(rank_out, rotation)
-            return theta_length(rank, rotation) + outer + max(rank, rank_out or 0)
+        case "ssvd":
+            return theta_length(rank, rotation) + rank
+        case "ssvd-o":
+            rank_out = rank if rank_out is None else rank_out
+            return theta_length(rank, rotation) + theta_length(rank_out, rotation) + max(rank, rank_out)
         case "svft":
             return theta_length(n, "banded", rank) + n
         case "spectralft":
@@ -53,12 +64,27 @@ def trainable(
             return rank * (d_in + d_out)
 
 
+def _highest(method: str, shape: Shape, top: int) -> float:
+    match method:
+        case "svft":
+            return min(shape) - 1
+        case "spectralft":
+            return min(top, *shape)
+        case "oft":
+            return shape[1]
+        case "lora" | "dora" | "vera":
+            return math.inf
+        case _:
+            return min(shape)
+
+
 def ranks(method: str, shapes: Collection[Shape], *, top: int = 256) -> dict[Shape, Sequence[int]]:
     """Weight shape -> the ranks (bands, block sizes) that `method` can have there, ascending, see `trainable`.
 
-    PEFT's methods have one rank for all layers. LoRA's, DoRA's and VeRA's stop where no layer can use more, PiSSA's
-    and PSOFT's at the smallest layer's, which PEFT would cut or refuse. OFT's block sizes divide every d_in, so that
-    PEFT has none to adjust; there may be none at all.
+    PEFT's methods have one rank for all layers. LoRA's and DoRA's stop where no layer can use more, VeRA's, which
+    nothing bounds, at twice that (its paper has 1024 for 768 x 768), PiSSA's and PSOFT's at the smallest layer's, which
+    PEFT would cut or refuse. OFT's block sizes divide every d_in, so that PEFT has none to adjust; there may be none
+    at all.
     """
     check_choice("method", method, METHODS)
     smallest = [min(shape) for shape in shapes]
@@ -75,7 +101,8 @@ def ranks(method: str, shapes: Collection[Shape], *, top: int = 256) -> dict[Sha
         case "pissa" | "psoft":
             return dict.fromkeys(shapes, range(1, min(smallest) + 1))
         case _:  # lora, dora, vera
-            return dict.fromkeys(shapes, range(1, max(smallest) + 1))
+            most = max(smallest) * (2 if method == "vera" else 1)
+            return dict.fromkeys(shapes, range(1, most + 1))
 
 
 def inner_outer(rank: int, inner_share: float, rotation: str) -> tuple[int, int]:

@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .adapted import AdaptedLinear
+from .adapted import AdaptedLinear, adapted_layers, check_own
 from .adapter_file import FORMAT_VERSION, AdapterError, config_of, read_adapter, trained_shapes
 from .base_layers import base_weight, check_adaptable
 from .factorize import BASIS, SAFE_GAP, Factorization, basis_error, fingerprint, match_signs
 from .files import digest, write_atomically
-from .model import Plan, adapted_layers, check_not_ddp, check_own, factorize_all, install, require_layers, unwrapped
+from .model import Plan, check_not_ddp, factorize_all, install, require_layers, unwrapped
 from .quantized import check_method
 from .sharded import assign, gathered, is_sharded
 

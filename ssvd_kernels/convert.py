@@ -25,12 +25,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedLinear
+from .adapted import AdaptedLinear, adapted_layers
 from .checkpoint import load_adapter, save_adapter
 from .config import SSVDConfig
 from .factorize import MATCH_TOLERANCE, Factorization, fingerprint, sketch
 from .layers import SSVDLinear
-from .model import adapted_layers, ssvd_layers
+from .model import ssvd_layers
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from .adapted import AdaptedLinear
+from .adapted import AdaptedLinear, adapted_layers, check_not_adapted, check_own
 from .base_layers import base_weight, parameter_count
 from .config import Config
 from .distributed import Task, Tasks, several_ranks, share_out
@@ -61,11 +61,6 @@ class _Root:
     sharing: InputSharing = field(default_factory=InputSharing)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """Name -> layer for every adapted layer of `model`, whatever the method."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
-
-
 def ssvd_layers(model: nn.Module) -> dict[str, SSVDLinear]:
     """Name -> SSVDLinear for every layer of `model` that is adapted by SSVD (or SVFT)."""
     return {name: layer for name, layer in adapted_layers(model).items() if isinstance(layer, SSVDLinear)}
@@ -91,18 +86,13 @@ def inject(
     part and sends it to all. share=False has a rank factorise everything alone.
     Nothing changes if anything is refused: ValueError or TypeError name the module, the value and what is allowed (no
     module matched, a tied weight named explicitly, NaN or infinite weights, a rank that does not fit, a second
-    injection, a model wrapped by DDP or FSDP2 already, ranks that hold different weights, a plan of another model or of
+    injection, a model wrapped by DDP or FSDP2 already, ranks that hold different weights, a plan of other layers or of
     a method of PEFT's).
     """
     if not isinstance(config, Config | RankPlan):
         raise TypeError(f"config={config!r}: allowed is an SSVDConfig, a SpectralFTConfig or a RankPlan")
     check_not_ddp(model)
-    present = adapted_layers(model)
-    check_own(present)
-    if present:
-        raise ValueError(
-            f"model has {len(present)} SSVD layers already, e.g. {next(iter(present))!r}: remove() them first"
-        )
+    check_not_adapted(model)
     if isinstance(model, nn.Linear):
         raise ValueError(
             "model is itself a linear layer, which cannot be replaced in place: use SSVDLinear.from_linear"
@@ -257,16 +247,6 @@ def require_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
         raise ValueError(f"model ({type(model).__name__}) has no SSVD layer: call inject() first")
     check_own(layers)
     return layers
-
-
-def check_own(layers: Mapping[str, AdaptedLinear]) -> None:
-    """Raises ValueError for layers that another library manages: this package's functions would get in its way."""
-    for name, layer in layers.items():
-        if layer.managed_by is not None:
-            raise ValueError(
-                f"{name} was adapted through {layer.managed_by}: allowed are that library's own functions for saving, "
-                "loading, merging, exporting and switching"
-            )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .adapted import AdaptedLinear
+from .adapted import check_not_adapted
 from .base_layers import base_weight, parameter_count
 from .budget import PEFT_METHODS, Shape, inner_outer, ranks, trainable
 from .config import ALLOCATIONS, METHODS, Allocation, Config, Method, SpectralFTConfig, SSVDConfig, check_choice
@@ -81,11 +81,11 @@ class RankPlan:
         unused = self.budget - self.trainable
         foot = (
             f"{len(self.layers)} layers, {self.trainable:,} trainable numbers: {100 * self.trainable / self.total:.2f} "
-            f"% of the model's {self.total:,} parameters, {unused:,} ({100 * unused / self.budget:.2g} %) under the "
+            f"% of the model's {self.total:,} parameters, {unused:,} ({100 * unused / self.budget:.2f} %) under the "
             f"budget of {self.budget:,}"
         )
         if self.largest:
-            foot += f"; {self.method} has no higher ranks for these layers"
+            foot += f"; no budget gives {self.method}{options} higher ranks here"
         return "\n".join([f"{self.method}{options}; {self.allocation}: {self._rule()}", *rows, foot])
 
     def _rule(self) -> str:
@@ -103,17 +103,21 @@ class RankPlan:
         if self.method in PEFT_METHODS:
             raise ValueError(
                 f"config is a plan of method={self.method!r}, which the peft package provides: "
-                "allowed is peft.get_peft_model(model, plan.peft_config())"
+                "allowed is peft.get_peft_model(model, plan.peft_config(model))"
             )
+        targets = self._targets(model)
+        return {layer.name: (targets[layer.name], self._config(layer)) for layer in self.layers}
+
+    def _targets(self, model: nn.Module) -> dict[str, nn.Linear]:
         targets = find_targets(model, _targeting(self.targets, self.exclude))
         planned, found = {layer.name: layer.shape for layer in self.layers}, _shapes(targets)
         if planned != found:
             differing = [name for name in {**planned, **found} if planned.get(name) != found.get(name)]
             raise ValueError(
-                f"config is a plan of {len(planned)} layers, and its targets mean {len(found)} of this "
+                f"the plan is of {len(planned)} layers, and its targets mean {len(found)} of this "
                 f"{type(model).__name__}; they differ, e.g. in {differing[0]!r}: plan for this model"
             )
-        return {layer.name: (targets[layer.name], self._config(layer)) for layer in self.layers}
+        return targets
 
     def _config(self, layer: PlannedLayer) -> Config:
         if self.method == "svft":
@@ -123,14 +127,17 @@ class RankPlan:
         options = {"side": "both", "rotation": self.options["rotation"]} if self.method == "ssvd-o" else self.options
         return SSVDConfig(rank=layer.rank, rank_out=layer.rank_out, **options)
 
-    def peft_config(self, **kwargs: Any) -> Any:
+    def peft_config(self, model: nn.Module, **kwargs: Any) -> Any:
         """PEFT's configuration of the plan: for these layers, of this rank (block size), and else PEFT's defaults.
 
-        kwargs: further arguments of that configuration, e.g. lora_alpha, which PEFT does not derive from r.
-        Raises ValueError for a method that PEFT does not provide, and TypeError for an argument that is planned.
+        kwargs: further arguments of that configuration, e.g. lora_alpha, which PEFT does not derive from r. Those that
+        train something else as well (bias, modules_to_save, use_dora, psoft_orth, ...) add to what was planned.
+        Raises ValueError for a method that PEFT does not provide and for a model that has other layers than the plan,
+        and TypeError for an argument that is planned.
         """
         if self.method not in PEFT_METHODS:
             raise ValueError(f"a plan of method={self.method!r} has no peft_config: allowed is inject(model, plan)")
+        self._targets(model)
         import peft
 
         kinds: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -184,9 +191,7 @@ def plan(
     if allocation == "spectrum" and method not in ("ssvd", "ssvd-o"):
         raise ValueError(f"allocation='spectrum' needs method='ssvd' or 'ssvd-o' (got method={method!r})")
     options = _resolved(method, options)
-    present = [name for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
-    if present:
-        raise ValueError(f"model has {len(present)} SSVD layers already, e.g. {present[0]!r}: remove() them first")
+    check_not_adapted(model)
     total = parameter_count(model)
     allowed = _numbers(budget, total)
     wanted = _targeting(targets, exclude)
@@ -250,7 +255,11 @@ def _choices(method: str, shapes: set[Shape], options: dict[str, Any]) -> dict[S
     found: dict[Shape, list[_Choice]] = {}
     for shape, values in ranks(method, shapes, **top).items():
         if not values:
-            raise ValueError(f"method={method!r} needs a block size that divides every d_in: these layers have none")
+            widths = sorted({d_in for _, d_in in shapes})
+            raise ValueError(
+                f"method={method!r} needs a block size > 1 that divides every d_in, and {widths} have none in common: "
+                "leave some of them out by targets or exclude"
+            )
         pairs: list[tuple[int, int | None]] = [(rank, None) for rank in values]
         if method == "ssvd-o":
             pairs = [inner_outer(rank, options["inner_share"], options["rotation"]) for rank in values]
@@ -292,14 +301,14 @@ def _resolved(method: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def _numbers(budget: float, total: int) -> int:
     """The budget in trainable numbers."""
-    remedy = "allowed is a whole number > 1, or a share of the model's parameters in (0, 1)"
-    if type(budget) not in (int, float):
+    remedy = "allowed is an int > 1, or a share of the model's parameters in (0, 1)"
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
         raise TypeError(f"budget={budget!r}: {remedy}")
     if isinstance(budget, int) and budget > 1:
         return budget
-    if isinstance(budget, float) and 0 < budget < 1:
+    if 0 < budget < 1:
         return int(total * budget)
-    raise ValueError(f"budget={budget}: {remedy}")
+    raise ValueError(f"budget={budget!r}: {remedy}")
 
 
 def _targeting(targets: str | Sequence[str], exclude: str | Sequence[str]) -> SSVDConfig:

@@ -18,11 +18,11 @@ def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
 
     Weights that are tied (shared with another module, such as Whisper's proj_out with its token embedding) and the
     model's output embeddings are left alone, unless a list of suffixes names them: a tied one then raises.
-    Raises ValueError if nothing matches, if a listed suffix matches nothing, for an unknown preset, and TypeError if
-    a listed suffix matches a module that is not a linear layer.
+    Raises ValueError if nothing matches, if a listed suffix or `exclude` matches nothing, for an unknown preset, and
+    TypeError if a listed suffix matches a module that is not a linear layer.
     """
     matched, listed = _match(model, config.targets)
-    excluded = set(_match_names([name for name, _ in model.named_modules()], config.exclude)) if config.exclude else ()
+    excluded = _excluded([name for name, module in matched.items() if listed or is_adaptable(module)], config.exclude)
     holders = weight_holders(model)
     output_embeddings = _output_embeddings(model)
     targets: dict[str, nn.Linear] = {}
@@ -74,6 +74,21 @@ def _match(model: nn.Module, targets: str | Sequence[str]) -> tuple[dict[str, nn
         if not _match_names(list(modules), [suffix]):
             raise ValueError(f"targets holds {suffix!r}, which matches no module of {type(model).__name__}")
     return {name: modules[name] for name in _match_names(list(modules), targets)}, True
+
+
+def _excluded(names: Sequence[str], exclude: str | Sequence[str]) -> set[str]:
+    """Which of the targeted `names` are to be left alone. Raises ValueError for what leaves none of them."""
+    found = set()
+    for pattern in [exclude] if isinstance(exclude, str) else [[suffix] for suffix in exclude]:
+        now = _match_names(names, pattern) if pattern else []
+        if pattern and not now:
+            shown = repr(pattern) if isinstance(pattern, str) else f"{_shown(exclude)} holds {pattern[0]!r}, which"
+            raise ValueError(
+                f"exclude={shown} matches none of the {len(names)} targeted layers, e.g. {names[0]!r}: allowed is a "
+                "list of suffixes of their names, or a regular expression that matches whole names"
+            )
+        found.update(now)
+    return found
 
 
 def _match_names(names: Sequence[str], pattern: str | Sequence[str]) -> list[str]:

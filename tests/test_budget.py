@@ -115,11 +115,13 @@ def test_peft_layers_have_the_numbers_planned(method, share):
 
     model = speech_models.whisper()
     plan = sk.plan(model, budget=share, method=method, targets="whisper", exclude=r".*encoder\.layers\.0\.fc1")
-    adapted = peft.get_peft_model(copy.deepcopy(model), plan.peft_config())
+    adapted = peft.get_peft_model(copy.deepcopy(model), plan.peft_config(model))
     assert trained(adapted) == plan.trainable <= plan.budget
     tuned = [name for name, module in adapted.base_model.model.named_modules() if hasattr(module, "base_layer")]
     assert tuned == [layer.name for layer in plan.layers] and "model.encoder.layers.0.fc1" not in tuned
-    with pytest.raises(ValueError, match=rf"method='{method}'.*peft\.get_peft_model\(model, plan\.peft_config\(\)\)"):
+    with pytest.raises(
+        ValueError, match=rf"method='{method}'.*peft\.get_peft_model\(model, plan\.peft_config\(model\)\)"
+    ):
         sk.inject(model, plan)
 
 
@@ -128,15 +130,15 @@ def test_a_peft_config_means_the_planned_layers_alone():
     peft = pytest.importorskip("peft")
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
     plan = sk.plan(model, budget=16, method="lora", exclude=r"1\.0")
-    config = plan.peft_config(lora_alpha=4)
+    config = plan.peft_config(model, lora_alpha=4)
     assert config.lora_alpha == 4 and config.r == 2
     assert trained(peft.get_peft_model(model, config)) == plan.trainable == 16
     for planned in ({"r": 3}, {"target_modules": ["0"]}):
         with pytest.raises(TypeError, match=next(iter(planned))):
-            plan.peft_config(**planned)
+            plan.peft_config(model, **planned)
 
 
-@pytest.mark.parametrize(("method", "largest"), [("lora", 8), ("dora", 8), ("vera", 8), ("pissa", 4), ("psoft", 4)])
+@pytest.mark.parametrize(("method", "largest"), [("lora", 8), ("dora", 8), ("vera", 16), ("pissa", 4), ("psoft", 4)])
 def test_highest_ranks_of_peft_methods(method, largest):
     model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4))
     plan = sk.plan(model, budget=10**6, method=method)
@@ -148,6 +150,29 @@ def test_oft_blocks_divide_every_layer():
     assert [sk.plan(model, budget=b, method="oft").layers[0].rank for b in (15, 30, 74, 75)] == [2, 3, 3, 6]
     with pytest.raises(ValueError, match=r"method='oft'.*divides every d_in"):
         sk.plan(nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 4)), budget=100, method="oft")
+
+
+def test_ssvd_o_without_an_outer_rank_is_counted_as_it_is_configured():
+    layer = sk.SSVDLinear.from_linear(nn.Linear(9, 7), sk.SSVDConfig(rank=4, side="both"))
+    assert budget.trainable("ssvd-o", (7, 9), 4) == trained(layer) == 6 + 6 + 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "match"),
+    [
+        (("ssvd", (4, 6), 5), {}, r"rank=5 does not fit method='ssvd' and a weight of 4 x 6"),
+        (("ssvd", (4, 6), 0), {}, r"rank=0"),
+        (("ssvd", (4, 6), 2, 2), {}, r"rank_out=2: allowed is None for method='ssvd'"),
+        (("ssvd-o", (4, 6), 2, 5), {}, r"rank_out=5"),
+        (("svft", (4, 6), 4), {}, r"rank=4"),
+        (("spectralft", (4, 6), 3), {"top": 2}, r"rank=3"),
+        (("lora", (4, 6), -1), {}, r"rank=-1"),
+        (("ssvd", (4, 6), 2), {"rotation": "banded"}, r"rotation='banded' is unknown"),
+    ],
+)  # fmt: skip
+def test_counts_of_what_there_is_not_are_refused(arguments, options, match):
+    with pytest.raises(ValueError, match=match):
+        budget.trainable(*arguments, **options)
 
 
 @pytest.mark.parametrize("function", [lambda: budget.trainable("nonsense", (4, 4), 1), lambda: budget.ranks("x", [])])

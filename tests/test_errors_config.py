@@ -107,6 +107,12 @@ def test_configurations_survive_json(config):
         ({"targets": r".*\.q_proj"}, ValueError, r"targets=.*q_proj.*no untied linear layer of Net.*up, down"),
         ({"targets": "("}, ValueError, r"'\('.*not a regular expression"),
         ({"exclude": "["}, ValueError, r"'\['.*not a regular expression"),
+        (
+            {"exclude": ["upper"]},
+            ValueError,
+            r"exclude=\['upper'\] holds 'upper', which matches none of the \d targeted",
+        ),
+        ({"exclude": "u"}, ValueError, r"exclude='u' matches none of the \d targeted layers, e\.g\. 'up': allowed is"),
         ({"exclude": ["up", "down"]}, ValueError, r"exclude=\['up', 'down'\].*no untied linear layer of Net"),
         ({"targets": ["conv"]}, TypeError, r"'conv'.*Conv1d.*allowed is torch\.nn\.Linear"),
         ({"targets": ["up", "embed"]}, TypeError, r"'embed'.*Embedding.*allowed is torch\.nn\.Linear"),

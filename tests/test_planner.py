@@ -148,12 +148,12 @@ def test_printed():
         "  layers  weight  k  numbers each  numbers\n"
         "       2   16x24  7            28       56  0, ...\n"
         "       1   24x16  7            28       28  1\n"
-        "3 layers, 84 trainable numbers: 6.95 % of the model's 1,208 parameters, 16 (16 %) under the budget of 100"
+        "3 layers, 84 trainable numbers: 6.95 % of the model's 1,208 parameters, 16 (16.00 %) under the budget of 100"
     )
     lines = str(sk.plan(net((16, 24)), budget=0.999, method="ssvd-o", inner_share=0.8)).splitlines()
     assert lines[0] == "ssvd-o, inner_share=0.8, rotation=cayley; uniform: k = 100.0 % of min(d_out, d_in)"
     assert lines[2].split()[2] == "16+8"
-    assert lines[-1].endswith("ssvd-o has no higher ranks for these layers")
+    assert lines[-1].endswith("no budget gives ssvd-o, inner_share=0.8, rotation=cayley higher ranks here")
     spectrum = str(sk.plan(net((16, 24), (24, 16)), budget=100, allocation="spectrum", progress=False)).splitlines()
     assert "spectrum: the top k hold more than " in spectrum[0] and spectrum[0].endswith(" % of ||W||^2")
     assert "; uniform: band = 1\n" in str(sk.plan(net((9, 9)), budget=30, method="svft"))
@@ -207,9 +207,9 @@ def test_a_side_without_its_share_does_not_turn(share):
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"budget": "many"}, TypeError, r"budget='many': allowed is a whole number > 1, or a share"),
+        ({"budget": "many"}, TypeError, r"budget='many': allowed is an int > 1, or a share"),
         ({"budget": True}, TypeError, r"budget=True: allowed"),
-        *(({"budget": value}, ValueError, rf"budget={value}: allowed is a whole number > 1, or a share of the model's")
+        *(({"budget": value}, ValueError, rf"budget={value}: allowed is an int > 1, or a share of the model's")
           for value in (0, 1, -5, 0.0, 1.0, 20.0, -0.5, float("nan"), float("inf"))),
         ({"budget": 1e-6}, ValueError, r"budget=1e-06 is 0 trainable numbers: .*method='ssvd' and these 2 layers is 2"),
         ({"budget": 11, "method": "svft"}, ValueError, r"budget=11 .*is 12 or more"),
@@ -248,10 +248,18 @@ def test_inject_refuses_a_plan_of_another_model():
     wider.up = nn.Linear(6, 10)
     more.last = nn.Linear(3, 3)
     for model, name in ((wider, "up"), (more, "last")):
-        with refused(model, ValueError, rf"plan of 2 layers, .*Net; they differ, e\.g\. in '{name}'"):
+        with refused(model, ValueError, rf"plan is of 2 layers, .*Net; they differ, e\.g\. in '{name}'"):
             sk.inject(model, plan, progress=False)
+
+
+def test_a_peft_config_is_refused_for_another_model():
+    plan = sk.plan(Net(), budget=20, method="lora")
+    wider = Net()
+    wider.up = nn.Linear(6, 10)
+    with refused(wider, ValueError, r"plan is of 2 layers, .*Net; they differ, e\.g\. in 'up'"):
+        plan.peft_config(wider)
 
 
 def test_a_plan_of_our_own_methods_has_no_peft_config():
     with pytest.raises(ValueError, match=r"method='ssvd' has no peft_config: allowed is inject\(model, plan\)"):
-        sk.plan(Net(), budget=20).peft_config()
+        sk.plan(Net(), budget=20).peft_config(Net())

@@ -97,19 +97,17 @@ def raise_voice(samples: Samples, factor: float) -> Samples:
 
 
 def duration(path: Path) -> float:
-    """Seconds that a sound file lasts, from its size or header, without decoding it. Raises AudioError."""
+    """Seconds that a sound file lasts, from its size or header, or decoded if those don't tell. Raises AudioError."""
     if not path.is_file():
         raise AudioError(f"{path}: there is no such audio file")
     if path.suffix.lower() == ".g722":
         return path.stat().st_size / 8000  # 64 kbit/s
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), format=RAW_FORMATS.get(path.suffix.lower()), metadata_errors="replace") as container:
             length = container.duration
     except av.error.FFmpegError as error:
         raise AudioError(f"{path}: cannot be opened as audio ({error.strerror})") from error
-    if length is None:
-        raise AudioError(f"{path}: its header does not say how long it lasts")
-    return length / av.time_base
+    return len(read_audio(path)) / RATE if length is None else length / av.time_base
 
 
 def _speech_shaped_noise(samples: Samples, key: str) -> NDArray[np.float64]:

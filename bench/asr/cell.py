@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 from dataclasses import asdict, dataclass, fields
@@ -26,12 +27,18 @@ TRAINED = 9.0  # the same in training
 RECORDED = 24  # clips at most of the target's voice as recorded that are measured, to save time
 WATCHED = 16  # clips at most of the validation loss
 LOOKS = 3  # at the validation loss and at the rotations, in the course of training
+MEMORY_STEPS = 2  # of training when its memory is measured
 RESULT = "result.json"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What a result depends on. `measure`: "validation" (to tune) or "test" (to report), of clips <= `longest` s."""
+    """What a result depends on.
+
+    measure: error rates on "test" speech (to report) or on "validation" speech (to tune), of clips <= `longest` s; or
+    the "memory" of a few steps, in a process of its own. contents: a hash of the weights and the speech, which may
+    change under the same names.
+    """
 
     shift: str
     method: str
@@ -47,6 +54,7 @@ class Cell:
     source: bool = True  # whether to measure the source domain
     model: str | None = None
     device: str = "cpu"
+    contents: str = ""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -60,7 +68,8 @@ class Cell:
 
     def __str__(self) -> str:
         budget = "" if self.budget is None else f" {self.budget:.2%}"
-        return f"{self.shift} {self.method}{budget} seed {self.seed} lr {self.lr:.1e}"
+        what = "memory" if self.measure == "memory" else f"seed {self.seed} lr {self.lr:.1e}"
+        return f"{self.shift} {self.method}{budget} {what}"
 
 
 @lru_cache(maxsize=8)
@@ -78,6 +87,7 @@ def _speech(part: str, limit: int | None, *where: Any) -> Speech:
 def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> dict[str, Any]:
     """Trains and measures; the result is kept in the cell's folder under `root`, where training resumes if interrupted.
 
+    Training that diverged is a result, too: {"diverged": True}.
     until: the time (of time.time()) after which training stops with a checkpoint and raises Interrupted.
     """
     folder = root / cell.key
@@ -85,35 +95,35 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
     where = (cell.shift, data, cell.longest, cell.language, cell.source)
     shift = _shift(*where)
     training = _speech("train", None, *where)
+    validation = _speech("validation", min(cell.limit or WATCHED, WATCHED), *where)
+    memory = _Memory(device)
     recognizer = load_recognizer(cell.model, data, device, shift.language)
-    runs = RunFolder(folder, {**cell.settings, "weights": recognizer.fingerprint, "speech": training.fingerprint})
+    runs = RunFolder(folder, cell.settings, fresh=cell.measure == "memory")
     model = recognizer.model
     base = {name: effective_weight(model.get_submodule(name)) for name in SPECTRA} if _draws_spectra(cell) else {}
     total = sum(parameter.numel() for parameter in model.parameters())
     torch.manual_seed(cell.seed)
     applied = apply(model, cell.method, cell.budget)
-    validation = _speech("validation", min(cell.limit or WATCHED, WATCHED), *where)
-    peak = _PeakMemory(device)
     history = History()
     if cell.method != "zero-shot":
-        recognizer.fit_window(max(TRAINED, *training.seconds))
-        watch = _Watch(recognizer, validation, cell.steps)
+        recognizer.fit_window(max(TRAINED, *training.seconds, *validation.seconds))
+        watch = None if cell.measure == "memory" else _Watch(recognizer, validation, cell.steps)
         recipe = Recipe(cell.steps, cell.batch, cell.lr, seed=cell.seed, amp=True, checkpoint_every=cell.steps)
         try:
             history = train(recognizer, training, recipe, runs, watch, until)
         except Diverged:
-            if cell.measure == "test":
-                raise
-            result = {"cell": asdict(cell), "diverged": True}
-            write_json(folder / RESULT, result)
-            return result
-    used = peak.read()
+            return _kept(folder, {"cell": asdict(cell), "diverged": True})
+    if cell.measure == "memory":
+        return _kept(folder, {"cell": asdict(cell), "peak_bytes": memory.peak()})
     written = _written(applied) if cell.method != "zero-shot" else 0
     applied.merge()  # as a user would to transcribe: every method at the same speed
     names = ["validation"] if cell.measure == "validation" else ["test", *shift.source]
     scores = {}
     for name in names:
-        recognizer.set_language("en" if name in shift.source else shift.language)
+        if name in shift.source:
+            recognizer.set_language("en")
+        else:
+            recognizer.set_language(shift.language, shift.accents)
         limit = min(cell.limit or RECORDED, RECORDED) if name == AS_RECORDED else cell.limit
         scores[name] = _measure(recognizer, _speech(name, limit, *where))
     result = {
@@ -124,7 +134,6 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
         "ranks": applied.ranks,
         "adapter_bytes": written,
         "seconds": history.seconds,
-        "peak_bytes": used,
         "losses": history.losses,
         "watched": history.watched,
         "scores": scores,
@@ -132,6 +141,10 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
         "machine": f"torch {torch.__version__}, {torch.get_num_threads()} threads",
         "finished": time.strftime("%Y-%m-%d"),
     }
+    return _kept(folder, result)
+
+
+def _kept(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     write_json(folder / RESULT, result)
     (folder / CHECKPOINT).unlink(missing_ok=True)  # of full fine-tuning: hundreds of megabytes
     return result
@@ -186,23 +199,18 @@ def _spectrum(linear: torch.nn.Module, base: torch.Tensor) -> dict[str, list[flo
     }
 
 
-class _PeakMemory:
-    """Most memory held since it was made: of the process (Linux, reset by the kernel's clear_refs) or of the GPU."""
+class _Memory:
+    """The most memory held: by this process since it began (Linux), or on the GPU since this was made."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         if device.type == "cuda":
+            gc.collect()
             torch.cuda.reset_peak_memory_stats(device)
-        else:
-            try:
-                Path("/proc/self/clear_refs").write_text("5")
-            except OSError:
-                self.device = torch.device("meta")  # cannot be told here
 
-    def read(self) -> int | None:
+    def peak(self) -> int | None:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        if self.device.type == "meta":
-            return None
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        status = Path("/proc/self/status")  # getrusage would count the memory of the process that started this one
+        lines = status.read_text().splitlines() if status.is_file() else []
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)

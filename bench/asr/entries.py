@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .methods import METHODS
-from .shifts import SHIFTS
+from .shifts import SAME_VOICE, SHIFTS
 from .speech import AS_RECORDED
 
 RESAMPLES = 2000
@@ -53,7 +53,8 @@ class Entry:
     @cached_property
     def others(self) -> list[str]:
         """The sets of the source domain that other speakers recorded."""
-        return [name for name in self.results[0]["scores"] if name not in ("test", "validation", AS_RECORDED)]
+        same = ("test", AS_RECORDED) if self.shift in SAME_VOICE else ("test",)
+        return [name for name in self.results[0]["scores"] if name not in same]
 
 
 def counts(result: dict[str, Any], sets: Iterable[str], rate: str = "wer") -> tuple[NDArray[Any], NDArray[Any]]:
@@ -64,24 +65,38 @@ def counts(result: dict[str, Any], sets: Iterable[str], rate: str = "wer") -> tu
 
 
 def interval(results: Results, sets: Sequence[str], against: Results = ()) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean WER over seeds, utterances resampled; or of its difference to `against`."""
-    errors, words = _mean_errors(results, sets)
+    """95 % bootstrap interval of the mean WER over seeds, seeds and utterances resampled; or of its difference.
+
+    against: the results that are subtracted, utterance by utterance; of as many seeds, seed by seed, too.
+    """
+    rng = np.random.default_rng(0)
+    words = counts(results[0], sets)[1]
+    utterances = _draws(rng, len(words))
+    seeds = _draws(rng, len(results))
+    errors = _drawn_errors(results, sets, seeds, utterances)
     if against:
-        errors = errors - _mean_errors(against, sets)[0]
-    chosen = np.random.default_rng(0).integers(len(words), size=(RESAMPLES, len(words)))
-    low, high = np.quantile(errors[chosen].sum(1) / words[chosen].sum(1), (0.025, 0.975))
+        others = seeds if len(against) == len(results) else _draws(rng, len(against))
+        errors = errors - _drawn_errors(against, sets, others, utterances)
+    low, high = np.quantile(errors / (utterances @ words), (0.025, 0.975))
     return float(low), float(high)
 
 
-def _mean_errors(results: Results, sets: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:
-    found = [counts(result, sets) for result in results]
-    return np.mean([errors for errors, _ in found], axis=0), found[0][1]
+def _draws(rng: np.random.Generator, count: int) -> NDArray[Any]:
+    """(RESAMPLES, count): how often each of `count` things is among as many drawn with replacement."""
+    return rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)
+
+
+def _drawn_errors(results: Results, sets: Sequence[str], seeds: NDArray[Any], utterances: NDArray[Any]) -> NDArray[Any]:
+    """(RESAMPLES,) errors in the drawn utterances, mean over the drawn seeds."""
+    errors = np.stack([counts(result, sets)[0] for result in results])
+    drawn: NDArray[Any] = ((seeds @ errors) * utterances).sum(1) / len(results)
+    return drawn
 
 
 def entries(results: Iterable[dict[str, Any]]) -> list[Entry]:
-    """The results by shift, method and budget, in the order of METHODS, seeds together."""
+    """The error rates by shift, method and budget, in the order of METHODS, seeds together; no run that diverged."""
     groups: dict[tuple[str, str, float | None], list[dict[str, Any]]] = defaultdict(list)
-    for result in sorted(results, key=lambda r: r["cell"]["seed"]):
+    for result in sorted((r for r in results if "scores" in r), key=lambda r: r["cell"]["seed"]):
         cell = result["cell"]
         groups[cell["shift"], cell["method"], cell["budget"]].append(result)
     methods, shifts = list(METHODS), [*SHIFTS, *dict.fromkeys(shift for shift, _, _ in groups)]

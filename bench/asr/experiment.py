@@ -2,11 +2,11 @@
 
 python -m bench.asr.experiment                          the reduced grid, on two CPU cores
 python -m bench.asr.experiment --tune                   its learning rates, on validation speech
-python -m bench.asr.experiment --grid full --device cuda --minutes 8.5      a part of the full grid at a time
+python -m bench.asr.experiment --grid full --device cuda --minutes 7        a part of the full grid at a time
 python -m bench.asr.experiment --manifest speech.jsonl --tuned mine.csv --methods ssvd lora    (first with --tune)
 
 Every cell is kept under what it depends on (--runs): the same command goes on where it was stopped, and only what is
-missing is computed. Tables, figures and CSV files go to --out.
+missing is computed. Tables, figures and CSV files go to --out. Exit status: 0 done, 1 cells failed, 75 unfinished.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -34,14 +35,17 @@ from . import DemoError, hide_progress, progress, summary
 from .cell import RESULT, Cell, run_cell
 from .commands import exit_status
 from .fetch import MODEL, default_data, ensure
-from .grid import GRIDS, TUNED, Grid, Trained, candidates, read_rates, tuning_cell, write_rates
+from .grid import GRIDS, TUNED, Grid, Trained, Where, candidates, read_rates, tuning_cell, write_rates
 from .methods import METHODS
+from .recognizer import load_recognizer
+from .runfolder import short_hash
 from .shifts import load_shift, parts_of
 from .speech import Speech
 from .train import Interrupted
 from .transcribe import pick_device
 
 UNFINISHED = 75  # exit status, sysexits.h's "try again"
+DIVERGED = (float("inf"), float("inf"))  # WER and loss of training that did
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -68,7 +72,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, help="folder of tables and figures (default: runs/asr-GRID)")
     add("--tuned", type=Path, default=TUNED, help="CSV file of learning rates (default: the one in bench/asr/results)")
     add("--workers", type=int, help="cells at a time (default: one for each CPU core, on a GPU 1)")
-    add("--minutes", type=float, help="stop after this time; the same command goes on")
+    add("--minutes", type=float, help="begin nothing new, and stop training, after this time; the same command goes on")
     add("--device", default="auto", help="auto, cpu or cuda (default: the GPU if there is one)")
     args = parser.parse_args(argv)
     for name in ("seeds", "steps", "workers", "minutes"):
@@ -78,24 +82,29 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--no-source needs --manifest")
     if any(not 0 < budget < 1 for budget in args.budgets or ()):
         parser.error(f"--budgets {args.budgets}: shares in (0, 1) are allowed")
+    args.budgets = list(dict.fromkeys(args.budgets or ()))
     args.out = args.out or Path("runs") / f"asr-{args.grid}"
     return args
 
 
 class Runner:
-    """Runs cells, several at a time in worker processes or one at a time in this one, and keeps to a time limit."""
+    """Runs cells, several at a time in worker processes or one at a time in this one, and keeps to a time limit.
+
+    A cell that fails does not stop the others: `failed` has what it raised.
+    """
 
     def __init__(self, data: Path, root: Path, workers: int, minutes: float | None) -> None:
         self.data, self.root, self.workers = data, root, workers
         self.until = None if minutes is None else time.time() + 60 * minutes
+        self.failed: dict[Cell, Exception] = {}
 
-    def __call__(self, cells: Sequence[Cell], desc: str) -> dict[Cell, dict[str, Any]]:
-        """The cells' results, those that are kept or could be computed in time."""
+    def __call__(self, cells: Sequence[Cell], desc: str, alone: bool = False) -> dict[Cell, dict[str, Any]]:
+        """The cells' results, those that are kept or could be computed in time. alone: each in a process of its own."""
         found = {cell: result for cell in cells if (result := self._kept(cell)) is not None}
         waiting = [cell for cell in dict.fromkeys(cells) if cell not in found]
         if not waiting:
             return found
-        run = self._here if self.workers == 1 else self._in_workers
+        run = self._here if self.workers == 1 and not alone else partial(self._in_workers, alone=alone)
         with progress(total=len(found) + len(waiting), initial=len(found), desc=desc, unit="cell") as bar:
             for cell, outcome in run(waiting, bar):
                 try:
@@ -103,8 +112,11 @@ class Runner:
                 except Interrupted:
                     if not self.late:
                         raise
-                except DemoError as error:
-                    raise DemoError(f"{cell}: {error}") from error
+                except BrokenProcessPool as error:
+                    raise DemoError(f"{cell}: its process died, perhaps for want of memory; try --workers 1") from error
+                except Exception as error:
+                    self.failed[cell] = error
+                    tqdm.write(f"{cell}: {type(error).__name__}: {error}", file=sys.stderr)
                 else:
                     bar.update()
         return found
@@ -116,11 +128,16 @@ class Runner:
             bar.set_postfix_str(str(cell))
             yield cell, partial(run_cell, cell, self.data, self.root, self.until)
 
-    def _in_workers(self, cells: Sequence[Cell], bar: tqdm) -> Iterator[tuple[Cell, Callable[[], dict[str, Any]]]]:
+    def _in_workers(
+        self, cells: Sequence[Cell], bar: tqdm, alone: bool
+    ) -> Iterator[tuple[Cell, Callable[[], dict[str, Any]]]]:
         threads = max(1, (os.cpu_count() or 1) // self.workers)
         spawn = multiprocessing.get_context("spawn")
         waiting, running = list(cells), dict[Future[dict[str, Any]], Cell]()
-        pool = ProcessPoolExecutor(self.workers, spawn, initializer=_start_worker, initargs=(threads,))
+        tasks = 1 if alone else None
+        pool = ProcessPoolExecutor(
+            self.workers, spawn, initializer=_start_worker, initargs=(threads,), max_tasks_per_child=tasks
+        )
         try:
             while running or (waiting and not self.late):
                 while waiting and len(running) < self.workers and not self.late:
@@ -156,26 +173,27 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def tune(grid: Grid, run: Runner, tuned: Path, **where: Any) -> bool:
+def tune(grid: Grid, run: Runner, tuned: Path, where: Where) -> bool:
     """Tries learning rates until the best of each method is inside of what was tried; then writes them all to `tuned`.
 
     Whether there was time for that.
     """
     tried: dict[Trained, dict[float, tuple[float, float]]] = {}
     while wanted := candidates(grid, tried):
-        cells = {key: tuning_cell(grid, *key, **where) for key in wanted}
+        cells = {key: tuning_cell(grid, *key, where) for key in wanted}
         found = run(list(cells.values()), "tuning")
         if len(found) < len(cells):
             return False
         for (trained, lr), cell in cells.items():
             tried.setdefault(trained, {})[lr] = _order(found[cell])
+    for trained, known in tried.items():
+        if min(known.values()) == DIVERGED:
+            raise DemoError(f"{trained}: training diverges at every learning rate that was tried, {sorted(known)}")
     rows = [
         {
-            "grid": grid.tuned_as,
             "shift": shift,
             "method": method,
             "budget": budget,
-            "steps": grid.steps,
             "lr": lr,
             "validation wer": f"{known[lr][0]:.4f}",
             "validation loss": f"{known[lr][1]:.4f}",
@@ -192,47 +210,71 @@ def tune(grid: Grid, run: Runner, tuned: Path, **where: Any) -> bool:
 def _order(result: dict[str, Any]) -> tuple[float, float]:
     """(WER, loss) on validation speech; infinite where training diverged."""
     if result.get("diverged"):
-        return float("inf"), float("inf")
+        return DIVERGED
     return result["scores"]["validation"]["wer"], result["watched"][-1]["validation loss"]
 
 
-def run(args: argparse.Namespace) -> bool:
-    """Whether everything that was asked for is there."""
-    device = pick_device(args.device)
+def run(args: argparse.Namespace) -> int:
+    """The exit status."""
+    began, device = time.time(), pick_device(args.device)
+    runner = Runner(args.data, args.runs, args.workers or _workers(device), args.minutes)
     grid = GRIDS[args.grid]
+    if args.tune and not grid.tuned:
+        raise DemoError(f"--tune: the {grid.name} grid takes the learning rates that tuning starts with")
     if args.manifest:
         grid = replace(grid, choices={str(args.manifest): grid.choices["child"]})
     changes = {name: value for name in ("seeds", "steps", "longest") if (value := getattr(args, name)) is not None}
-    grid = replace(grid.restricted(args.shifts, args.methods), **changes)
+    grid = replace(grid.restricted(args.shifts, args.methods), model=args.model, **changes)
     if args.budgets:
         grid = grid.at(args.budgets)
     parts = [] if args.no_source else [part for shift in grid.choices for part in parts_of(shift)]
     ensure(args.data, tuple(dict.fromkeys([*parts, *([] if args.model else [MODEL])])))
-    for name in grid.choices:  # what is made of the recordings is kept: once, before several processes want the same
-        shift = load_shift(name, args.data, grid.longest, args.language, not args.no_source)
-        Speech([*shift.train, *shift.validation, *shift.test, *chain(*shift.source.values())], f"reading {name}")
-    workers = args.workers or (1 if device.type == "cuda" else os.cpu_count() or 1)
-    runner = Runner(args.data, args.runs, workers, args.minutes)
-    where = {"model": args.model, "device": device.type, "language": args.language, "source": not args.no_source}
+    common = {"device": device.type, "language": args.language, "source": not args.no_source}
+    where = {name: {**common, "contents": contents} for name, contents in _contents(grid, args).items()}
     if args.tune:
-        return tune(grid, runner, args.tuned, **where)
-    cells = grid.cells(read_rates(grid, args.tuned), **where)
-    began = time.time()
-    found = runner(cells, f"{grid.name} grid")
-    missing = len(cells) - len(found)
-    if found:
-        print(summary.write(list(found.values()), args.out))
-    print(
-        f"{len(found)} of {len(cells)} cells, {(time.time() - began) / 60:.1f} minutes; tables and figures: {args.out}"
-    )
-    if missing:
-        print(f"{missing} cells are missing: the same command goes on", file=sys.stderr)
-    return not missing
+        done = tune(grid, runner, args.tuned, where)
+    else:
+        cells, memory = grid.cells(read_rates(grid, args.tuned), where), grid.memory_cells(where)
+        found = runner(cells, f"{grid.name} grid")
+        found |= runner(memory, "memory", alone=device.type != "cuda")
+        done = len(found) == len(cells) + len(memory)
+        if found:
+            print(summary.write(list(found.values()), args.out))
+        minutes = (time.time() - began) / 60
+        print(
+            f"{len(found)} of {len(cells) + len(memory)} cells, {minutes:.1f} minutes; tables and figures: {args.out}"
+        )
+    for cell, error in runner.failed.items():
+        print(f"failed: {cell}: {type(error).__name__}: {error}", file=sys.stderr)
+    if not done:
+        print("not finished: the same command goes on", file=sys.stderr)
+    return 1 if runner.failed else 0 if done else UNFINISHED
+
+
+def _contents(grid: Grid, args: argparse.Namespace) -> dict[str, str]:
+    """Shift -> a hash of the weights and of its speech, all of which is read here.
+
+    What is made of recordings is kept: it is made once, before several processes want the same.
+    """
+    recognizer, found = load_recognizer(args.model, args.data, torch.device("cpu")), {}
+    for name in grid.choices:
+        shift = load_shift(name, args.data, grid.longest, args.language, not args.no_source)
+        clips = [*shift.train, *shift.validation, *shift.test, *chain(*shift.source.values())]
+        speech = Speech(clips, f"reading {name}")
+        recognizer.labels([clip.text for clip in (*shift.train, *shift.validation)])  # refuses what is too long
+        if shift.left_out:
+            print(f"{name}: {shift.left_out} clips of more than {grid.longest:g} s are left out", file=sys.stderr)
+        found[name] = short_hash([recognizer.fingerprint, speech.fingerprint])
+    return found
+
+
+def _workers(device: torch.device) -> int:
+    return 1 if device.type == "cuda" else os.cpu_count() or 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    return exit_status(lambda: 0 if run(args) else UNFINISHED)
+    return exit_status(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -94,8 +94,8 @@ def wer_parameters(found: Sequence[Entry]) -> Figure | None:
             colour, marker = STYLES[method]
             bounds = [interval(e.results, ["test"]) for e in points]
             errors = [
-                [m - 100 * low for m, (low, _) in zip(means, bounds, strict=True)],
-                [100 * high - m for m, (_, high) in zip(means, bounds, strict=True)],
+                [max(0.0, m - 100 * low) for m, (low, _) in zip(means, bounds, strict=True)],  # 0 but for rounding
+                [max(0.0, 100 * high - m) for m, (_, high) in zip(means, bounds, strict=True)],
             ]
             counts = [e.results[0]["trainable"] for e in points]
             line = "-" if len(points) > 1 else ""
@@ -166,15 +166,23 @@ def allocation(found: Sequence[Entry]) -> Figure | None:
         return None
     shifts = _by_shift([e for e in found if e.method in shares and e.budget == budget])
     shifts = {shift: of_shift for shift, of_shift in shifts.items() if len(of_shift) > 2}
+    if not shifts:
+        return None
     figure, panels = _panels(len(shifts), f"SSVD-O: where {budget:.1%} of the parameters go", width=6)
     for panel, of_shift in zip(panels, shifts.values(), strict=True):
         of_shift = sorted(of_shift, key=lambda e: shares[e.method])
         x = [shares[e.method] for e in of_shift]
         for name, colour, sets in (
             ("target", "#0072B2", lambda e: ["test"]),
-            ("same voice, as recorded", "#999999", lambda e: [AS_RECORDED]),
+            (
+                "English prompts, as recorded",
+                "#999999",
+                lambda e: [s for s in e.results[0]["scores"] if s == AS_RECORDED],
+            ),
             ("other speakers", "#E69F00", lambda e: e.others),
         ):
+            if not sets(of_shift[0]):
+                continue
             rates = [[100 * rate for rate in e.rates(sets(e))] for e in of_shift]
             means = [statistics.fmean(values) for values in rates]
             panel.plot(x, means, color=colour, marker="o", label=name)

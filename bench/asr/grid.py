@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from . import DemoError
-from .cell import Cell
+from .cell import MEMORY_STEPS, Cell
 from .methods import METHODS
 from .runfolder import write_atomically
 from .shifts import SHIFTS
 
 TUNED = Path(__file__).with_name("results") / "tuned.csv"
 TUNING_SEED, FACTOR, ROUNDS = 100, 3.0, 3
-COLUMNS = ("grid", "shift", "method", "budget", "steps", "lr", "validation wer", "validation loss", "chosen")
+RECIPE = ("model", "steps", "batch", "longest")  # what learning rates are tuned for
+COLUMNS = (*RECIPE, "shift", "method", "budget", "lr", "validation wer", "validation loss", "chosen")
 LOW, MIDDLE, HIGH = 0.006, 0.02, 0.05
 
 Choice = tuple[str, float | None]  # method, budget
 Trained = tuple[str, str, float | None]  # shift, method, budget
+Where = Mapping[str, Mapping[str, Any]]  # shift -> further fields of its cells
 
 
 @dataclass(frozen=True)
@@ -33,27 +35,42 @@ class Grid:
     steps: int
     batch: int
     longest: float  # seconds: longer clips are left out
-    tuned_as: str  # the name of its learning rates: grids of one recipe share them
     limit: int | None = None
+    tuned: bool = True  # whether its learning rates are, or those that tuning starts with
+    model: str | None = None
 
     @property
     def trained(self) -> list[Trained]:
         """Every shift and choice that has a learning rate."""
         return [(shift, *c) for shift, choices in self.choices.items() for c in choices if c[0] != "zero-shot"]
 
-    def cells(self, rates: Mapping[Trained, float], **where: Any) -> list[Cell]:
+    @property
+    def recipe(self) -> dict[str, str]:
+        """RECIPE, as tables have it."""
+        return {name: str(getattr(self, name) or "") for name in RECIPE}
+
+    def cells(self, rates: Mapping[Trained, float], where: Where) -> list[Cell]:
         """All cells; shift by shift and seed by seed, so that an unfinished grid holds what can be compared."""
         return [
-            self.cell((shift, *choice), seed, rates.get((shift, *choice), 0.0), **where)
+            self.cell((shift, *choice), seed, rates.get((shift, *choice), 0.0), where)
             for shift, choices in self.choices.items()
             for seed in range(self.seeds)
             for choice in choices
             if seed == 0 or choice[0] != "zero-shot"
         ]
 
-    def cell(self, trained: Trained, seed: int, lr: float, **where: Any) -> Cell:
+    def memory_cells(self, where: Where) -> list[Cell]:
+        """One of each method and budget, on the first shift that has them."""
+        first: dict[Choice, Trained] = {}
+        for trained in self.trained:
+            first.setdefault(trained[1:], trained)
+        cells = [self.cell(trained, 0, 1e-6, where) for trained in first.values()]
+        return [replace(cell, measure="memory", steps=MEMORY_STEPS) for cell in cells]
+
+    def cell(self, trained: Trained, seed: int, lr: float, where: Where) -> Cell:
         shift, method, budget = trained
-        return Cell(shift, method, budget, seed, lr, self.steps, self.batch, self.longest, limit=self.limit, **where)
+        recipe = {name: getattr(self, name) for name in (*RECIPE, "limit")}
+        return Cell(shift, method, budget, seed, lr, **recipe, **where.get(shift, {}))
 
     def restricted(self, shifts: Sequence[str], methods: Sequence[str]) -> Grid:
         """The part of the grid with these shifts and methods; zero-shot and empty lists mean all."""
@@ -85,6 +102,7 @@ def _at(budgets: Iterable[float], *methods: str) -> list[Choice]:
 
 UNBUDGETED: list[Choice] = [("zero-shot", None), ("full", None)]
 CURVES = [*UNBUDGETED, *_at((LOW, MIDDLE), "lora", "ssvd")]
+SIDES = ("ssvd", "ssvd-output", "ssvd-o")
 EVERYTHING = [name for name, method in METHODS.items() if method.budgeted]
 
 REDUCED = Grid(
@@ -94,19 +112,26 @@ REDUCED = Grid(
     steps=36,
     batch=4,
     longest=9.0,
-    tuned_as="reduced",
 )
+EVERY_BUDGET = [*_at((LOW, MIDDLE, HIGH), *(name for name in EVERYTHING if name != "vera")), ("vera", MIDDLE)]
 GRIDS = {
     "reduced": REDUCED,
-    "relatives": replace(REDUCED, name="relatives", choices={"child": [*UNBUDGETED, *_at((MIDDLE,), *EVERYTHING)]}),
+    "relatives": replace(
+        REDUCED,
+        name="relatives",
+        choices={
+            "telephone": [*UNBUDGETED, *_at((MIDDLE,), "lora", *SIDES), ("ssvd", HIGH)],
+            "spanish": [*UNBUDGETED, *_at((MIDDLE,), "lora", *SIDES)],
+            "child": [*UNBUDGETED, *_at((MIDDLE,), *EVERYTHING)],
+        },
+    ),
     "full": Grid(
         "full",
-        {shift: [*UNBUDGETED, *_at((LOW, MIDDLE, HIGH), *EVERYTHING)] for shift in SHIFTS},
+        {shift: [*UNBUDGETED, *EVERY_BUDGET] for shift in SHIFTS},
         seeds=3,
         steps=240,
         batch=8,
         longest=9.0,
-        tuned_as="full",
     ),
     "smoke": Grid(
         "smoke",
@@ -115,8 +140,8 @@ GRIDS = {
         steps=1,
         batch=2,
         longest=3.0,
-        tuned_as="reduced",
         limit=2,
+        tuned=False,
     ),
 }
 
@@ -142,8 +167,8 @@ def _tidy(lr: float) -> float:
     return float(f"{lr:.1e}")
 
 
-def tuning_cell(grid: Grid, trained: Trained, lr: float, **where: Any) -> Cell:
-    return replace(grid.cell(trained, TUNING_SEED, lr, **where), measure="validation")
+def tuning_cell(grid: Grid, trained: Trained, lr: float, where: Where) -> Cell:
+    return replace(grid.cell(trained, TUNING_SEED, lr, where), measure="validation")
 
 
 def _read(path: Path) -> list[dict[str, str]]:
@@ -158,27 +183,28 @@ def _trained(row: Mapping[str, str]) -> Trained:
 
 
 def read_rates(grid: Grid, path: Path = TUNED) -> dict[Trained, float]:
-    """The learning rates chosen for this grid. Raises DemoError where one was never tuned, but for the smoke test."""
-    rates = {
-        _trained(row): float(row["lr"])
-        for row in _read(path)
-        if row["grid"] == grid.tuned_as and row["chosen"] == "yes"
-    }
+    """The learning rates chosen for this grid's recipe. Raises DemoError where one was never tuned."""
+    if not grid.tuned:
+        return {trained: METHODS[trained[1]].lr for trained in grid.trained}
+    rates = {_trained(row): float(row["lr"]) for row in _read(path) if row["chosen"] and _recipe(row) == grid.recipe}
     for trained in grid.trained:
-        if trained in rates:
-            continue
-        if grid.name != "smoke":
+        if trained not in rates:
             shift, method, budget = trained
             at = "" if budget is None else f" at {budget:.2%}"
-            raise DemoError(f"{path} has no learning rate of {method}{at} on {shift} for the {grid.name} grid: --tune")
-        rates[trained] = METHODS[trained[1]].lr
+            recipe = ", ".join(f"{name} {value}" for name, value in grid.recipe.items() if value)
+            raise DemoError(f"{path} has no learning rate of {method}{at} on {shift} for {recipe}: --tune")
     return rates
+
+
+def _recipe(row: Mapping[str, str]) -> dict[str, str]:
+    return {name: row[name] for name in RECIPE}
 
 
 def write_rates(rows: Iterable[dict[str, Any]], grid: Grid, path: Path = TUNED) -> None:
     """Replaces the rows of what the grid trains in the table of everything that was tried."""
     mine = set(grid.trained)
-    kept = [row for row in _read(path) if row["grid"] != grid.tuned_as or _trained(row) not in mine]
+    kept = [row for row in _read(path) if _recipe(row) != grid.recipe or _trained(row) not in mine]
+    rows = [{**grid.recipe, **row} for row in rows]
 
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="") as stream:

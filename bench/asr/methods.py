@@ -86,7 +86,7 @@ def apply(model: nn.Module, name: str, budget: float | None) -> Applied:
         import peft
 
         options = _peft_options(arguments["method"], plan.layers[0].rank)
-        adapted = peft.get_peft_model(model, plan.peft_config(**options))  # type: ignore[arg-type]  # in place
+        adapted = peft.get_peft_model(model, plan.peft_config(model, **options))  # type: ignore[arg-type]  # in place
         return Applied(_trainable(model), _ranks(plan), lambda path: _save_peft(adapted, path), adapted.merge_adapter)
     sk.inject(model, plan, progress=False)
     return Applied(_trainable(model), _ranks(plan), lambda path: _save_own(model, path), lambda: sk.merge(model))

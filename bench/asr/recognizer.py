@@ -75,10 +75,14 @@ class Recognizer:
         self._positions = model.model.encoder.embed_positions.weight.detach().clone()
         self.set_window(len(self._positions) // POSITIONS_PER_SECOND)
 
-    def set_language(self, language: str) -> None:
-        """Sets the prompt (of a multilingual model) and the text normaliser. Raises DemoError for an unknown one."""
+    def set_language(self, language: str, accents: bool = True) -> None:
+        """Sets the prompt (of a multilingual model) and the text normaliser, which may drop accents outside English.
+
+        Raises DemoError for an unknown language.
+        """
         self.language = language
-        self.normalise = EnglishTextNormalizer({}) if language == "en" else BasicTextNormalizer()
+        basic = BasicTextNormalizer(remove_diacritics=not accents)
+        self.normalise = EnglishTextNormalizer({}) if language == "en" else basic
         self.prefix = self._prefix()
 
     def _prefix(self) -> list[int]:

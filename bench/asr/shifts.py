@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import DemoError
-from .audio import CHILD_FACTOR, TELEPHONE_SNR, duration
+from .audio import CHILD_FACTOR, TELEPHONE_SNR
 from .fetch import ASTERISK, FRENCH, ITALIAN, SONNET, SPANISH, SPHINX
 from .prompts import read_foreign_prompts, read_sphinx
 from .speech import (
@@ -36,6 +36,8 @@ class Shift:
     validation: list[Clip]
     test: list[Clip]
     source: dict[str, list[Clip]]
+    accents: bool  # whether the texts have them
+    left_out: int  # clips of the target that last too long
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class _Kind:
     language: str
     part: str  # folder of its speech
     clips: Callable[[Path], list[Clip]]  # from the data folder
+    accents: bool = True
 
 
 def _child(data: Path) -> list[Clip]:
@@ -58,7 +61,7 @@ def _foreign(title: str, language: str, part: str, accents: bool = True) -> _Kin
     def clips(data: Path) -> list[Clip]:
         return [Clip(*prompt) for prompt in read_foreign_prompts(data / part, accents)]
 
-    return _Kind(title, language, part, clips)
+    return _Kind(title, language, part, clips, accents)
 
 
 _KINDS = {
@@ -69,6 +72,7 @@ _KINDS = {
     "italian": _foreign("Italian", "it", ITALIAN),
 }
 SHIFTS = tuple(_KINDS)
+SAME_VOICE = ("child", "telephone", "spanish")  # as that of the English prompts: Allison Smith's
 
 
 def _own(manifest: Path, language: str) -> _Kind:
@@ -102,9 +106,11 @@ def load_shift(name: str, data: Path, longest: float, language: str = "en", sour
     kind = _kind(name, language)
 
     def usable(clips: list[Clip], most: float = longest) -> list[Clip]:
-        return [replace(clip, cache=data / CACHE) for clip in clips if duration(clip.path) <= most]
+        return [replace(clip, cache=data / CACHE) for clip in clips if clip.duration() <= most]
 
-    rest, test = split(usable(kind.clips(data)))
+    clips = kind.clips(data)
+    short = usable(clips)
+    rest, test = split(short)
     train, validation = split(rest, HELD_OUT + VALIDATION)
     known = (
         source_speech(data) | {"sonnet reader": [Clip(*line) for line in read_sphinx(data / SONNET)]} if source else {}
@@ -112,7 +118,8 @@ def load_shift(name: str, data: Path, longest: float, language: str = "en", sour
     heard = {
         title: usable(clips, longest if title == AS_RECORDED else MAX_PROMPT_SECONDS) for title, clips in known.items()
     }
-    shift = Shift(name, kind.title, kind.language, train, validation, test, heard)
+    left_out = len(clips) - len(short)
+    shift = Shift(name, kind.title, kind.language, train, validation, test, heard, kind.accents, left_out)
     for side in ("train", "validation", "test"):
         if not getattr(shift, side):
             raise DemoError(f"shift {name}: no {side} clip lasts at most longest = {longest} s")

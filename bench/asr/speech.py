@@ -7,14 +7,15 @@ import json
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from . import DemoError, progress
-from .audio import CHANNELS, CHILD_FACTOR, RATE, AudioError, Samples, raise_voice, read_audio
+from .audio import CHANNELS, CHILD_FACTOR, RATE, AudioError, Samples, duration, raise_voice, read_audio
 from .fetch import ASTERISK, SPHINX
 from .prompts import read_prompts, read_sphinx
 from .runfolder import write_atomically
@@ -23,8 +24,10 @@ HELD_OUT = 0.25
 MAX_PROMPT_SECONDS = 9.5  # the built-in prompts that fit a 10 s encoder window
 MAX_SECONDS = 30.0  # what Whisper hears at once
 CACHE_BYTES = 1 << 30
-AS_RECORDED = "prompts as recorded"  # the target's test prompts, by the same speaker, unaltered
+AS_RECORDED = "prompts as recorded"  # the English test prompts, unaltered
 VERSION = 1  # of what is made of a recording; another one makes the kept samples again
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,18 @@ class Clip:
         loaded: Samples = np.load(kept)
         return loaded
 
-    def _make(self) -> Samples:
+    def duration(self) -> float:
+        """Seconds. Raises AudioError."""
+        return self._located(duration)
+
+    def _located(self, read: Callable[[Path], T]) -> T:
         try:
-            samples = read_audio(self.path)
+            return read(self.path)
         except AudioError as error:
             raise AudioError(f"{self.where}: {error}" if self.where else str(error)) from None
+
+    def _make(self) -> Samples:
+        samples = self._located(read_audio)
         raised = samples if self.voice == 1.0 else raise_voice(samples, self.voice)
         return CHANNELS[self.channel](raised, self.path.name)
 

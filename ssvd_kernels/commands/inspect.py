@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
+from ..adapted import adapted_layers
 from ..adapter_file import FORMAT_VERSION, read_adapter, trained_shapes
 from ..checkpoint import load_adapter
 from ..functional import rotation_delta
 from ..layers import SSVDLinear
-from ..model import adapted_layers
 from .base import load_base
 
 COLUMNS = {  # key of a layer's description -> heading

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
+from collections.abc import Collection
 
+from ..config import PRESETS
 from ..planner import RankPlan, plan
 from . import UsageError
 from .base import load_base
@@ -21,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
             budget=_number(args.budget),
             method=args.method,
             allocation=args.allocation,
-            targets=_names(args.targets),
+            targets=_names(args.targets, ("all-linear", *PRESETS)),
             exclude=_names(args.exclude),
             progress=sys.stderr.isatty(),
             **{name: value for name, value in given.items() if value is not None},
@@ -40,10 +43,13 @@ def as_json(found: RankPlan) -> str:
 
 def _number(text: str) -> float:
     try:
-        return float(text) if "." in text or "e" in text.lower() else int(text)
-    except ValueError:
+        number = float(text)
+        return int(number) if number.is_integer() else number
+    except (ValueError, OverflowError):
         raise UsageError(f"--budget {text}: allowed is a whole number, or a share such as 0.02") from None
 
 
-def _names(given: list[str]) -> str | list[str]:
-    return given[0] if len(given) == 1 else given
+def _names(given: list[str], presets: Collection[str] = ()) -> str | list[str]:
+    """One that is a preset or no plain word, and so an expression, by itself; else suffixes."""
+    alone = len(given) == 1 and (given[0] in presets or not re.fullmatch(r"[\w.-]+", given[0]))
+    return given[0] if alone else given

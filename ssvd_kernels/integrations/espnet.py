@@ -30,6 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..adapted import adapted_layers
 from ..base_layers import check_linear
 from ..config import SSVDConfig, check_choice
 from ..factorize import (
@@ -45,7 +46,7 @@ from ..factorize import (
 )
 from ..functional import flip_theta
 from ..layers import SSVDLinear
-from ..model import InjectReport, adapted_layers, factorize_all, install, ssvd_layers
+from ..model import InjectReport, factorize_all, install, ssvd_layers
 from ..targets import find_targets
 
 logger = logging.getLogger(__name__)
