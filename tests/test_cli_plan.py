@@ -59,7 +59,7 @@ def test_plan(capsys, base, arguments, options):
         (["--budget", "0.1", "--side", "both"], "side='both' is unknown"),
         (["--budget", "0.1", "--top", "3"], "top=3 is no option of method='ssvd'"),
         (["--budget", "0.1", "--targets", "conv9"], "targets holds 'conv9', which matches no module"),
-        (["--budget", "0.1", "--exclude", "decoder"], "holds 'decoder', which matches none of the 32 targeted layers"),
+        (["--budget", "0.1", "--exclude", "decoder"], "holds 'decoder', which matches none of the 33 targeted layers"),
         (["--budget", "0.1", "--method", "adalora"], "invalid choice: 'adalora'"),
         ([], "required: --budget"),
     ],

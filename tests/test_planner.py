@@ -253,7 +253,7 @@ def test_inject_refuses_a_plan_of_another_model():
 
 
 def test_a_peft_config_is_refused_for_another_model():
-    plan = sk.plan(Net(), budget=20, method="lora")
+    plan = sk.plan(Net(), budget=40, method="lora")
     wider = Net()
     wider.up = nn.Linear(6, 10)
     with refused(wider, ValueError, r"plan is of 2 layers, .*Net; they differ, e\.g\. in 'up'"):

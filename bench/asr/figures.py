@@ -134,7 +134,9 @@ def methods(found: Sequence[Entry]) -> Figure | None:
 
 def learning_forgetting(found: Sequence[Entry]) -> Figure | None:
     """Points of WER won on the target against points lost on other speakers of the source domain."""
-    shifts = {shift: e for shift, e in _by_shift(found).items() if e[0].method == "zero-shot" and e[0].others}
+    shifts = {
+        shift: e for shift, e in _by_shift(found).items() if e[0].method == "zero-shot" and e[0].others and len(e) > 1
+    }
     if not shifts:
         return None
     figure, panels = _panels(len(shifts), "Learning against forgetting (best: right and low)")
