@@ -114,6 +114,11 @@ def test_a_plan_keeps_speakers_and_utterances_apart(tmp_path: Path):
     assert all(sorted(t.label for t in trials) == [0, 0, 1, 1] for trials in plan.shortened(2).lists.values())
 
 
+def test_few_recordings_of_a_speaker_are_all_trained_on(tmp_path: Path):
+    plan = make_plan(speakers(tmp_path, 9, each=3))
+    assert set(plan.lists) == {UNSEEN, VALIDATION} and {len(paths) for paths in plan.training.values()} == {3}
+
+
 def test_speakers_of_a_given_list_are_not_trained_on(tmp_path: Path):
     folder = speakers(tmp_path / "all", 8)
     file = tmp_path / "t.txt"

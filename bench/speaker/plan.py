@@ -70,7 +70,8 @@ def make_plan(
 
     roles: speaker -> "train", "validation" or "test" (default: `hashed_roles`, where every speaker that `trials` names
     is for the test). trials: the list to be measured instead of one that is made. packages: speaker -> where its
-    recordings come from; gives one more list, whose non-target trials stay within a package.
+    recordings come from; gives one more list, whose non-target trials stay within a package. One more is of held-out
+    utterances of the training speakers, where they have more than EVERY recordings.
     Raises DemoError where speakers, recordings or trials don't suffice.
     """
     found = list_recordings(folder)
@@ -84,9 +85,12 @@ def make_plan(
     if packages:
         lists[NEAR] = make_trials(of["test"], MOST, packages.__getitem__)
     held_out = {speaker: paths[::EVERY] for speaker, paths in of["train"].items()}
+    if all(len(paths) < 2 for paths in held_out.values()):  # no target trial
+        held_out = dict.fromkeys(held_out, [])
     training = {s: [path for path in paths if path not in held_out[s]] for s, paths in of["train"].items()}
     if few := [speaker for speaker, paths in training.items() if not paths]:
         raise DemoError(f"{folder / few[0]}: at least two recordings of a training speaker are needed")
-    lists[HELD_OUT] = make_trials(held_out, MOST)
+    if any(held_out.values()):
+        lists[HELD_OUT] = make_trials(held_out, MOST)
     lists[VALIDATION] = make_trials(of["validation"], MOST)
     return Plan(folder, training, lists)
