@@ -20,7 +20,7 @@ help:
 	@echo "make test      the test suite; test-all adds the slow sweeps"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     microbenchmarks                                           (options: ARGS='--help')"
-	@echo "make gpu       on a CUDA machine with its own torch, triton, nvcc, pytest: PART=check, sanitize, bench or model"
+	@echo "make gpu       on a CUDA machine with its own torch, triton, nvcc, pytest: PART=check, sanitize, bench, model or asr"
 
 setup: $(READY)
 
@@ -64,7 +64,7 @@ bench: $(READY)
 	$(PY) -m bench.run $(ARGS)
 
 # Uses the machine's own Python and nothing from the network. OUT names the folder of logs and CSV files, PART what to
-# do: check, sanitize, bench or model (see bench/gpu.sh), each in under 9 minutes.
+# do: check, sanitize, bench, model or asr (see bench/gpu.sh), each in under 9 minutes.
 OUT ?= bench/results
 PART ?= check
 gpu:
