@@ -24,7 +24,7 @@ SPECTRA = ("model.encoder.layers.3.self_attn.q_proj", "model.encoder.layers.3.fc
 HEARD = 14.0  # seconds (and silence) that the encoder hears at least in measuring; in windows of 10 s the untrained
 # tiny.en repeats itself on some clips, in 7 s on more
 TRAINED = 9.0  # the same in training
-RECORDED = 24  # clips at most of the target's voice as recorded that are measured, to save time
+RECORDED = 24  # English prompts at most that are measured as recorded, to save time
 WATCHED = 16  # clips at most of the validation loss
 LOOKS = 3  # at the validation loss and at the rotations, in the course of training
 MEMORY_STEPS = 2  # of training when its memory is measured
