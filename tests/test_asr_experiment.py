@@ -211,7 +211,7 @@ def test_everything_is_written(tmp_path: Any) -> None:
     assert float(rows[4]["test wer"]) == 0.125
     assert [row["peak_bytes"] for row in rows] == ["", "", "", str(5 * 2**20), ""]
     drawn = sorted(path.stem for path in tmp_path.glob("*.png"))
-    assert drawn == ["curves", "learning-forgetting", "orthogonality"]
+    assert drawn == ["curves", "learning-forgetting"]
 
 
 def _everything() -> list[dict[str, Any]]:

@@ -85,11 +85,14 @@ def wer_parameters(found: Sequence[Entry]) -> Figure | None:
         return None
     figure, panels = _panels(len(shifts), "Word error rate against trainable parameters")
     for panel, of_shift in zip(panels, shifts.values(), strict=True):
+        top = 110 * max(interval(e.results, ["test"])[1] for e in of_shift if e.method != "zero-shot")
         for method in dict.fromkeys(e.method for e in of_shift):
             points = [e for e in of_shift if e.method == method]
             means = [_mean(e.rates(["test"])) for e in points]
             if method == "zero-shot":
-                panel.axhline(means[0], color="#999999", linestyle="--", label="zero-shot")
+                panel.axhline(min(means[0], top), color="#999999", linestyle="--", label="zero-shot")
+                if means[0] > top:
+                    panel.annotate(f"zero-shot: {means[0]:.0f} %", (0.98, 0.95), xycoords="axes fraction", ha="right")
                 continue
             colour, marker = STYLES[method]
             bounds = [interval(e.results, ["test"]) for e in points]
@@ -139,7 +142,7 @@ def learning_forgetting(found: Sequence[Entry]) -> Figure | None:
     }
     if not shifts:
         return None
-    figure, panels = _panels(len(shifts), "Learning against forgetting (best: right and low)")
+    figure, panels = _panels(len(shifts), "Learning against forgetting (best: right and low; large: budgets above 1 %)")
     for panel, of_shift in zip(panels, shifts.values(), strict=True):
         before = of_shift[0]
         target, source = _mean(before.rates(["test"])), _mean(before.rates(before.others))
@@ -197,21 +200,23 @@ def allocation(found: Sequence[Entry]) -> Figure | None:
 
 
 def spectra(found: Sequence[Entry]) -> Figure | None:
-    """Singular values after training over those before, of three weights, on the first shift that has them."""
+    """Relative change of the singular values of three weights by training, on the first shift that has them."""
     drawn = [e for e in _compared(found) if e.results[0]["spectra"] and e.method in CURVED]
     drawn = [e for e in drawn if e.shift == drawn[0].shift]
     if not drawn:
         return None
     names = list(drawn[0].results[0]["spectra"])
-    figure, panels = _panels(len(names), f"Singular values after training / before ({drawn[0].domain})")
+    figure, panels = _panels(len(names), f"Relative change of singular values ({drawn[0].domain})")
     for panel, name in zip(panels, names, strict=True):
         for entry in drawn:
             spectrum = entry.results[0]["spectra"][name]
-            ratio = [after / before for after, before in zip(spectrum["after"], spectrum["before"], strict=True)]
-            panel.plot(range(1, len(ratio) + 1), ratio, color=STYLES[entry.method][0], label=entry.title,
-                       linestyle=_line(entry.method), linewidth=1.2)  # fmt: skip
+            pairs = zip(spectrum["after"], spectrum["before"], strict=True)
+            change = [max(abs(after / before - 1), 1e-8) for after, before in pairs]
+            panel.plot(range(1, len(change) + 1), change, color=STYLES[entry.method][0], label=entry.title,
+                       linestyle=_line(entry.method), linewidth=0.9)  # fmt: skip
+        panel.set_yscale("log")
         panel.set_title(name.removeprefix("model."), fontsize=10)
-        panel.set(xlabel="index of the singular value", ylabel="after / before")
+        panel.set(xlabel="index of the singular value", ylabel="|after / before - 1|")
     _legend(figure, panels)
     return figure
 
@@ -224,7 +229,7 @@ def orthogonality(found: Sequence[Entry]) -> Figure | None:
     """Distance of the rotations from orthogonality in the course of training: mean of ||G^T G - I||_F / sqrt(k)."""
     rotating = ("ssvd", "ssvd-linear", "ssvd-free", "ssvd-o")
     drawn = [e for e in _compared(found) if e.method in rotating and e.results[0]["watched"]]
-    if not drawn:
+    if len({e.method for e in drawn}) < 2:
         return None
     most = max(len(of_shift) for of_shift in _by_shift(drawn).values())
     shifts = {shift: of_shift for shift, of_shift in _by_shift(drawn).items() if len(of_shift) == most}

@@ -86,7 +86,7 @@ def make_plan(
         lists[NEAR] = make_trials(of["test"], MOST, packages.__getitem__)
     held_out = {speaker: paths[::EVERY] for speaker, paths in of["train"].items()}
     if all(len(paths) < 2 for paths in held_out.values()):  # no target trial
-        held_out = dict.fromkeys(held_out, [])
+        held_out = {speaker: [] for speaker in held_out}
     training = {s: [path for path in paths if path not in held_out[s]] for s, paths in of["train"].items()}
     if few := [speaker for speaker, paths in training.items() if not paths]:
         raise DemoError(f"{folder / few[0]}: at least two recordings of a training speaker are needed")
