@@ -102,7 +102,7 @@ def test_run_folder_refuses_other_settings_and_damage(tmp_path: Path) -> None:
     with pytest.raises(DemoError, match="rank: 4 there, 8 now"):
         runfolder.RunFolder(folder, {"rank": 8})
     (folder / runfolder.CHECKPOINT).write_bytes(b"half a file")
-    with pytest.raises(DemoError, match="--fresh starts again"):
+    with pytest.raises(DemoError, match="delete it, or give --fresh"):
         run.load_checkpoint()
     assert runfolder.RunFolder(folder, {"rank": 8}, fresh=True).load_checkpoint() is None
 

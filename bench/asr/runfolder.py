@@ -85,5 +85,6 @@ class RunFolder:
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises nearly anything on a damaged file
-            raise DemoError(f"{path}: cannot be read ({type(error).__name__}): delete it to start again") from error
+            why = type(error).__name__
+            raise DemoError(f"{path}: cannot be read ({why}); delete it, or give --fresh, to start again") from error
         return state
