@@ -59,7 +59,8 @@ def _panels(count: int, title: str, width: float = 5.2, height: float = 4.6) -> 
 
 def _legend(figure: Figure, panels: Sequence[Any]) -> None:
     handles = {label: h for panel in panels for h, label in zip(*panel.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
+    columns = min(6, 3 * len(panels), len(handles))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _by_shift(found: Sequence[Entry]) -> dict[str, list[Entry]]:
