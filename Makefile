@@ -13,7 +13,7 @@ ARGS   ?=
 
 help:
 	@echo "make setup     virtual environment, CPU build of torch $(TORCH), this package with its C++ op"
-	@echo "make data      obtain all models and speech beforehand (about 600 MB; make demo and the others obtain what they need)"
+	@echo "make data      obtain all models and speech beforehand (the other targets obtain what they need)"
 	@echo "make demo      fine-tune the real Whisper tiny.en on child-like speech   (options: ARGS='--help')"
 	@echo "make asr       SSVD and its relatives under domain shift, methods x budgets x seeds      (options: ARGS='--help')"
 	@echo "make speaker   speaker verification with SpectralFT, SSVD and LoRA                     (options: ARGS='--help')"
