@@ -82,9 +82,8 @@ def ranks(method: str, shapes: Collection[Shape], *, top: int = 256) -> dict[Sha
     """Weight shape -> the ranks (bands, block sizes) that `method` can have there, ascending, see `trainable`.
 
     PEFT's methods have one rank for all layers. LoRA's and DoRA's stop where no layer can use more, VeRA's, which
-    nothing bounds, at twice that (its paper has 1024 for 768 x 768), PiSSA's and PSOFT's at the smallest layer's, which
-    PEFT would cut or refuse. OFT's block sizes divide every d_in, so that PEFT has none to adjust; there may be none
-    at all.
+    nothing but its cost bounds, at twice that, PiSSA's and PSOFT's at the smallest layer's, which PEFT would cut or
+    refuse. OFT's block sizes divide every d_in, so that PEFT has none to adjust; there may be none at all.
     """
     check_choice("method", method, METHODS)
     smallest = [min(shape) for shape in shapes]
