@@ -28,8 +28,13 @@ def main() -> None:
     parser.add_argument("--out", default="adapter.safetensors")
     options = parser.parse_args()
 
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    train(options)  # a function of its own, so that the wrapper is gone before the process group:
+    dist.destroy_process_group()  # DDP's end, if it comes last, waits for gloo's thread, which waits for Python's lock
+
+
+def train(options: argparse.Namespace) -> None:
     cuda = torch.cuda.is_available()
-    dist.init_process_group("nccl" if cuda else "gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
@@ -69,8 +74,6 @@ def main() -> None:
 
     if options.fsdp or rank == 0:  # what FSDP2 has sharded is gathered, so that every rank must call
         sk.save_adapter(wrapped, options.out)
-    dist.barrier()  # gloo's thread lets go of the last tensors: DDP's end, which joins it, would wait for that for ever
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ def main() -> None:
 
     if accelerator.is_main_process:
         sk.save_adapter(accelerator.unwrap_model(wrapped), options.out)
-    accelerator.wait_for_everyone()
+    # the wrapper goes before the process group: DDP's end, if it comes last, can wait for gloo's thread for ever
+    wrapped, optimizer = accelerator.free_memory(wrapped, optimizer)
     accelerator.end_training()
 
 
