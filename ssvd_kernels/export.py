@@ -80,7 +80,7 @@ def to_lora(
         raise ValueError(f"rank={rank}: allowed is a whole number >= 1, or None for the exact update")
     check_new(folder)
     model = unwrapped(model)
-    bar = tqdm(whole_layers(model).items(), desc="SSVD: LoRA factors", unit="layer", disable=not progress)
+    bar = tqdm(whole_layers(model).items(), desc="LoRA factors", unit="layer", disable=not progress)
     pairs = {name: _lora_pair(name, layer, rank) for name, layer in bar}
     tensors = {}
     for name, pair in pairs.items():

@@ -47,7 +47,7 @@ class InjectReport:
         kinds = Counter(f"{layer.out_features}x{layer.in_features}, {layer.summary()}" for layer in self.layers)
         rows = [f"  {count:4d} x {kind}" for kind, count in kinds.items()]
         head = (
-            f"SSVD: {len(self.modules)} layers, {self.trainable:,} trainable of {self.total:,} parameters "
+            f"{len(self.modules)} layers adapted, {self.trainable:,} trainable of {self.total:,} parameters "
             f"({100 * self.trainable / self.total:.2f} %)"
         )
         return "\n".join([head, *rows])
@@ -135,9 +135,7 @@ def _factorize_each(tasks: Tasks, folder: Path | None, progress: bool) -> dict[s
     missing = {name: task for name, task in tasks.items() if name not in found}
     total = sum(task.cost for task in missing.values())
     # by cost, not by layer, so that the time that is left is not a guess
-    with tqdm(
-        total=total, desc="SSVD: factorising", bar_format=_BAR, smoothing=0, disable=not (progress and missing)
-    ) as bar:
+    with tqdm(total=total, desc="factorising", bar_format=_BAR, smoothing=0, disable=not (progress and missing)) as bar:
         for number, (name, task) in enumerate(missing.items(), 1):
             found[name] = factorize(task.weight(), task.k, f"{name}.weight")
             if folder is not None:

@@ -35,7 +35,7 @@ class TrainingReport:
             "with NaN or infinity in a gradient": self.nonfinite,
         }
         total = len(self.ok) + sum(map(len, lists.values()))
-        head = f"SSVD: the loss trains {len(self.ok)} of {total} layers"
+        head = f"the loss trains {len(self.ok)} of {total} adapted layers"
         return "\n".join([head, *(f"  {what}: {_listed(names)}" for what, names in lists.items() if names)])
 
 

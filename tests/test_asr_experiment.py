@@ -242,9 +242,13 @@ def _without(results: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]
             [r for r in _everything() if r["cell"]["method"] in ("ssvd-o-25", "lora")],
             {"wer-parameters", "curves", "spectra"},
         ),
+        (
+            [r for r in _everything() if r["cell"]["budget"] in (None, 0.02)],
+            set(figures.FIGURES) - {"wer-parameters"},
+        ),
         ([r for r in _everything() if r["cell"]["method"] == "zero-shot"], set()),
     ],
-    ids=["everything", "target alone", "two methods", "nothing trained"],
+    ids=["everything", "target alone", "two methods", "one budget", "nothing trained"],
 )
 def test_figures_of_parts_of_a_grid(results: list[dict[str, Any]], drawn: set[str], tmp_path: Path) -> None:
     summary.write(results, tmp_path)

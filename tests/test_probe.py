@@ -33,7 +33,7 @@ def test_at_initialisation_every_layer_that_is_called_trains(rotation, rank):
     loss = model(torch.randn(4, 8)).square().mean()
     report = sk.check_training(model, loss)
     assert lists(report) == {"ok": NAMES}
-    assert str(report) == "SSVD: the loss trains 5 of 5 layers"
+    assert str(report) == "the loss trains 5 of 5 adapted layers"
 
 
 def test_a_loss_is_differentiated_without_a_trace():
@@ -60,7 +60,7 @@ def test_layers_that_a_loss_does_not_reach():
     report = sk.check_training(model, model.encoder.blocks[0](x).sum())  # alone: without batched rotations
     assert lists(report) == {"ok": NAMES[:2], "none": NAMES[2:]}
     assert str(report).splitlines() == [
-        "SSVD: the loss trains 2 of 5 layers",
+        "the loss trains 2 of 5 adapted layers",
         "  without any gradient: 3 (encoder.blocks.1.0, encoder.blocks.1.2, head)",
     ]
     with torch.no_grad():

@@ -12,7 +12,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.lib.stride_tricks import sliding_window_view
 
 from .entries import Entry, interval
 from .runfolder import write_atomically
@@ -38,6 +40,7 @@ STYLES = {
     "ssvd-o-75": ("#56B4E9", ">"),
 }
 CURVED = ("full", "lora", "svft", "spectralft", "ssvd", "ssvd-linear", "ssvd-free", "ssvd-o")
+NEIGHBOURS = 11  # singular values: one by one, their changes hide each other
 
 
 def save(path: Path, figure: Figure | None) -> None:
@@ -79,10 +82,10 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def wer_parameters(found: Sequence[Entry]) -> Figure | None:
-    """Target WER against trainable parameters, with 95 % intervals: full fine-tuning and what has several budgets."""
-    budgets = Counter((e.shift, e.method) for e in found)
-    shifts = _by_shift([e for e in found if e.budget is None or budgets[e.shift, e.method] > 1])
-    if all(e.budget is None for of_shift in shifts.values() for e in of_shift):
+    """Target WER against trainable parameters, with 95 % intervals, where a method has several budgets."""
+    shifts = _by_shift(found)
+    shifts = {shift: some for shift, some in shifts.items() if max(Counter(e.method for e in some).values()) > 1}
+    if not shifts:
         return None
     figure, panels = _panels(len(shifts), "Word error rate against trainable parameters")
     for panel, of_shift in zip(panels, shifts.values(), strict=True):
@@ -208,14 +211,15 @@ def spectra(found: Sequence[Entry]) -> Figure | None:
     if not drawn:
         return None
     names = list(drawn[0].results[0]["spectra"])
-    figure, panels = _panels(len(names), f"Relative change of singular values ({drawn[0].domain})")
+    title = f"Relative change of singular values ({drawn[0].domain}; each the median of {NEIGHBOURS} neighbours)"
+    figure, panels = _panels(len(names), title)
     for panel, name in zip(panels, names, strict=True):
         for entry in drawn:
             spectrum = entry.results[0]["spectra"][name]
-            pairs = zip(spectrum["after"], spectrum["before"], strict=True)
-            change = [max(abs(after / before - 1), 1e-8) for after, before in pairs]
-            panel.plot(range(1, len(change) + 1), change, color=STYLES[entry.method][0], label=entry.title,
-                       linestyle=_line(entry.method), linewidth=0.9)  # fmt: skip
+            change = np.abs(np.divide(spectrum["after"], spectrum["before"]) - 1).clip(min=1e-8)
+            around = sliding_window_view(np.pad(change, NEIGHBOURS // 2, mode="edge"), NEIGHBOURS)
+            panel.plot(range(1, len(change) + 1), np.median(around, axis=1), color=STYLES[entry.method][0],
+                       label=entry.title, linestyle=_line(entry.method), linewidth=1.3)  # fmt: skip
         panel.set_yscale("log")
         panel.set_title(name.removeprefix("model."), fontsize=10)
         panel.set(xlabel="index of the singular value", ylabel="|after / before - 1|")
