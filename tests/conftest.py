@@ -11,7 +11,7 @@ from ranks import started
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
-pytest.register_assert_rewrite("models", "peft_models", "refusals", "roundtrip", "speech_models")
+pytest.register_assert_rewrite("bounds", "models", "peft_models", "refusals", "roundtrip", "speech_models")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,44 @@
+"""The one rule for the error bounds of this suite.
+
+A result may have at most twice the error of the same computation in plain PyTorch in the same dtype, both against
+float64. Bounds are computed beside the result, never written down as numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from cases import relative_error
+from torch import Tensor
+
+DRAWS = 16  # of results with few elements, whose rounding error in one draw is a matter of luck
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """eps / 2: the largest relative error of rounding an exact number to `dtype`."""
+    return torch.finfo(dtype).eps / 2
+
+
+def twice(plain: Tensor, exact: Tensor, dtype: torch.dtype | None = None) -> float:
+    """Twice the relative error of `plain`, which computes in `dtype` (its own if not given).
+
+    Not less than the unit roundoff, which storing the exact result in that dtype costs.
+    """
+    return max(2 * relative_error(plain, exact), unit_roundoff(dtype or plain.dtype))
+
+
+def twice_of_draws(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The largest `twice(plain, exact)` over several draws of the same computation."""
+    return max(twice(plain, exact) for plain, exact in pairs)
+
+
+def draws(compute: Callable[[], tuple[Tensor, Tensor]], count: int = DRAWS) -> float:
+    """`twice_of_draws` of `count` calls of compute() -> (plain, exact), which draws new inputs at each call."""
+    return twice_of_draws(compute() for _ in range(count))
+
+
+def assert_within(value: Tensor, plain: Tensor, exact: Tensor, what: str = "") -> None:
+    """`value` has at most twice the error of `plain`, against the float64 result `exact`."""
+    error, bound = relative_error(value, exact), twice(plain, exact)
+    assert error <= bound, f"{what}: error {error:.2e}, plain PyTorch in {plain.dtype} allows {bound:.2e}".lstrip(": ")
