@@ -1,39 +1,53 @@
 # Everything is set up in its own virtual environment (VENV); PYTHON names the interpreter that makes it.
 PYTHON ?= python3
 VENV   ?= .venv
-TORCH  ?= 2.13.0
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
-NEIGHBOURS := peft,quant,export,espnet
-# These ask for old versions of other packages, or for a torchaudio that needs CUDA.
-PINNING := espnet speechbrain hyperpyyaml "ruamel.yaml<0.19" ruamel.yaml.clib faster-whisper
+LOCK   ?= constraints.txt
+EXTRAS := triton,demo,test,bench,lint,peft,quant,export,espnet
+JOBS   ?= $(shell nproc)
 ARGS   ?=
+PYTEST := $(PY) -m pytest -rs --durations=10
 
-.PHONY: help setup data demo asr speaker test test-all lint bench gpu clean
+.PHONY: help setup lock matrix data demo asr speaker test test-speed test-all lint bench gpu clean
 
 help:
-	@echo "make setup     virtual environment, CPU build of torch $(TORCH), this package with its C++ op"
-	@echo "make data      obtain all models and speech beforehand (the other targets obtain what they need)"
-	@echo "make demo      fine-tune the real Whisper tiny.en on child-like speech   (options: ARGS='--help')"
-	@echo "make asr       SSVD and its relatives under domain shift, methods x budgets x seeds      (options: ARGS='--help')"
-	@echo "make speaker   speaker verification with SpectralFT, SSVD and LoRA                     (options: ARGS='--help')"
-	@echo "make test      the test suite; test-all adds the slow sweeps"
-	@echo "make lint      ruff and mypy"
-	@echo "make bench     microbenchmarks                                           (options: ARGS='--help')"
-	@echo "make gpu       on a CUDA machine with its own torch, triton, nvcc, pytest: PART=check, sanitize, bench, model or asr"
+	@echo "make setup      virtual environment with the versions of $(LOCK), this package with its C++ op"
+	@echo "make data       obtain all models and speech beforehand (the other targets obtain what they need)"
+	@echo "make demo       fine-tune the real Whisper tiny.en on child-like speech   (options: ARGS='--help')"
+	@echo "make asr        SSVD and its relatives under domain shift, methods x budgets x seeds      (options: ARGS='--help')"
+	@echo "make speaker    speaker verification with SpectralFT, SSVD and LoRA                     (options: ARGS='--help')"
+	@echo "make test       the test suite, on JOBS=$(JOBS) cores"
+	@echo "make test-speed the tests that measure time, one at a time; make test-all: everything, slow sweeps included"
+	@echo "make matrix     the tests with other versions of torch, transformers and PEFT, and with the lowest ones"
+	@echo "make lock       write the newest versions that fit together to $(LOCK)"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      microbenchmarks                                           (options: ARGS='--help')"
+	@echo "make gpu        on a CUDA machine with its own torch, triton, nvcc, pytest: PART=check, sanitize, bench, model or asr"
 
 setup: $(READY)
 
-# The local version +cpu names the CPU build where an index has one; elsewhere the default build of the same version.
-$(READY): pyproject.toml setup.py $(wildcard csrc/*)
+# No build isolation: the extension is compiled against the torch that it will run with.
+$(READY): pyproject.toml setup.py $(LOCK) $(wildcard csrc/*)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q -U pip
-	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install "torch==$(TORCH)+cpu" || $(PY) -m pip install "torch==$(TORCH)"
-	$(PY) -m pip install -q "setuptools>=77" wheel packaging ninja pybind11
-	SSVD_BUILD=$${SSVD_BUILD:-cpu} $(PY) -m pip install -q --no-build-isolation -e ".[triton,demo,test,bench,lint,$(NEIGHBOURS)]"
-	$(PY) -m pip install -q --no-deps $(PINNING)
+	$(PY) -m pip install -q -c $(LOCK) -U pip
+	$(PY) -m pip install -q -c $(LOCK) torch --group build
+	SSVD_BUILD=$${SSVD_BUILD:-cpu} $(PY) -m pip install -q -c $(LOCK) --no-build-isolation -e ".[$(EXTRAS)]"
+	$(PY) -m pip install -q -c $(LOCK) --no-deps --group no-deps
 	$(PY) -m ssvd_kernels info
 	touch $@
+
+# One file for every Python from 3.10 on, without local versions, so that any index can serve it. TORCH is the version
+# that the CPU build is taken of; uv refreshes the rest.
+TORCH  ?= 2.13.0
+lock:
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q uv
+	echo "torch==$(TORCH)" | $(PY) -m uv pip compile -q --upgrade --universal --python-version 3.10 --no-annotate \
+	    --custom-compile-command "make lock" --all-extras --group build --group no-deps -c - -o $(LOCK) pyproject.toml
+
+matrix: $(READY)
+	$(PY) .ci/matrix.py $(ARGS)
 
 data: $(READY)
 	$(PY) -m bench.asr.fetch --all $(ARGS)
@@ -48,11 +62,16 @@ asr: $(READY)
 speaker: $(READY)
 	$(PY) -m bench.speaker.run $(ARGS)
 
+# Real speech and weights are fetched where there is a network; without them the tests that need them are skipped by name.
 test: $(READY)
-	$(PY) -m pytest -m "not slow and not gpu" --durations=10 $(ARGS)
+	-$(PY) -m bench.asr.fetch --all
+	$(PYTEST) -n $(JOBS) --dist worksteal -m "not slow and not gpu and not timing" $(ARGS)
 
-test-all: $(READY)
-	$(PY) -m pytest -m "not gpu" --durations=20 $(ARGS)
+test-speed: $(READY)
+	$(PYTEST) -m "timing and not gpu" $(ARGS)
+
+test-all: test test-speed
+	$(PYTEST) -n $(JOBS) --dist worksteal -m "slow and not gpu and not timing" $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .
