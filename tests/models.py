@@ -5,17 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import pytest
 import torch
+from bounds import twice, twice_of_draws
 from cases import relative_error
+from plain import plain
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import ssvd_kernels as sk
-from ssvd_kernels import dispatch, reference
+from ssvd_kernels import dispatch
 
 RANK = 5
+Result = TypeVar("Result")
 
 
 class Stack(nn.Module):
@@ -67,11 +72,18 @@ def step(model: nn.Module) -> None:
     model.zero_grad()
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
+def gradients(model: nn.Module, whole: bool = True) -> dict[str, Tensor]:
+    """Of what trains; with `whole` every parameter must have one."""
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert all(grad is not None for grad in found.values()), [n for n, g in found.items() if g is None]
+    assert not whole or all(grad is not None for grad in found.values()), [n for n, g in found.items() if g is None]
     model.zero_grad()
-    return {name: grad.clone() for name, grad in found.items() if grad is not None}
+    return {name.replace(".values.0.", "."): grad.clone() for name, grad in found.items() if grad is not None}
+
+
+def loss_of(output: Tensor) -> Tensor:
+    """The same function in every dtype, and not a norm: a final layer norm would make that constant."""
+    weights = torch.sin(1.7 * torch.arange(output.numel(), dtype=torch.float64)).float()
+    return (output * weights.to(output.dtype).view_as(output)).mean()
 
 
 def assert_close_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-5) -> None:
@@ -81,23 +93,46 @@ def assert_close_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor],
         assert relative_error(ours[name], grad) <= bound, name
 
 
+def assert_equal_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(ours) == list(expected)
+    for name, grad in expected.items():
+        assert grad.abs().max() > 0 and torch.equal(ours[name], grad), name
+
+
+def assert_all_within(ours: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """`assert_within` of each; those of few numbers are draws of one computation and share the largest bound."""
+    assert list(ours) == list(plain) == list(exact)
+    assert all(bool(value.any()) for value in exact.values())
+    few = [name for name, value in exact.items() if value.numel() < 64]
+    shared = twice_of_draws((plain[name], exact[name]) for name in few) if few else 0.0
+    for name, value in exact.items():
+        bound = shared if name in few else twice(plain[name], value)
+        assert (error := relative_error(ours[name], value)) <= bound, f"{name}: error {error:.2e}, bound {bound:.2e}"
+
+
 def plain_twin(model: nn.Module) -> nn.Module:
-    """The same model with nn.Linear layers that hold W', by float64 arithmetic of this test's own."""
-    twin = copy.deepcopy(model)
-    weights = {}
-    for name, layer in sk.ssvd_layers(twin).items():
-        assert layer.side == "input" and layer.rotation == "cayley"
-        K = reference.skew(layer.theta.detach().double(), layer.k)
-        eye = torch.eye(layer.k, dtype=torch.float64)
-        G = torch.linalg.solve(eye + K, eye - K)
-        sigma, delta = layer.sigma.double(), layer.delta_sigma.detach().double()
-        core = torch.diag(sigma + delta) @ G - torch.diag(sigma)
-        weights[name] = layer.base_weight.double() + layer.U.double() @ core @ layer.V.double().T
+    """The same model with nn.Linear layers that hold W', by float64 arithmetic of the tests' own."""
+    twin, exact = copy.deepcopy(model), plain(model, torch.float64)
+    names = list(sk.ssvd_layers(twin))
     sk.remove(twin)
     with torch.no_grad():
-        for name, weight in weights.items():
-            twin.get_submodule(name).weight.copy_(weight)
+        for name in names:
+            twin.get_submodule(name).weight.copy_(exact.get_submodule(name).weight)
     return twin
+
+
+def references(model: nn.Module, compute: Callable[[nn.Module], Result]) -> tuple[Result, Result]:
+    """compute(network) of plain PyTorch in the model's dtype and in float64, with the inputs that the model takes."""
+
+    def widen(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, (args, kwargs))
+
+    narrow, exact = (
+        plain(copy.deepcopy(model), dtype) for dtype in (next(model.parameters()).dtype, torch.float64)
+    )  # copies: `compute` may train
+    for module in exact.modules():  # a part may be called alone
+        module.register_forward_pre_hook(widen, with_kwargs=True)
+    return compute(narrow), compute(exact)
 
 
 @contextmanager

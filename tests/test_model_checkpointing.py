@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from bounds import assert_within
 from cases import relative_error
-from models import Stack, assert_close_gradients, gradients, inject, plain_twin, step, train_randomly
-from speech_models import MODELS, adapted, inputs, loss_gradients, loss_of, run
+from models import Stack, assert_all_within, gradients, inject, loss_of, references, step, train_randomly
+from speech_models import MODELS, adapted, inputs, run
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,10 +34,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant):
         pytest.skip("transformers' own WavLM passes position_bias by keyword: its reentrant backward never ends")
     model = adapted(name).train()
     _require_input_gradients(model)
-    expected = loss_gradients(model)
+
+    def compute(network: nn.Module) -> dict[str, Tensor]:
+        loss_of(run(network)).backward()
+        return gradients(network)
+
+    plain, exact = references(model, compute)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     for _ in range(2):
-        assert_close_gradients(loss_gradients(model), expected)
+        assert_all_within(compute(model), plain, exact)
 
 
 class WeightReader(nn.Module):
@@ -54,25 +60,28 @@ class WeightReader(nn.Module):
 
 def _stacks(use_reentrant: bool, block: Callable[[], nn.Module] | None = None) -> tuple[Stack, Stack]:
     """(with checkpointing, without), with the same parameters."""
-    plain = Stack(None, block)
-    inject(plain)
-    train_randomly(plain)
-    checkpointed = copy.deepcopy(plain)
+    direct = Stack(None, block)
+    inject(direct)
+    train_randomly(direct)
+    checkpointed = copy.deepcopy(direct)
     checkpointed.encoder.use_reentrant = use_reentrant
-    return checkpointed, plain
+    return checkpointed, direct
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_of_modules_that_read_the_weight(use_reentrant):
-    checkpointed, plain = _stacks(use_reentrant, WeightReader)
+    checkpointed, direct = _stacks(use_reentrant, WeightReader)
     x = torch.randn(4, 8, requires_grad=True)
+
+    def compute(model: nn.Module) -> dict[str, Tensor]:
+        model(x).square().mean().backward()
+        return gradients(model)
+
     for _ in range(2):
-        found = []
-        for model in (plain, checkpointed):
-            model(x).square().mean().backward()
-            found.append(gradients(model))
+        plain, exact = references(direct, compute)
+        for model in (direct, checkpointed):
+            assert_all_within(compute(model), plain, exact)
             step(model)
-        assert_close_gradients(found[1], found[0])
 
 
 def test_weight_is_composed_once_a_forward(monkeypatch):
@@ -141,14 +150,16 @@ def _backward_after_the_model_went_to_eval(model: Stack, x: Tensor) -> None:
     ],
 )
 def test_checkpointing_with_other_forwards_in_between(use, use_reentrant):
-    checkpointed, plain = _stacks(use_reentrant)
-    found = []
-    for model in (plain, checkpointed):
+    checkpointed, direct = _stacks(use_reentrant)
+
+    def compute(model: Stack) -> dict[str, Tensor]:
         x = torch.randn(4, 8, generator=torch.Generator().manual_seed(3)).requires_grad_()
         use(model, x)
-        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None})
-        found[-1]["x"] = x.grad
-    assert_close_gradients(found[1], found[0])
+        return {"x": x.grad, **gradients(model, whole=False)}
+
+    plain, exact = references(direct, compute)
+    for model in (direct, checkpointed):
+        assert_all_within(compute(model), plain, exact)
 
 
 def test_encoder_alone_uses_the_present_theta():
@@ -156,15 +167,16 @@ def test_encoder_alone_uses_the_present_theta():
     loss_of(run(model)).backward()
     step(model)
     features = inputs(model)["input_features"]
+
+    def encode(network: nn.Module) -> Tensor:
+        torch.manual_seed(1)
+        return network.model.encoder(features)[0].detach()
+
     for training in (True, False):
         model.train(training)
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
-                torch.manual_seed(1)
-                ours = model.model.encoder(features)[0].detach()
-                torch.manual_seed(1)
-                expected = plain_twin(model).model.encoder(features)[0].detach()
-                assert relative_error(ours, expected) <= 2e-6
+                assert_within(encode(model), *references(model, encode))
                 step(model)
     model.train()
     loss_of(model.model.encoder(features)[0]).backward()
@@ -174,13 +186,16 @@ def test_encoder_alone_uses_the_present_theta():
 
 def test_forward_that_raises_leaves_nothing_behind():
     model = adapted("whisper").eval()
-    with torch.no_grad():
-        expected = plain_twin(model).model.encoder(inputs(model)["input_features"])[0]
+    features = inputs(model)["input_features"]
+
+    def encode(network: nn.Module) -> Tensor:
+        return network.model.encoder(features)[0].detach()
+
+    before = encode(model)
     step(model)
     with pytest.raises((ValueError, RuntimeError, IndexError)):
         model.train()(input_features=torch.randn(2, 8, 40), decoder_input_ids=torch.full((2, 6), 999))
     step(model)
-    features = inputs(model)["input_features"]
-    ours, now = model.model.encoder(features)[0], plain_twin(model).model.encoder(features)[0]
-    assert relative_error(ours.detach(), now.detach()) <= 2e-6
-    assert relative_error(now.detach(), expected) > 1e-3
+    plain, exact = references(model, encode)
+    assert_within(encode(model), plain, exact)
+    assert relative_error(exact, before) > 1e-3
