@@ -9,7 +9,7 @@ JOBS   ?= $(shell nproc)
 ARGS   ?=
 PYTEST := $(PY) -m pytest -rs --durations=10
 
-.PHONY: help setup lock matrix data demo asr speaker test test-speed test-all lint bench gpu clean
+.PHONY: help setup lock matrix data demo asr speaker test test-speed test-slow test-all lint bench gpu clean
 
 help:
 	@echo "make setup      virtual environment with the versions of $(LOCK), this package with its C++ op"
@@ -18,7 +18,8 @@ help:
 	@echo "make asr        SSVD and its relatives under domain shift, methods x budgets x seeds      (options: ARGS='--help')"
 	@echo "make speaker    speaker verification with SpectralFT, SSVD and LoRA                     (options: ARGS='--help')"
 	@echo "make test       the test suite, on JOBS=$(JOBS) cores"
-	@echo "make test-speed the tests that measure time, one at a time; make test-all: everything, slow sweeps included"
+	@echo "make test-speed the tests that measure time, one at a time"
+	@echo "make test-slow  the slow sweeps; test-all: all three"
 	@echo "make matrix     the tests with other versions of torch, transformers and PEFT, and with the lowest ones"
 	@echo "make lock       write the newest versions that fit together to $(LOCK)"
 	@echo "make lint       ruff and mypy"
@@ -70,8 +71,10 @@ test: $(READY)
 test-speed: $(READY)
 	$(PYTEST) -m "timing and not gpu" $(ARGS)
 
-test-all: test test-speed
+test-slow: $(READY)
 	$(PYTEST) -n $(JOBS) --dist worksteal -m "slow and not gpu and not timing" $(ARGS)
+
+test-all: test test-speed test-slow
 
 lint: $(READY)
 	$(PY) -m ruff check .
