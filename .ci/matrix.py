@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -46,8 +48,6 @@ ROWS = (
 
 
 def run(command: list[str], log: Path, **env: str) -> int:
-    import os
-
     with log.open("a") as out:
         out.write(f"$ {' '.join(command)}\n")
         out.flush()
@@ -123,7 +123,8 @@ def main() -> int:
         if args.only and row.name not in args.only:
             continue
         folder, log = HOME / row.name, HOME / f"{row.name}.log"
-        folder.mkdir(exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         log.write_text(f"{datetime.date.today()} {platform.platform()}\n")
         print(f"{row.name}: set-up ...", flush=True)
         why = make(row, folder, log)
