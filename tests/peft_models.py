@@ -71,6 +71,16 @@ def adapted(name: str = "whisper", **options) -> nn.Module:
     return models.train_randomly(peft.get_peft_model(base_model(name), config(**options))).eval()
 
 
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """By the layer's name and the parameter's own, as in a plain model's."""
+    return {name.replace(".ssvd_adapter.default", ""): grad for name, grad in models.gradients(model).items()}
+
+
+def loss_gradients(model: nn.Module) -> dict[str, Tensor]:
+    models.loss_of(run(model)).backward()
+    return gradients(model)
+
+
 def layers(model: nn.Module) -> dict[str, SSVDPeftLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SSVDPeftLinear)}
 

@@ -99,13 +99,6 @@ def plain(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return twin.to(dtype)
 
 
-def yardstick(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[Tensor, Tensor]:
-    """run(model) in plain PyTorch: (in the model's dtype, in float64), as `assert_within` takes them."""
-    dtype = next(model.parameters()).dtype
-    with torch.no_grad():
-        return run(plain(model, dtype)), run(plain(model, torch.float64))
-
-
 def effective(W: Tensor, *adapters: AdaptedLinear, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """W' in plain PyTorch: (in `dtype`, by default that of W, in float64)."""
     both = (PlainLinear(W, None, adapters, of) for of in (dtype or W.dtype, torch.float64))

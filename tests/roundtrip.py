@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from bounds import draws, unit_roundoff
+from cases import relative_error
 from hypothesis import settings
 from hypothesis import strategies as st
+from models import references
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
@@ -97,6 +101,33 @@ def outputs(net: nn.Module) -> tuple[Tensor, Tensor]:
         trained = net.train()(x).detach()
     with torch.no_grad():
         return trained, net.eval()(x)
+
+
+def assert_computes(found: Iterable[Tensor], net: nn.Module) -> None:
+    """Each of `found` is what the plain twin of `net` gives for `example`, within the rule of bounds.py.
+
+    The largest bound over models beside `net`, for an output may have few elements. In float64, where nothing tells
+    the error, float32's to scale.
+    """
+    dtype = example(net).dtype
+    narrow = torch.float32 if dtype == torch.float64 else dtype
+    generator = torch.Generator().manual_seed(0)
+
+    def beside() -> nn.Module:
+        twin = copy.deepcopy(net).to(dtype=None if narrow == dtype else narrow)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter *= 1 + 0.01 * torch.randn(parameter.shape, generator=generator)
+        return twin
+
+    def run(network: nn.Module) -> Tensor:
+        return network(example(network)).detach()
+
+    bound = draws(lambda: references(beside(), run)) * unit_roundoff(dtype) / unit_roundoff(narrow)
+    exact = references(net, run)[1]
+    for value in found:
+        error = relative_error(value.detach(), exact)
+        assert error <= bound, f"error {error:.2e}, plain PyTorch in {dtype} allows {bound:.2e}"
 
 
 def assert_same_outputs(a: nn.Module, b: nn.Module) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import gradients, inject, train_randomly
+from models import gradients, inject, loss_of, train_randomly
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
@@ -68,11 +68,6 @@ def inputs(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
 def run(model: nn.Module, seed: int = 0) -> Tensor:
     torch.manual_seed(100 + seed)  # dropout
     return model(**inputs(model, seed))[0]
-
-
-def loss_of(output: Tensor) -> Tensor:
-    """Not a norm: a final layer norm would make that constant."""
-    return (output * torch.sin(1.7 * torch.arange(output.numel(), dtype=output.dtype)).view_as(output)).mean()
 
 
 def loss_gradients(model: nn.Module) -> dict[str, Tensor]:
