@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -33,13 +35,12 @@ def theta_of_norm(k: int, kappa: float, batch: int = 1, dtype: torch.dtype = tor
 
 def exact_delta(theta: Tensor, k: int) -> Tensor:
     """E = -2 (I + K)^-1 K in float64 by LU, one matrix at a time (a batch would be wrong on the CPU)."""
-    eye = torch.eye(k, dtype=torch.float64)
-    return torch.stack([-2 * torch.linalg.solve(eye + K, K) for K in skew(theta.double(), k)])
+    return solved_delta(theta.double(), k)
 
 
 def solved_delta(theta: Tensor, k: int) -> Tensor:
     """The same computation in theta's own dtype: what plain PyTorch gives, the yardstick of the error bounds."""
-    eye = torch.eye(k, dtype=theta.dtype)
+    eye = torch.eye(k, dtype=theta.dtype, device=theta.device)
     return torch.stack([-2 * torch.linalg.solve(eye + K, K) for K in skew(theta, k)])
 
 
@@ -62,6 +63,12 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     scale = exact.double().norm()
     error = (value.double() - exact.double()).norm()
     return float(error / scale) if scale > 0 else float(error)
+
+
+def together(results: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The results of several draws as one of each name: over few numbers a rounding error would be luck."""
+    runs = list(results)
+    return {name: torch.cat([run[name].flatten() for run in runs]) for name in runs[0]}
 
 
 def linear_inputs(

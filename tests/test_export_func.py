@@ -6,7 +6,9 @@ import io
 
 import pytest
 import torch
-from models import Stack, inject, train_randomly
+from bounds import assert_within
+from cases import relative_error
+from models import Stack, assert_all_within, gradients, inject, references, train_randomly
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -46,14 +48,14 @@ ANY_BATCH = {"dynamic_shapes": ({0: torch.export.Dim("batch")},)}
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
 def test_export_of_a_merged_model_holds_plain_linear_layers(model, strict, unload):
-    x, other = torch.randn(4, 8), torch.randn(7, 8)
-    expected = model(x).detach(), model(other).detach()
+    both = torch.randn(9, 8), torch.randn(17, 8)
+    expected = [references(model, lambda network, x=x: network(x).detach()) for x in both]
     sk.merge(model, unload=unload)
-    program = exported(model, x, strict=strict, **ANY_BATCH)
+    program = exported(model, both[0], strict=strict, **ANY_BATCH)
     calls = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert calls == {"aten.linear.default", "aten.tanh.default"}
-    for inputs, outputs in zip((x, other), expected):
-        torch.testing.assert_close(program.module()(inputs), outputs, rtol=1e-5, atol=1e-6)
+    for x, (plain, exact) in zip(both, expected):
+        assert_within(program.module()(x), plain, exact)
 
 
 @pytest.mark.parametrize("mode", ["composed", "factored", "auto"])
@@ -61,16 +63,16 @@ def test_export_of_an_unmerged_model_computes_with_its_theta(model, mode):
     """With mode="auto" for the batch that it was exported with, as that decides the mode."""
     set_mode(model, mode)
     with torch.no_grad():
-        program = exported(model, torch.randn(4, 8), **({} if mode == "auto" else ANY_BATCH)).module()
-        x = torch.randn(4 if mode == "auto" else 7, 8)
-        torch.testing.assert_close(program(x), model(x), rtol=1e-5, atol=1e-6)
-        before = model(x)
+        program = exported(model, torch.randn(9, 8), **({} if mode == "auto" else ANY_BATCH)).module()
+        x = torch.randn(9 if mode == "auto" else 17, 8)
+        before, _ = pair = references(model, lambda network: network(x))
+        assert_within(program(x), *pair)
         for net in (program, model):
             for name, parameter in net.named_parameters():
                 if name.endswith(("theta", "delta_sigma")):
                     parameter.mul_(-1)
-        torch.testing.assert_close(program(x), model(x), rtol=1e-5, atol=1e-6)
-        assert not torch.allclose(model(x), before, rtol=1e-2)
+        assert_within(program(x), *references(model, lambda network: network(x)))
+        assert relative_error(program(x), before) > 1e-2
     model.train()(x).sum().backward()  # the export left nothing behind
     assert model.head.theta.grad.abs().max() > 0
 
@@ -100,7 +102,7 @@ def loaded(model: nn.Module, scale: float) -> nn.Module:
 def test_vmap_over_adapters(model, mode, backend, shared_input):
     set_mode(model, mode)
     parameters = stacked(model)
-    x = torch.randn(4, 8) if shared_input else torch.randn(len(SCALES), 4, 8)
+    x = torch.randn(9, 8) if shared_input else torch.randn(len(SCALES), 9, 8)
     dims = (0, None if shared_input else 0)
 
     def output(adapter: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -114,15 +116,16 @@ def test_vmap_over_adapters(model, mode, backend, shared_input):
         for index, scale in enumerate(SCALES):
             mine = x if shared_input else x[index]
             one = {name: value[index] for name, value in parameters.items()}
-            twin = loaded(model, scale)
-            torch.testing.assert_close(found[index], twin(mine), rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(output(one, mine), twin(mine), rtol=1e-5, atol=1e-6)
-            twin(mine).square().mean().backward()
-            alone = grad(loss)(one, mine)
-            for name, parameter in twin.named_parameters():
-                if parameter.requires_grad:
-                    torch.testing.assert_close(grads[name][index], parameter.grad, rtol=1e-4, atol=1e-6)
-                    torch.testing.assert_close(alone[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+            def passes(network: nn.Module, mine: Tensor = mine) -> dict[str, Tensor]:
+                y = network(mine)
+                y.square().mean().backward()
+                return {"y": y.detach(), **gradients(network)}
+
+            plain, exact = references(loaded(model, scale), passes)
+            mapped = {name: value[index] for name, value in grads.items()}
+            assert_all_within({"y": found[index], **mapped}, plain, exact)
+            assert_all_within({"y": output(one, mine), **grad(loss)(one, mine)}, plain, exact)
 
 
 def test_a_mapped_call_leaves_nothing_behind(model):

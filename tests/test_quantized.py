@@ -9,8 +9,10 @@ from functools import partial
 
 import pytest
 import torch
-from cases import exact_delta, relative_error
-from models import assert_close_gradients, gradients, inject, train_randomly
+from bounds import assert_within, twice
+from cases import relative_error, solved_delta
+from models import assert_all_within, assert_equal_gradients, gradients, inject, references, train_randomly
+from plain import effective
 from refusals import refused
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -113,11 +115,13 @@ def test_output_and_gradients_against_float64(kind, dtype, device):
     net = adapted(kind, dtype, device).train()
     layer = net.up
     U, V, sigma, W, k = layer.U, layer.V, layer.sigma, layer.base_weight, layer.k
-    assert relative_error(W.double() @ V.double(), U * sigma) <= 1e-5  # the basis is the dequantised weight's
+    P, S, Qt = (factor.to(U.dtype) for factor in torch.linalg.svd(W.double(), full_matrices=False))
+    plain_basis = relative_error(W.double() @ Qt[:k].mT.double(), P[:, :k] * S[:k])
+    assert relative_error(W.double() @ V.double(), U * sigma) <= 2 * plain_basis  # it is the dequantised weight's
     dy = torch.randn(5, 96).to(device, dtype)
 
     def update(x: Tensor, theta: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
-        E = sk.cayley_delta(theta, k)
+        E = solved_delta(theta.unsqueeze(0), k)[0]
         core = torch.diag(delta) + (sigma.to(E) + delta).unsqueeze(1) * E
         return ((x @ V.to(x)) @ core.to(dtype).mT) @ U.to(x).mT
 
@@ -137,9 +141,7 @@ def test_output_and_gradients_against_float64(kind, dtype, device):
     y = layer(leaf)
     ours = [y.detach(), *torch.autograd.grad(y, [leaf, *trained], dy)]
     assert y.dtype == dtype and leaf.dtype == dtype and all(t.dtype == torch.float32 for t in ours[2:])
-    for name, mine, theirs, truth in zip(("y", "dx", "dtheta", "ddelta_sigma"), ours, plain, exact, strict=True):
-        bound = max(2 * relative_error(theirs, truth), torch.finfo(dtype).eps)
-        assert relative_error(mine, truth) <= bound, name
+    assert_all_within(*(dict(zip(("y", "dx", "dtheta", "ddelta_sigma"), each)) for each in (ours, plain, exact)))
     bias = 0 if layer.bias is None else layer.bias.detach().double()
     assert relative_error(base_y, x.double() @ W.double().mT + bias) <= 0.01  # W is what the library multiplies by
 
@@ -202,13 +204,10 @@ def test_cached_eval_copies_and_the_effective_weight(kind):
         assert torch.equal(net(X), y) and torch.equal(net(X), y)
         assert torch.equal(copy.deepcopy(net)(X), y)
         layer = net.down
-        core = torch.diag(layer.delta_sigma.double())
-        core += (layer.sigma.double() + layer.delta_sigma.double()).unsqueeze(1) * exact_delta(layer.theta[None], K)[0]
-        expected = layer.base_weight.double() + layer.U.double() @ core @ layer.V.double().mT
-        assert relative_error(layer.weight, expected) <= 1e-6
+        assert_within(layer.weight, *effective(layer.base_weight, layer))
         net.train()
         layer.theta.mul_(-1)
-        assert not torch.allclose(net.eval()(X), y)
+        assert relative_error(net.eval()(X), y) > 1e-3
     layer.weight.square().sum().backward()  # a module that reads the weight trains as well
     assert layer.theta.grad.abs().max() > 0
 
@@ -218,32 +217,44 @@ def test_autocast_and_checkpointing(kind):
     """Autocast trains in the dtype in which the library answers; checkpointing, of both kinds, changes no gradient."""
     net = adapted(kind).train()
 
-    def found(call: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def found(
+        call: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None, of: nn.Module = net
+    ) -> dict[str, Tensor]:
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             y = call(X.clone().requires_grad_())
-        assert y.dtype in (torch.float32, dtype)
-        y.float().sin().sum().backward()
-        return gradients(net)
+        assert y.dtype in (torch.float32, torch.float64, dtype)
+        y.to(torch.promote_types(y.dtype, torch.float32)).sin().sum().backward()
+        return gradients(of)
 
     expected = found(net)
     for use_reentrant in (True, False):
         for _ in range(2):
             again = found(partial(checkpoint, net, use_reentrant=use_reentrant))
-            assert_close_gradients(again, expected)
+            assert_equal_gradients(again, expected)
     for dtype in (torch.bfloat16, torch.float16):
-        flat, exact = (torch.cat([g.flatten() for g in grads.values()]) for grads in (found(net, dtype), expected))
-        assert torch.cosine_similarity(flat, exact, dim=0) > 0.999
+        plain = references(net, lambda network, dtype=dtype: found(network, dtype, of=network))[0]
+        exact = references(net, lambda network: found(network, of=network))[1]
+        ours, plain, exact = (
+            torch.cat([g.flatten() for g in grads.values()]) for grads in (found(net, dtype), plain, exact)
+        )
+        assert relative_error(ours, exact) <= twice(plain, exact, dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_compiles_to_one_graph(kind):
     torch._dynamo.reset()
-    net, twin = adapted(kind).train(), adapted(kind).train()
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    for model in (compiled, twin):
-        model(X).sin().sum().backward()
-    assert_close_gradients(gradients(net), gradients(twin))
+    net = adapted(kind).train()
+
+    def passes(network: nn.Module) -> dict[str, Tensor]:
+        network(X).sin().sum().backward()
+        return gradients(network)
+
+    plain, exact = references(net, passes)
+    eager = passes(net)
+    torch.compile(net, fullgraph=True, backend="aot_eager")(X).sin().sum().backward()
+    # the difference, as the base's products are as exact as its library makes them
+    assert_all_within({name: exact[name] + (grad - eager[name]) for name, grad in gradients(net).items()}, plain, exact)
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
@@ -296,7 +307,7 @@ def test_svft_trains_and_spectralft_is_refused(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_is_refused_and_unloading_gives_plain_layers(kind):
     net = adapted(kind).train()
-    y = net(X).detach()
+    y, (plain, exact) = net(X).detach(), references(net, lambda network: network(X).detach())
     with pytest.raises(ValueError, match=r"merging up: its base weight is quantised.*unload=True"):
         sk.merge(net)
     with pytest.raises(ValueError, match="quantised"):
@@ -307,7 +318,8 @@ def test_merging_is_refused_and_unloading_gives_plain_layers(kind):
     assert not sk.ssvd_layers(net) and not any(map(is_quantized, net.modules()))
     for name, weight in weights.items():
         assert type(net.get_submodule(name)) is nn.Linear and torch.equal(net.get_submodule(name).weight, weight)
-    assert relative_error(net(X).detach(), y) <= 1e-5
+    assert_within(net(X).detach(), plain, exact)
+    assert relative_error(y, exact) <= 0.01  # its library may round x to 8 bits
 
 
 @pytest.mark.parametrize("kind", KINDS)

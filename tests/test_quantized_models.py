@@ -60,7 +60,8 @@ def test_plans_count_what_is_packed(kind):
 def test_lora_is_the_same_update(kind, tmp_path):
     net = adapted(kind)
     report = sk.to_lora(net, tmp_path / "lora", progress=False)
-    assert 0 < report.error <= 1e-6 and list(report.ranks) == list(sk.ssvd_layers(net))
+    assert 0 < report.error <= torch.finfo(torch.float32).eps  # of two factors, each rounded to float32
+    assert list(report.ranks) == list(sk.ssvd_layers(net))
 
 
 def _gradients(rank: int, kind: Callable[[nn.Module], None]) -> dict[str, Tensor]:
