@@ -17,8 +17,8 @@ RANK = {"tall": 6, "square": 16, "wide": 5}
 
 def layer(
     shape: tuple[int, int], k: int, rotation_map: str, *, merged: bool, bias: bool, seed: int, scale: float = 0.1
-) -> tuple[dict[str, Tensor], np.ndarray, np.ndarray]:
-    """(the layer's tensors in float32, W, W')."""
+) -> tuple[dict[str, Tensor], np.ndarray]:
+    """(the layer's tensors in float32, W)."""
     random = np.random.default_rng(seed)
     d_out, d_in = shape
     W = random.standard_normal(shape).astype(np.float32)
@@ -28,8 +28,7 @@ def layer(
     K_vec = (scale * random.standard_normal(k * (k - 1) // 2)).astype(np.float32)
     s = (0.5 * random.standard_normal(k)).astype(np.float32)
     gate = random.standard_normal(1).astype(np.float32)
-    sigma = s_pre.astype(np.float64)
-    adapted = _compose(u, sigma, v, K_vec, s, gate, rotation_map)
+    adapted = _compose(u, s_pre, v, K_vec, s, gate, rotation_map)
     tensors = {
         "weight": (adapted if tall else adapted.T).astype(np.float32) if merged else W,
         "K_vec": K_vec,
@@ -44,47 +43,59 @@ def layer(
     if bias:
         tensors["bias"] = random.standard_normal(d_out).astype(np.float32)
     found = {key: torch.tensor(array.copy()) for key, array in tensors.items()}
-    return found, W.astype(np.float64), adapted if tall else adapted.T
+    return found, W
 
 
-def effective(tensors: dict[str, Tensor], rotation_map: str) -> np.ndarray:
-    """W' in float64 as ESPnet computes it from a layer's tensors, whatever its `weight` holds."""
+def effective(tensors: dict[str, Tensor], rotation_map: str, dtype: type = np.float64) -> np.ndarray:
+    """W' as ESPnet computes it from a layer's tensors, whatever its `weight` holds."""
     arrays = [tensors[key].double().numpy() for key in ("u", "s_pre", "v", "K_vec", "s", "gate")]
-    adapted = _compose(*arrays, rotation_map)
+    adapted = _compose(*arrays, rotation_map, dtype)
     d_out, d_in = tensors["weight"].shape
     return adapted if d_out >= d_in else adapted.T
 
 
-def _compose(u, s_pre, v, K_vec, s, gate, rotation_map: str) -> np.ndarray:
+def both(tensors: dict[str, Tensor], rotation_map: str) -> tuple[Tensor, Tensor]:
+    """W' in float32, the yardstick of the bounds, and in float64."""
+    found = (effective(tensors, rotation_map, dtype) for dtype in (np.float32, np.float64))
+    return tuple(torch.tensor(weight) for weight in found)
+
+
+def rebuilt(tensors: dict[str, Tensor]) -> Tensor:
+    """u diag(s_pre) v, which is W but for rounding, in float32."""
+    weight = (tensors["u"] * tensors["s_pre"]) @ tensors["v"]
+    d_out, d_in = tensors["weight"].shape
+    return weight if d_out >= d_in else weight.mT
+
+
+def _compose(u, s_pre, v, K_vec, s, gate, rotation_map: str, dtype: type = np.float64) -> np.ndarray:
+    u, s_pre, v, K_vec, s, gate = (array.astype(dtype) for array in (u, s_pre, v, K_vec, s, gate))
     k = len(s)
-    K = np.zeros((k, k))
+    K = np.zeros((k, k), dtype)
     position = 0
     for i in range(k):
         for j in range(i + 1, k):
             K[i, j], K[j, i] = K_vec[position], -K_vec[position]
             position += 1
-    eye = np.eye(k)
+    eye = np.eye(k, dtype=dtype)
     A = eye - 2 * K if rotation_map == "linear" else (eye - K) @ np.linalg.inv(eye + K)
-    sigma = s_pre.astype(np.float64).copy()
-    sigma[:k] += s.astype(np.float64) / (1 + np.exp(-gate.astype(np.float64)))
-    rotated = v.astype(np.float64).copy()
+    sigma, rotated = s_pre.copy(), v.copy()
+    sigma[:k] += s / (1 + np.exp(-gate))
     rotated[:k] = A @ rotated[:k]
-    return (u.astype(np.float64) * sigma) @ rotated
+    return (u * sigma) @ rotated
 
 
 def checkpoint(
     rotation_map: str, *, merged: bool = True, scale: float = 0.1
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, np.ndarray]]:
-    """(state dict with a tall, a square and a wide adapted layer and others, the base model's, layer name -> W')."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    """(state dict with a tall, a square and a wide adapted layer and others, the base model's, layer -> `both`)."""
     state: dict[str, Tensor] = {"encoder.embed.weight": torch.randn(7, 3), "encoder.norm.bias": torch.randn(3)}
     base, adapted = dict(state), {}
     for seed, (kind, shape) in enumerate(SHAPES.items()):
         name = f"encoder.{seed}.{kind}"
-        tensors, W, adapted[name] = layer(
-            shape, RANK[kind], rotation_map, merged=merged, bias=BIAS[kind], seed=seed, scale=scale
-        )
+        tensors, W = layer(shape, RANK[kind], rotation_map, merged=merged, bias=BIAS[kind], seed=seed, scale=scale)
+        adapted[name] = both(tensors, rotation_map)
         state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
-        base[f"{name}.weight"] = torch.tensor(W, dtype=torch.float32)
+        base[f"{name}.weight"] = torch.tensor(W)
         if "bias" in tensors:
             base[f"{name}.bias"] = tensors["bias"]
     return state, base, adapted

@@ -9,13 +9,14 @@ import espnet_checkpoints as espnet
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from bounds import assert_within
+from plain import effective
+from torch import Tensor, nn
 
 import ssvd_kernels as sk
 from ssvd_kernels.convert import ConversionError, from_espnet, to_espnet
 
 MAPS = ["linear", "cayley"]
-FLOAT32 = 2 * torch.finfo(torch.float32).eps  # of a norm
 
 
 class Model(nn.Module):
@@ -35,13 +36,13 @@ def difference(found, expected) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def assert_adapts(model: nn.Module, path, expected: dict[str, np.ndarray], bound: float = FLOAT32) -> None:
+def assert_adapts(model: nn.Module, path, expected: dict[str, tuple[Tensor, Tensor]]) -> None:
     """Loaded into `model`, the adapter gives the expected W'."""
     sk.load_adapter(model, path, progress=False)
     layers = sk.ssvd_layers(model)
     assert list(layers) == list(expected)
     for name, layer in layers.items():
-        assert difference(layer.weight.detach(), expected[name]) <= bound, name
+        assert_within(layer.weight.detach(), *expected[name], name)
 
 
 @pytest.mark.parametrize("with_base", [True, False])
@@ -62,9 +63,12 @@ def test_a_checkpoint_becomes_an_adapter_of_the_same_function(tmp_path, rotation
     assert str(done) == f"3 layers, k = 5 to 16, rotation_map {rotation_map}, {3 if merged else 0} of them merged"
     written = torch.load(tmp_path / "base.pth")
     assert set(written) == set(base)
-    for name in base:
-        exact = with_base or not merged or name.rpartition(".")[0] not in adapted
-        assert difference(written[name], base[name]) <= (0 if exact else FLOAT32), name
+    for name, tensor in base.items():
+        layer, _, key = name.rpartition(".")
+        if with_base or not merged or layer not in adapted or key == "bias":
+            assert torch.equal(written[name], tensor), name
+        else:
+            assert_within(written[name], espnet.rebuilt(_layer(state, layer)), tensor, name)
     model = Model(written)
     assert_adapts(model, tmp_path / "adapter.safetensors", adapted)
     sides = {name.rpartition(".")[2]: layer.side for name, layer in sk.ssvd_layers(model).items()}
@@ -74,10 +78,10 @@ def test_a_checkpoint_becomes_an_adapter_of_the_same_function(tmp_path, rotation
 
 def test_the_update_is_far_above_the_bounds_of_these_tests():
     state, base, adapted = espnet.checkpoint("linear")
-    for name, expected in adapted.items():
+    for name, (_, expected) in adapted.items():
         assert difference(base[f"{name}.weight"], expected) > 0.1
         assert difference(espnet.effective(_layer(state, name), "cayley"), expected) > 1e-3
-        assert difference(espnet.effective(_layer(state, name), "linear"), expected) <= 1e-12
+        assert np.array_equal(espnet.effective(_layer(state, name), "linear"), expected)
 
 
 def _layer(state: dict, name: str) -> dict:
@@ -96,8 +100,11 @@ def test_an_adapter_becomes_a_checkpoint_of_the_same_function(tmp_path, rotation
     assert all(torch.equal(written[key], found[key]) for key in found) and set(written) == set(found)
     for name, expected in adapted.items():
         ours, theirs = _layer(found, name), _layer(state, name)
-        assert difference(espnet.effective(ours, rotation_map), expected) <= FLOAT32
-        assert difference(ours["weight"], expected if merged else base[f"{name}.weight"]) <= (FLOAT32 if merged else 0)
+        assert_within(espnet.both(ours, rotation_map)[1], *expected, name)
+        if merged:
+            assert_within(ours["weight"], *expected, name)
+        else:
+            assert torch.equal(ours["weight"], base[f"{name}.weight"])
         for key in ("K_vec", "K_triu_idx", "svd_initialized"):
             assert torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype
         assert torch.equal(ours["gate"], torch.zeros(1))
@@ -109,8 +116,7 @@ def test_an_adapter_becomes_a_checkpoint_of_the_same_function(tmp_path, rotation
         u, v = ours["u"].double(), ours["v"].double()
         assert (u.mT @ u - torch.eye(u.shape[1])).abs().max() < 1e-5
         assert (v @ v.mT - torch.eye(v.shape[0])).abs().max() < 1e-5
-        assert difference((u * ours["s_pre"].double()) @ v, base[f"{name}.weight"] if name[-4:] != "wide"
-                          else base[f"{name}.weight"].mT) <= FLOAT32  # fmt: skip
+        assert_within(espnet.rebuilt(ours), espnet.rebuilt(theirs), base[f"{name}.weight"], name)
     again = tmp_path / "again.safetensors"
     from_espnet(found, again, rotation_map=rotation_map, base=base)
     assert_adapts(Model(base), again, adapted)
@@ -128,7 +134,7 @@ def test_an_adapter_trained_here_is_exported_without_its_bases(tmp_path, rotatio
     sk.save_adapter(model, path)
     found = to_espnet(path, base, progress=False)
     for name, layer in sk.ssvd_layers(model).items():
-        assert difference(espnet.effective(_layer(found, name), rotation), layer.weight.detach()) <= FLOAT32
+        assert_within(espnet.both(_layer(found, name), rotation)[1], *effective(layer.base_weight, layer), name)
 
 
 def test_an_absent_map_is_linear_and_said_so(tmp_path, caplog):
@@ -153,18 +159,20 @@ def test_merged_weights_tell_a_wrong_map(tmp_path, trained, told):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_checkpoints(tmp_path, dtype, merged):
     """Of what its rounded tensors mean; a base in float32 is recognised by them."""
-    state, base, _ = espnet.checkpoint("cayley", merged=merged)
-    state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    whole, base, _ = espnet.checkpoint("cayley", merged=merged)
+    state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in whole.items()}
     done = from_espnet(state, tmp_path / "a.safetensors", rotation_map="cayley", base=base)
     assert set(done.weights.values()) == {"W'" if merged else "W"}
     model = Model(base)
     sk.load_adapter(model, tmp_path / "a.safetensors", progress=False)
+
+    def update(tensors: dict) -> Tensor:
+        none = {key: 0 * tensors[key] for key in ("K_vec", "s")}
+        return espnet.both(tensors, "cayley")[1] - espnet.both({**tensors, **none}, "cayley")[1]
+
     for name, layer in sk.ssvd_layers(model).items():
-        tensors = _layer(state, name)
-        meant = espnet.effective(tensors, "cayley")
-        plain = espnet.effective({**tensors, "K_vec": 0 * tensors["K_vec"], "s": 0 * tensors["s"]}, "cayley")
-        update = (layer.weight.detach() - layer.base_weight).double().numpy()
-        assert difference(update, meant - plain) <= 3 * torch.finfo(dtype).eps
+        before, meant = (update(_layer(tensors, name)) for tensors in (whole, state))
+        assert_within(layer.weight.detach() - layer.base_weight, before, meant)  # twice what rounding has changed
 
 
 def test_a_small_update_is_told_from_none(tmp_path):
