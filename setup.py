@@ -4,10 +4,15 @@ SSVD_BUILD = auto (CUDA, else C++, else pure Python) | none | cpu | cuda (these 
 --no-build-isolation: the torch it will run with must be visible. _build_info.json keeps what was built, or why not.
 """
 
+import contextlib
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,11 @@ try:
     from torch.utils import cpp_extension as torch_build
 except ImportError:
     torch = torch_build = None  # type: ignore[assignment]
+# The line of an error of a compiler or linker, not of a warning or (indented) of quoted source.
+ERROR = re.compile(
+    r"(?i)(?!\s|.*\bwarning\b).*"
+    r"(\b(error|fatal)\s*(#\S+|[a-z]+\d+)?\s*:|undefined (reference|symbol)|cannot (find|open)|not found|no such file)"
+)
 
 
 def extension(kind: str) -> Extension:
@@ -46,8 +56,41 @@ def extension(kind: str) -> Extension:
     return torch_build.CUDAExtension("ssvd_kernels._C", [*sources, "csrc/cayley_cuda.cu"], **options)
 
 
-def record(folder: str, kind: str, reason: str | None) -> None:
-    info = {"built": kind, "reason": reason, "torch": torch and torch.__version__, "cuda": None}
+@contextlib.contextmanager
+def first_error() -> Iterator[None]:
+    """Exceptions become RuntimeErrors that say what the compiler or linker wrote first; all is shown afterwards."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
+        failure = None
+        saved = swap_streams([file.fileno()] * 2)
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        finally:
+            for descriptor in (*swap_streams(saved), *saved):
+                os.close(descriptor)
+            file.seek(0)
+            written = file.read()
+            sys.stderr.write(written)
+    if failure is not None:
+        said = next(filter(ERROR.match, written.splitlines()), None)
+        if said is None and isinstance(called := failure.__context__, subprocess.CalledProcessError):
+            said = f"{called.cmd[0]} failed with exit code {called.returncode}"  # not the whole command
+        raise RuntimeError(" ".join((said or str(failure)).split())[:200]) from failure
+
+
+def swap_streams(descriptors: list[int]) -> list[int]:
+    """Turns stdout and stderr, those of compilers too, to these descriptors and returns copies of the former ones."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(1), os.dup(2)]
+    for number, descriptor in enumerate(descriptors, start=1):
+        os.dup2(descriptor, number)
+    return saved
+
+
+def record(folder: str, kind: str, failed: dict[str, str]) -> None:
+    info = {"built": kind, "failed": failed, "torch": torch and torch.__version__, "cuda": None}
     if kind == "cuda":
         info |= {"cuda": torch.version.cuda, "archs": os.environ.get("TORCH_CUDA_ARCH_LIST")}
     Path(folder, "ssvd_kernels", "_build_info.json").write_text(json.dumps(info) + "\n")
@@ -56,24 +99,35 @@ def record(folder: str, kind: str, reason: str | None) -> None:
 class BuildPy(build_py):
     def run(self) -> None:
         super().run()
-        record("" if self.editable_mode else self.build_lib, "none", "SSVD_BUILD=none")  # BuildExt overwrites it
+        record("" if self.editable_mode else self.build_lib, "none", {})  # SSVD_BUILD=none; else BuildExt overwrites it
 
 
 class BuildExt(torch_build.BuildExtension if torch_build else build_ext):  # type: ignore[misc]
+    command_name = "build_ext"  # by which reinitialize_command finds the options of the command line
+
     def run(self) -> None:
-        reasons: list[str] = []
+        os.environ["LANGUAGE"] = "en"  # of the compilers' messages, as ERROR knows them
+        given = {"inplace": self.inplace, "editable_mode": self.editable_mode, "force": True}
+        temp, lib = self.build_temp, self.build_lib
+        failed: dict[str, str] = {}
         for kind in ["cuda", "cpu", "none"] if MODE == "auto" else [MODE]:
+            # As new: an attempt leaves finalised options and a compiler behind, and objects that no other may use.
+            self.distribution.reinitialize_command(self)
+            self.__dict__.update(given, build_temp=os.path.join(temp, kind))
             try:
-                self.extensions = self.distribution.ext_modules = [] if kind == "none" else [extension(kind)]
-                self.swig_opts = None  # so that the options can be finalised a second time
-                self.finalize_options()
-                super().run()
-                return record("" if self.inplace else self.build_lib, kind, "; ".join(reasons) or None)
-            except Exception as error:
+                with first_error():
+                    self.distribution.ext_modules = [] if kind == "none" else [extension(kind)]
+                    self.ensure_finalized()
+                    super().run()
+                return record("" if self.inplace else lib, kind, failed)
+            except RuntimeError as error:
+                shutil.rmtree(os.path.join(temp, kind), ignore_errors=True)
+                for library in Path(lib, "ssvd_kernels").glob("_C.*"):
+                    library.unlink()
                 if MODE != "auto":
                     raise SystemExit(f"SSVD_BUILD={MODE}: {error}") from error
-                reasons.append(f"no {kind} extension: {error}")
-                print(f"ssvd_kernels: {reasons[-1]}", file=sys.stderr)
+                failed[kind] = str(error)
+                print(f"ssvd_kernels: no {kind} extension: {error}", file=sys.stderr)
 
 
 modules = [Extension("ssvd_kernels._C", [], depends=[*map(str, Path("csrc").iterdir())])]  # made real by BuildExt.run

@@ -20,12 +20,17 @@ _INFO_PATH = Path(__file__).with_name("_build_info.json")
 
 @functools.cache
 def build_info() -> dict[str, Any]:
-    """What the build recorded: built ("none", "cpu" or "cuda"), reason (why not), archs, torch, cuda; {} if nothing."""
+    """What the build recorded: built ("none", "cpu" or "cuda"), failed (kind: why), torch, cuda, archs; {} if none."""
     try:
         info = json.loads(_INFO_PATH.read_text())
     except (OSError, ValueError):
         return {}
     return info if isinstance(info, dict) else {}
+
+
+def build_failures() -> str:
+    """Why the build left out what it tried first, in one line; "" if that was built, or nothing was tried."""
+    return "; ".join(f"{kind}: {why}" for kind, why in build_info().get("failed", {}).items())
 
 
 def available() -> bool:
@@ -70,8 +75,10 @@ def _refusal() -> str | None:
     if os.environ.get("SSVD_DISABLE_EXT", "0") not in ("", "0"):
         return f"SSVD_DISABLE_EXT={os.environ['SSVD_DISABLE_EXT']}"
     info = build_info()
+    if not info:
+        return f"_C was not built: {_INFO_PATH.name} is missing or unreadable"
     if info.get("built", "none") == "none":
-        return f"_C was not built: {info.get('reason') or f'{_INFO_PATH.name} is missing or unreadable'}"
+        return f"_C was not built: {build_failures() or 'SSVD_BUILD=none'}"
     try:
         import torch
         from packaging.version import Version

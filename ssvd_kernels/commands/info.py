@@ -47,8 +47,9 @@ def _extension_line() -> str:
 
     if not _ext.available():
         return f"extension    not available ({_ext.unavailable_reason()}): the PyTorch twin serves"
-    build = _ext.build_info()
-    return f"extension    built for torch {build.get('torch')}, cuda {build.get('cuda') or 'none'}"
+    build, failures = _ext.build_info(), _ext.build_failures()
+    line = f"extension    built for torch {build.get('torch')}, cuda {build.get('cuda') or 'none'}"
+    return line + (f" ({failures})" if failures else "")
 
 
 def _triton_line(torch: Any) -> str:
@@ -63,14 +64,18 @@ def _triton_line(torch: Any) -> str:
 
 
 def _backend_lines(torch: Any) -> list[str]:
+    from .. import _ext
     from ..dispatch import backend_for, refusals
+
+    def shown(why: str) -> str:
+        return "not available" if why == _ext.unavailable_reason() else why  # the line of the extension says why
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     lines = []
     for device in map(torch.device, devices):
         for op, dtype in (("cayley", torch.float32), ("linear", torch.float32), ("linear", torch.bfloat16)):
             chosen = backend_for(op, device, dtype)
-            refused = "; ".join(f"{name}: {why}" for name, why in refusals(op, device, dtype).items() if why)
+            refused = "; ".join(f"{name}: {shown(why)}" for name, why in refusals(op, device, dtype).items() if why)
             name = str(dtype).removeprefix("torch.")
             lines.append(f"  {op:7s} {device.type:5s} {name:9s} {chosen:10s}" + (f" ({refused})" if refused else ""))
     return lines
