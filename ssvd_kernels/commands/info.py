@@ -8,6 +8,7 @@ import platform
 from typing import Any
 
 from .. import __version__
+from ..versions import conflicts
 
 ENVIRONMENT = {
     "SSVD_BACKEND": "auto | reference | ext | triton: forces a backend (an op that it cannot serve raises)",
@@ -35,7 +36,13 @@ def info() -> str:
     else:
         reason = "torch is built without CUDA" if torch.version.cuda is None else "no device visible"
         lines.append(f"cuda         not available ({reason})")
-    lines += [_extension_line(), _triton_line(torch), "", "backend that serves each op (auto), or why one refuses:"]
+    lines += [
+        _extension_line(),
+        _triton_line(torch),
+        *(f"conflict     {sentence}" for sentence in conflicts()),
+        "",
+        "backend that serves each op (auto), or why one refuses:",
+    ]
     lines += _backend_lines(torch)
     lines += ["", "environment:"]
     lines += [f"  {name}={os.environ.get(name, '')}  {text}" for name, text in ENVIRONMENT.items()]

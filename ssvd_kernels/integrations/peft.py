@@ -9,6 +9,7 @@ adapter_config.json say so.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from ..config import PRESETS, Rotation, Side, SSVDConfig, check_names
 from ..model import is_watched, unwatch_forwards, watch_forwards
 from ..quantized import forget_quantization
 from ..targets import tied_to, weight_holders
+from ..versions import conflicts
 from .peft_layer import SSVDPeftLinear
 from .peft_quantized import SSVDPeftQuantizedLinear
 
@@ -242,3 +244,6 @@ class SSVDPeftModel(BaseTuner):
 PEFT_TYPE_TO_CONFIG_MAPPING[SSVD] = SSVDPeftConfig
 PEFT_TYPE_TO_TUNER_MAPPING[SSVD] = SSVDPeftModel
 PEFT_TYPE_TO_PREFIX_MAPPING[SSVD] = SSVDPeftModel.prefix
+
+for _sentence in conflicts():
+    warnings.warn(_sentence, stacklevel=2)
