@@ -134,6 +134,7 @@ def tone(hertz: float, seconds: float, rate: int = RATE) -> np.ndarray:
 
 
 def pitch(samples: np.ndarray) -> float:
+    """The loudest frequency, to the 1 / seconds Hz of a Fourier transform: what its comparisons allow."""
     spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples))))
     return float(spectrum.argmax() * RATE / len(samples))
 

@@ -65,7 +65,7 @@ def transcripts(model, tokenizer, features) -> list[str]:
 
 def test_plain_peft(tiny_en, tmp_path):
     report = sk.to_lora(tiny_en.model, tmp_path / "lora")
-    assert len(report.ranks) == 64 and report.error <= 1e-6
+    assert len(report.ranks) == 64 and report.error <= 1e-6  # A and B are rounded to float32
     inputs = {"input_features": tiny_en.features[:1], "decoder_input_ids": torch.tensor([[50257, 50362, 314, 716]])}
     with torch.no_grad():
         plain, exact = references(tiny_en.model, lambda network: network(**inputs)[0])

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from bounds import assert_within
 from cases import relative_error
+from models import references
 from peft_models import base_model, config, in_new_process, peft, run, transformers
 from torch import Tensor, nn
 
@@ -49,10 +51,10 @@ def test_trainer_trains_saves_and_resumes(tmp_path, options):
 
     resumed = trainer(tmp_path / "resumed", make(), **options)
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert losses(resumed)[6:] == pytest.approx(losses(whole)[6:], rel=1e-5)
+    assert losses(resumed)[6:] == losses(whole)[6:]
     ours, theirs = (peft.get_peft_model_state_dict(t.model) for t in (resumed, whole))
     for key, value in theirs.items():
-        assert relative_error(ours[key], value) <= 1e-5, key
+        assert torch.equal(ours[key], value), key
 
     final = peft.PeftModel.from_pretrained(base_model("llama"), str(tmp_path / "whole" / "checkpoint-12"))
     with torch.no_grad():
@@ -64,7 +66,7 @@ def test_trainer_loads_the_best_adapter_at_the_end(tmp_path):
     best = trainer(tmp_path, model, eval_strategy="steps", eval_steps=6, load_best_model_at_end=True)
     best.train()
     evaluated = {entry["step"]: entry["eval_loss"] for entry in best.state.log_history if "eval_loss" in entry}
-    assert best.evaluate()["eval_loss"] == pytest.approx(min(evaluated.values()), rel=1e-5)
+    assert best.evaluate()["eval_loss"] == min(evaluated.values())
 
 
 # -- the real Whisper --------------------------------------------------------------------------------------------------
@@ -78,7 +80,7 @@ torch.set_num_threads(2)
 folder = {folder!r}
 model = peft.PeftModel.from_pretrained(tiny_en(), folder)
 error = relative_error(hear(model.double()), torch.load(folder + "/expected.pt"))
-assert 0 <= error <= 1e-6, error
+assert 0 <= error <= 1e-6, error  # what float32 keeps of a basis: 6e-8 in each of 64 layers, one after the other
 """
 
 
@@ -125,7 +127,7 @@ def test_real_whisper_trains_saves_reloads_and_merges(tmp_path):
         found.append(loss.item())
     assert found[2] < found[1] < found[0]
 
-    after = hear(model.eval())
+    after, output = hear(model.eval()), references(model, hear)
     assert relative_error(after, before) > 1e-3
     model.save_pretrained(str(tmp_path))
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
@@ -135,4 +137,5 @@ def test_real_whisper_trains_saves_reloads_and_merges(tmp_path):
     in_new_process(RELOAD.format(folder=str(tmp_path)))
     with model.disable_adapter():
         assert torch.equal(hear(model), before)
-    assert relative_error(hear(model.merge_and_unload()), after) <= 1e-6
+    assert_within(after, *output)
+    assert_within(hear(model.merge_and_unload()), *output)
