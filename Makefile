@@ -51,21 +51,21 @@ matrix: $(READY)
 	$(PY) .ci/matrix.py $(ARGS)
 
 data: $(READY)
-	$(PY) -m bench.asr.fetch --all $(ARGS)
+	$(PY) -m experiments.asr.fetch --all $(ARGS)
 
 demo: $(READY)
-	$(PY) -m bench.asr.demo $(ARGS)
+	$(PY) -m experiments.asr.demo $(ARGS)
 
 # Goes on where it was stopped; --help tells of the grids and of tuning.
 asr: $(READY)
-	$(PY) -m bench.asr.experiment $(ARGS)
+	$(PY) -m experiments.asr.experiment $(ARGS)
 
 speaker: $(READY)
-	$(PY) -m bench.speaker.run $(ARGS)
+	$(PY) -m experiments.speaker.run $(ARGS)
 
 # Real speech and weights are fetched where there is a network; without them the tests that need them are skipped by name.
 test: $(READY)
-	-$(PY) -m bench.asr.fetch --all
+	-$(PY) -m experiments.asr.fetch --all
 	$(PYTEST) -n $(JOBS) --dist worksteal -m "not slow and not gpu and not timing" $(ARGS)
 
 test-speed: $(READY)

@@ -39,7 +39,13 @@ class Row:
 
 ROWS = (
     Row("lowest", "3.10", "torch==2.11.0", lowest=True),
-    Row("lowest-core", "3.10", "torch==2.11.0", ("--extra", "triton", "--extra", "test", "--group", "build"), lowest=True),
+    Row(
+        "lowest-core",
+        "3.10",
+        "torch==2.11.0",
+        ("--extra", "triton", "--extra", "test", "--group", "build"),
+        lowest=True,
+    ),
     Row("torch-2.11", "3.12", "torch==2.11.*"),
     Row("torch-2.13", "3.11", "torch==2.13.*"),
     Row("torch-2.14", "3.11", "torch==2.14.*"),
@@ -56,7 +62,9 @@ def run(command: list[str], log: Path, **env: str) -> int:
 
 def make(row: Row, folder: Path, log: Path) -> str | None:
     """The row's environment with a checkout's sources of its own; why there is none."""
-    python = subprocess.run([*UV, "python", "find", "--no-python-downloads", row.python], capture_output=True, text=True)
+    python = subprocess.run(
+        [*UV, "python", "find", "--no-python-downloads", row.python], capture_output=True, text=True
+    )
     if python.returncode:
         return f"Python {row.python} is not on this machine"
     lock, here = folder / "constraints.txt", folder / "bin" / "python"

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
-from ssvd_kernels.reference import skew
-
-from .cases import cayley_by_solve
+from bench.cases import cayley_by_solve
+from ssvd_kernels.ops.reference import skew
 
 RANKS = (16, 153, 409, 1024)
 KAPPAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # ||K||_2

@@ -42,7 +42,7 @@ from bench.versions import (
     within,
 )
 from bench.whisper import whisper_case
-from ssvd_kernels import dispatch, reference
+from ssvd_kernels.ops import dispatch, reference
 
 OPERATIONS = ("layer", "linear", "cayley", "accumulate", "model", "whisper", "extras", "decode", "inject")
 LAYERS = [  # d_in, d_out, k

@@ -26,9 +26,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bench.records import machine
-from ssvd_kernels.factorize import factorize
-from ssvd_kernels.reference import skew
-from ssvd_kernels.triplets import _gram, by_gram, by_svd
+from ssvd_kernels.basis.factorize import factorize
+from ssvd_kernels.basis.truncated_svd import _gram, by_gram, by_svd
+from ssvd_kernels.ops.reference import skew
 
 COLUMNS = ("part", "model", "d_out", "d_in", "k", "way", "count", "measured", "p20_ms", "p50_ms", "p80_ms",
            "over_svd", "error", "peak_bytes", "load", "device", "threads", "torch", "commit")  # fmt: skip

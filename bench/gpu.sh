@@ -108,7 +108,7 @@ sanitize() { # tool, limit
         return
     fi
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "compute-sanitizer $1" "$2" sanitizer.log \
-        compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 "$PYTHON" tests/test_gpu.py
+        compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 "$PYTHON" tests/gpu/test_gpu.py
 }
 
 measure() { # operations
@@ -125,7 +125,7 @@ experiment() { # name, options: the same command goes on where the last one stop
         return
     fi
     stage "$name" $((DEADLINE - SECONDS - 40)) asr.log sh -c '"$@" || { [ $? -eq 75 ] && echo "unfinished: for the next call"; }' sh "$PYTHON" \
-        -m bench.asr.experiment --grid full --device cuda --workers 4 --tuned runs/asr-tuned.csv --out runs/asr-full \
+        -m experiments.asr.experiment --grid full --device cuda --workers 4 --tuned runs/asr-tuned.csv --out runs/asr-full \
         --minutes $minutes "$@"
 }
 
@@ -134,7 +134,7 @@ check)
     stage "GPU tests" 160 tests.log "${pytest[@]}" -rfEs -m "gpu and not slow" tests
     sanitize memcheck 75
     stage "op and kernel tests" 120 tests.log "${pytest[@]}" -rfE -m "not gpu and not slow and not data" \
-        tests/test_triton.py tests/test_triton_cayley.py tests/test_triton_layer.py tests/test_ext.py tests/test_cayley.py tests/test_linear.py
+        tests/ops/kernels/test_triton_ssvd_linear.py tests/ops/kernels/test_triton_cayley.py tests/ops/kernels/test_custom_ops.py tests/ops/test_extension.py tests/ops/test_cayley.py tests/ops/test_ssvd_linear.py
     stage benchmark 90 bench.log "$PYTHON" -m bench.run --device cuda --quick --no-figures --out "$OUT/quick.csv"
     ;;
 sanitize)

@@ -13,7 +13,7 @@ from bench import peers
 from bench.harness import Case, Run, Version
 from bench.layers import Factors
 from bench.versions import PEER_BOUND
-from ssvd_kernels.factorize import factorize
+from ssvd_kernels.basis.factorize import factorize
 
 
 def inject_case(d_in: int, d_out: int, k: int) -> Case:

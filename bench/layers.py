@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
-from ssvd_kernels import reference
-from ssvd_kernels.factorize import Factorization, fingerprint, sketch
+from ssvd_kernels.basis.factorize import Factorization, fingerprint, sketch
+from ssvd_kernels.ops import reference
 
 
 def cayley_by_solve(theta: Tensor, k: int) -> Tensor:

@@ -13,7 +13,8 @@ from bench import layers, work
 from bench.harness import Case, Passes, Run, Version
 from bench.layers import Factors
 from bench.versions import PEER_BOUND, chosen, held, in_float64, leaf, passes_of, twice
-from ssvd_kernels import SSVDConfig, model
+from ssvd_kernels import SSVDConfig
+from ssvd_kernels.model import inject
 
 
 def decode_case(dtype: torch.dtype, d_in: int, d_out: int, k: int) -> Case:
@@ -105,7 +106,7 @@ def _injected(f: Factors, B: int) -> Fan:
     linears = {f"parts.{i}": part for i, part in enumerate(fan.parts)}
     known = f.factorization()
     found = {name: known._replace(U=known.U.clone(), sigma=known.sigma.clone(), V=known.V.clone()) for name in linears}
-    model.install(fan, {name: (linear, SSVDConfig(rank=f.k)) for name, linear in linears.items()}, found)
+    inject.install(fan, {name: (linear, SSVDConfig(rank=f.k)) for name, linear in linears.items()}, found)
     for layer in fan.parts:
         layers.adapted(layer, f)
     return fan

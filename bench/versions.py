@@ -14,7 +14,7 @@ import ssvd_kernels as sk
 from bench import layers, peers, work
 from bench.harness import Passes, Run, Version, relative_error
 from bench.layers import Problem
-from ssvd_kernels import dispatch
+from ssvd_kernels.ops import dispatch
 
 # A fast path may have twice the error of plain PyTorch in its dtype. The others are that yardstick themselves, or
 # other methods: they are only checked to compute their own function.

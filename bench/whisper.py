@@ -93,11 +93,11 @@ def whisper_case() -> Case:
 
 
 def _load(device: torch.device) -> tuple[Any, Step]:
-    from bench.asr import speech
-    from bench.asr.fetch import ASTERISK, MODEL, SPHINX, default_data, ensure
-    from bench.asr.recognizer import load_recognizer
-    from bench.asr.speech import MAX_PROMPT_SECONDS, Speech
-    from bench.asr.train import batch_indices
+    from experiments.asr import speech
+    from experiments.asr.fetch import ASTERISK, MODEL, SPHINX, default_data, ensure
+    from experiments.asr.recognizer import load_recognizer
+    from experiments.asr.speech import MAX_PROMPT_SECONDS, Speech
+    from experiments.asr.train import batch_indices
 
     data = default_data()
     ensure(data, (MODEL, ASTERISK, SPHINX))

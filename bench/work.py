@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ssvd_kernels import costs
+from ssvd_kernels.ops import flops
 
 
 def linear_flops(mode: str, T: int, d_in: int, d_out: int, k: int, compositions: int = 2) -> float:
     """y, dx and dcore from a core (multiply and add are two), W' composed so many times if at all."""
-    return costs.linear_flops(mode, T, d_in, d_out, k, backward=True, compositions=compositions)
+    return flops.linear_flops(mode, T, d_in, d_out, k, backward=True, compositions=compositions)
 
 
 def linear_bytes(size: int, T: int, d_in: int, d_out: int, k: int) -> float:

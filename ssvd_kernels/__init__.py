@@ -16,15 +16,15 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "config": ["SSVDConfig", "SpectralFTConfig"],
-    "functional": ["cayley", "cayley_delta", "ssvd_linear"],
-    "layers": ["SSVDLinear"],
-    "spectralft": ["SpectralFTLinear"],
-    "quantized": ["SSVDQuantizedLinear"],
-    "adapted": ["adapted_layers"],
-    "model": ["InjectReport", "inject", "merge", "remove", "ssvd_layers", "unmerge"],
-    "adapter_file": ["AdapterError"],
-    "checkpoint": ["load_adapter", "save_adapter"],
-    "adapters": [
+    "ops.functional": ["cayley", "cayley_delta", "ssvd_linear"],
+    "layers.ssvd": ["SSVDLinear"],
+    "layers.spectralft": ["SpectralFTLinear"],
+    "layers.quantized": ["SSVDQuantizedLinear"],
+    "layers.base": ["adapted_layers"],
+    "model.inject": ["InjectReport", "inject", "merge", "remove", "ssvd_layers", "unmerge"],
+    "adapters.file_format": ["AdapterError"],
+    "adapters.save_load": ["load_adapter", "save_adapter"],
+    "adapters.switching": [
         "adapter_names",
         "add_adapter",
         "average_adapters",
@@ -32,11 +32,11 @@ _HOMES = {
         "disable_adapter",
         "set_adapter",
     ],
-    "planner": ["RankPlan", "plan"],
-    "probe": ["TrainingReport", "check_training"],
-    "convert": ["ConversionError", "from_espnet", "to_espnet"],
-    "dispatch": ["use_backend"],
-    "export": ["LoraReport", "export_merged", "to_lora"],
+    "model.planner": ["RankPlan", "plan"],
+    "model.check_training": ["TrainingReport", "check_training"],
+    "integrations.espnet_checkpoints": ["ConversionError", "from_espnet", "to_espnet"],
+    "ops.dispatch": ["use_backend"],
+    "adapters.export": ["LoraReport", "export_merged", "to_lora"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -79,9 +79,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .adapted import adapted_layers
-    from .adapter_file import AdapterError
-    from .adapters import (
+    from .adapters.export import LoraReport, export_merged, to_lora
+    from .adapters.file_format import AdapterError
+    from .adapters.save_load import load_adapter, save_adapter
+    from .adapters.switching import (
         adapter_names,
         add_adapter,
         average_adapters,
@@ -89,18 +90,17 @@ if TYPE_CHECKING:
         disable_adapter,
         set_adapter,
     )
-    from .checkpoint import load_adapter, save_adapter
     from .config import SpectralFTConfig, SSVDConfig
-    from .convert import ConversionError, from_espnet, to_espnet
-    from .dispatch import use_backend
-    from .export import LoraReport, export_merged, to_lora
-    from .functional import cayley, cayley_delta, ssvd_linear
-    from .layers import SSVDLinear
-    from .model import InjectReport, inject, merge, remove, ssvd_layers, unmerge
-    from .planner import RankPlan, plan
-    from .probe import TrainingReport, check_training
-    from .quantized import SSVDQuantizedLinear
-    from .spectralft import SpectralFTLinear
+    from .integrations.espnet_checkpoints import ConversionError, from_espnet, to_espnet
+    from .layers.base import adapted_layers
+    from .layers.quantized import SSVDQuantizedLinear
+    from .layers.spectralft import SpectralFTLinear
+    from .layers.ssvd import SSVDLinear
+    from .model.check_training import TrainingReport, check_training
+    from .model.inject import InjectReport, inject, merge, remove, ssvd_layers, unmerge
+    from .model.planner import RankPlan, plan
+    from .ops.dispatch import use_backend
+    from .ops.functional import cayley, cayley_delta, ssvd_linear
 
 
 def __getattr__(name: str) -> Any:

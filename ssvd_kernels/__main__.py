@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .commands import UsageError
+from .cli import UsageError
 from .config import ALLOCATIONS, METHODS
 
 QUANTIZATIONS = ("float32", "float16", "bfloat16", "int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16")
@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        return int(importlib.import_module(f".commands.{args.command}", __package__).run(args))
+        return int(importlib.import_module(f".cli.{args.command}", __package__).run(args))
     except (UsageError, OSError, ImportError) as error:
         return _refused(error, 2)
     except ValueError as error:  # AdapterError among them

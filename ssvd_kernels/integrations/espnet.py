@@ -30,10 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapted import adapted_layers
-from ..base_layers import check_linear
-from ..config import SSVDConfig, check_choice
-from ..factorize import (
+from ..basis.factorize import (
     BASIS,
     MATCH_TOLERANCE,
     SKETCH_ROWS,
@@ -44,10 +41,13 @@ from ..factorize import (
     match_signs,
     sketch,
 )
-from ..functional import flip_theta
-from ..layers import SSVDLinear
-from ..model import InjectReport, factorize_all, install, ssvd_layers
-from ..targets import find_targets
+from ..basis.linears import check_linear
+from ..config import SSVDConfig, check_choice
+from ..layers.base import adapted_layers
+from ..layers.ssvd import SSVDLinear
+from ..model.inject import InjectReport, factorize_all, install, ssvd_layers
+from ..model.targets import find_targets
+from ..ops.functional import flip_theta
 
 logger = logging.getLogger(__name__)
 

@@ -22,13 +22,13 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..adapted import AdaptedLinear
-from ..base_layers import is_quantized
+from ..basis.linears import is_quantized
 from ..config import PRESETS, Rotation, Side, SSVDConfig, check_names
-from ..model import is_watched, unwatch_forwards, watch_forwards
-from ..quantized import forget_quantization
-from ..targets import tied_to, weight_holders
-from ..versions import conflicts
+from ..layers.base import AdaptedLinear
+from ..layers.quantized import forget_quantization
+from ..model.inject import is_watched, unwatch_forwards, watch_forwards
+from ..model.targets import tied_to, weight_holders
+from ..utils.versions import conflicts
 from .peft_layer import SSVDPeftLinear
 from .peft_quantized import SSVDPeftQuantizedLinear
 

@@ -9,14 +9,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from .. import reference
-from ..adapter_file import FORMAT_VERSION, AdapterError
-from ..base_layers import base_weight, check_adaptable
+from ..adapters.file_format import FORMAT_VERSION, AdapterError
+from ..basis.factorize import BASIS, SAFE_GAP, SKETCH_ROWS, Factorization, factorize, match_signs
+from ..basis.linears import base_weight, check_adaptable
 from ..config import SSVDConfig
-from ..factorize import BASIS, SAFE_GAP, SKETCH_ROWS, Factorization, factorize, match_signs
-from ..functional import ssvd_linear
-from ..layers import SSVDLinear
-from ..merging import merged_weight
+from ..layers.merging import merged_weight
+from ..layers.ssvd import SSVDLinear
+from ..ops import reference
+from ..ops.functional import ssvd_linear
 
 _FINGERPRINT_BYTES = 16
 

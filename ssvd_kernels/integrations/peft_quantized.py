@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..basis.factorize import Factorization
 from ..config import SSVDConfig
-from ..factorize import Factorization
-from ..quantized import SSVDQuantizedLinear, plain_linear
+from ..layers.quantized import SSVDQuantizedLinear, plain_linear
 from .peft_layer import PeftAdapter, SSVDPeftLinear
 
 

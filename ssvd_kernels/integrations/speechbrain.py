@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..basis.factorize import BASIS, SAFE_GAP, SKETCH_ROWS, match_signs
 from ..config import Rotation, Side, SSVDConfig
-from ..factorize import BASIS, SAFE_GAP, SKETCH_ROWS, match_signs
-from ..layers import SSVDLinear
-from ..parked import TRAINED
+from ..layers.inactive import TRAINED
+from ..layers.ssvd import SSVDLinear
 
 
 class SSVDAdapter(SSVDLinear):

@@ -1,1 +1,0 @@
-"""Speaker verification after SpectralFT's paper (arXiv 2501.03829), small: `python -m bench.speaker.run`."""

@@ -1,0 +1,234 @@
+"""Which recordings are trained on and which are measured: the built-in corpus, a user's manifest, the split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from experiments.asr import DemoError, progress
+from experiments.asr.audio import CHANNELS, CHILD_FACTOR, RATE, AudioError, Samples, duration, raise_voice, read_audio
+from experiments.asr.fetch import ASTERISK, SPHINX
+from experiments.asr.prompts import read_prompts, read_sphinx
+from experiments.asr.runfolder import write_atomically
+
+HELD_OUT = 0.25
+MAX_PROMPT_SECONDS = 9.5  # the built-in prompts that fit a 10 s encoder window
+MAX_SECONDS = 30.0  # what Whisper hears at once
+CACHE_BYTES = 1 << 30
+AS_RECORDED = "prompts as recorded"  # the English test prompts, unaltered
+VERSION = 1  # of what is made of a recording; another one makes the kept samples again
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One recording: where it is, what is said, and how it is to sound."""
+
+    name: str
+    text: str
+    path: Path
+    voice: float = 1.0  # the factor by which the voice is raised; 1 = as recorded
+    channel: str = ""  # what it is heard through: a name of CHANNELS; "" = as recorded
+    where: str = ""  # manifest and line, for error messages
+    cache: Path | None = None  # folder that keeps what `read` has made
+
+    def read(self) -> Samples:
+        """Samples (n,) float32 at 16 kHz. Raises AudioError."""
+        if self.cache is None or not self.path.is_file():
+            return self._make()
+        made = f"{VERSION}\0{self.path.name}\0{self.voice}\0{self.channel}\0".encode() + self.path.read_bytes()
+        kept = self.cache / f"{hashlib.sha256(made).hexdigest()[:32]}.npy"
+        if not kept.is_file():
+            samples = self._make()
+            write_atomically(kept, lambda path: _save(path, samples))
+        loaded: Samples = np.load(kept)
+        return loaded
+
+    def duration(self) -> float:
+        """Seconds. Raises AudioError."""
+        return self._located(duration)
+
+    def _located(self, read: Callable[[Path], T]) -> T:
+        try:
+            return read(self.path)
+        except AudioError as error:
+            raise AudioError(f"{self.where}: {error}" if self.where else str(error)) from None
+
+    def _make(self) -> Samples:
+        samples = self._located(read_audio)
+        raised = samples if self.voice == 1.0 else raise_voice(samples, self.voice)
+        return CHANNELS[self.channel](raised, self.path.name)
+
+
+def _save(path: Path, samples: Samples) -> None:
+    with path.open("wb") as stream:
+        np.save(stream, samples)
+
+
+def words(text: str) -> str:
+    """The text as the split sees it: lower case, letters and digits only."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def held_out(text: str, share: float = HELD_OUT) -> bool:
+    """Whether a text belongs to the test side: a fixed hash of its words, so equal texts are never on both sides."""
+    return int.from_bytes(hashlib.sha256(words(text).encode()).digest()[:4], "big") < share * 2**32
+
+
+def split(clips: Iterable[Clip], share: float = HELD_OUT) -> tuple[list[Clip], list[Clip]]:
+    """(training side, test side); the clips that a smaller share holds out are among those of a larger one."""
+    sides: tuple[list[Clip], list[Clip]] = ([], [])
+    for clip in clips:
+        sides[held_out(clip.text, share)].append(clip)
+    return sides
+
+
+@dataclass
+class Corpus:
+    """What an experiment needs: training and test clips of the target domain, test clips of the source domain."""
+
+    target: str
+    train: list[Clip]
+    test: list[Clip]
+    source: dict[str, list[Clip]] = field(default_factory=dict)
+
+
+def english_prompts(data: Path, voice: float = 1.0, channel: str = "") -> list[Clip]:
+    found = read_prompts(data / ASTERISK)
+    return [Clip(key, text, path, voice, channel) for key, text, path in found if path.is_file()]
+
+
+def source_speech(data: Path) -> dict[str, list[Clip]]:
+    """Speech the model knows: the test prompts as recorded, and two sets of other speakers."""
+    sets = {AS_RECORDED: split(english_prompts(data))[1]}
+    for folder, title in (("librivox", "LibriVox reader"), ("cards", "playing cards")):
+        sets[title] = [Clip(f"{folder}/{k}", text, path) for k, text, path in read_sphinx(data / SPHINX / folder)]
+    return sets
+
+
+def built_in(data: Path) -> Corpus:
+    """Child-like speech made from the real prompts, pitch and formants x1.6; split by text."""
+    train, test = split(english_prompts(data, CHILD_FACTOR))
+    return Corpus(f"child-like prompts (x{CHILD_FACTOR})", train, test, source_speech(data))
+
+
+def read_manifest(path: Path) -> list[Clip]:
+    """JSON lines {"audio": path, "text": what is said}; paths relative to the manifest's folder.
+
+    A line may hold "pitch", a factor by which the voice is raised, and "channel", what it is heard through; without
+    them the recording is used as it is. Raises DemoError naming file and line for an empty line, bad JSON, a missing
+    key, a text without words and a missing audio file.
+    """
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DemoError(f"{path}: the manifest cannot be read ({error})") from None
+    if not content.strip():
+        raise DemoError(f'{path}: the manifest is empty; each line is {{"audio": path, "text": words}}')
+    clips = []
+    for number, line in enumerate(content.removesuffix("\n").split("\n"), 1):  # splitlines() would split texts, too
+        where = f"{path}:{number}"
+        if not line.strip():
+            raise DemoError(f'{where}: the line is empty; each line is {{"audio": path, "text": words}}')
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DemoError(f"{where}: not JSON ({error})") from None
+        for key in ("audio", "text"):
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
+                raise DemoError(
+                    f'{where}: no text under the key "{key}"; each line is {{"audio": path, "text": words}}'
+                )
+        if not words(entry["text"]):
+            raise DemoError(f"{where}: the text {entry['text']!r} holds no word")
+        audio = path.parent / entry["audio"]
+        if not audio.is_file():
+            raise DemoError(f"{where}: there is no audio file {audio}")
+        pitch = entry.get("pitch", 1.0)
+        if isinstance(pitch, bool) or not isinstance(pitch, (int, float)) or not 0.5 <= pitch <= 2:
+            raise DemoError(f"{where}: pitch = {pitch!r}; a factor from 0.5 to 2 is allowed (left out: as recorded)")
+        channel = entry.get("channel", "")
+        if channel not in CHANNELS:
+            raise DemoError(f"{where}: channel = {channel!r}; {', '.join(map(repr, CHANNELS))} are allowed")
+        clips.append(Clip(entry["audio"], entry["text"], audio, float(pitch), channel, where))
+    return clips
+
+
+def write_manifest(path: Path, clips: Iterable[Clip]) -> None:
+    """The clips as a manifest that `read_manifest` reads."""
+    lines = [{"audio": str(c.path.resolve()), "text": c.text, "pitch": c.voice, "channel": c.channel} for c in clips]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+
+def from_manifest(manifest: Path, eval_manifest: Path | None) -> Corpus:
+    """A user's speech as the target domain, as it is. Without `eval_manifest` a quarter of the texts is held out."""
+    clips = read_manifest(manifest)
+    if eval_manifest is None:
+        train, test = split(clips)
+        if not train or not test:
+            raise DemoError(
+                f"{manifest}: {len(train)} of its {len(clips)} lines fall on the training side and {len(test)} "
+                "on the held-out side; give --eval-manifest"
+            )
+    else:
+        train, test = clips, read_manifest(eval_manifest)
+        known = {words(clip.text) for clip in train}
+        both = [clip for clip in test if words(clip.text) in known]
+        if both:
+            print(
+                f"note: {len(both)} of the {len(test)} texts of {eval_manifest} are also in {manifest} (first: "
+                f"{both[0].where}); the result will look better than on new texts",
+                file=sys.stderr,
+            )
+    return Corpus(manifest.stem, train, test)
+
+
+class Speech:
+    """Clips whose audio has been read once and checked. Keeps samples up to `CACHE_BYTES`, reads the rest again."""
+
+    def __init__(self, clips: list[Clip], desc: str, drop_above: float | None = None) -> None:
+        self.clips: list[Clip] = []
+        self.seconds: list[float] = []
+        self.dropped = 0
+        self._cache: OrderedDict[int, Samples] = OrderedDict()
+        self._free = CACHE_BYTES
+        digest = hashlib.sha256()
+        for clip in progress(clips, desc=desc, unit="clip"):
+            samples = clip.read()
+            seconds = len(samples) / RATE
+            if drop_above is not None and seconds > drop_above:
+                self.dropped += 1
+                continue
+            if seconds > MAX_SECONDS:
+                raise DemoError(
+                    f"{clip.where or clip.path}: {clip.path} lasts {seconds:.1f} s; at most {MAX_SECONDS:.0f} s "
+                    "fit Whisper's window, so cut it into shorter pieces"
+                )
+            digest.update(f"{clip.text}\0{clip.voice}\0".encode())
+            digest.update(samples.tobytes())
+            if samples.nbytes <= self._free:
+                self._cache[len(self.clips)] = samples
+                self._free -= samples.nbytes
+            self.clips.append(clip)
+            self.seconds.append(seconds)
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    @property
+    def texts(self) -> list[str]:
+        return [clip.text for clip in self.clips]
+
+    def samples(self, index: int) -> Samples:
+        return self._cache[index] if index in self._cache else self.clips[index].read()

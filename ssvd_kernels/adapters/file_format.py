@@ -1,0 +1,123 @@
+"""The file format of an adapter, and reading one: what is damaged, altered or foreign gets no further than here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..basis.factorize import BASIS, SKETCH_ROWS
+from ..config import ROTATIONS, SIDES, Config, SpectralFTConfig, SSVDConfig
+from ..ops.functional import theta_length
+from ..utils.safetensors_io import digest
+
+FORMAT_VERSION = 1
+
+
+class AdapterError(ValueError):
+    """An adapter file that cannot be used: damaged, of another format, or made for another base model."""
+
+
+def read_adapter(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """(layer name -> description, tensors) of a file that is whole, unaltered and of this version."""
+    if not path.is_file():
+        raise FileNotFoundError(f"path={str(path)!r}: no such adapter file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise AdapterError(f"{path} is damaged or no safetensors file: {error}") from None
+    if "ssvd_kernels" not in metadata:
+        raise AdapterError(f"{path} is not an adapter of ssvd_kernels: its metadata has no 'ssvd_kernels' entry")
+    try:
+        header = json.loads(metadata["ssvd_kernels"])
+        version = header["version"]
+        if version != FORMAT_VERSION:
+            raise AdapterError(f"{path} has format version {version!r}: this package reads version {FORMAT_VERSION}")
+        saved_digest = header.pop("digest")
+        layers = header["layers"]
+        if not isinstance(layers, dict):
+            raise AdapterError(f"{path} has a damaged header: layers={layers!r} is no table")
+        for name, layer in layers.items():
+            _check_description(path, name, layer)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(f"{path} has a damaged header ({type(error).__name__}: {error})") from None
+    if saved_digest != digest(header, tensors):
+        raise AdapterError(f"{path} was altered or damaged after it was saved: its digest does not match")
+    expected = {key: shape for name, layer in layers.items() for key, shape in _expected_shapes(name, layer).items()}
+    for key, shape in expected.items():
+        stored = key.rpartition(".")[2] not in BASIS or f"{key.rpartition('.')[0]}.U" in tensors
+        if stored and (key not in tensors or tuple(tensors[key].shape) != shape):
+            found = tuple(tensors[key].shape) if key in tensors else "missing"
+            raise AdapterError(f"{path}: {key} is {found}: allowed is {shape}")
+    for key, value in tensors.items():
+        if key not in expected:
+            raise AdapterError(f"{path} holds {key!r}, which none of its layers has")
+        if not value.is_floating_point():
+            raise AdapterError(f"{path}: {key} has dtype {value.dtype}: allowed are floating-point dtypes")
+        if not bool(torch.isfinite(value).all()):
+            raise AdapterError(f"{path}: {key} holds NaN or infinity")
+    return layers, tensors
+
+
+def _check_description(path: Path, name: str, layer: dict[str, Any]) -> None:
+    if not isinstance(layer, dict):
+        raise AdapterError(f"{path}: its description of {name} is no table: {layer!r}")
+    allowed: dict[str, Callable[[Any], bool]] = {
+        "k": _is_rank,
+        "shape": lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_rank, value)),
+        "fingerprint": lambda value: isinstance(value, str),
+    }
+    if "method" in layer:  # SSVD's, the first, has none
+        allowed |= {"method": lambda value: value == SpectralFTConfig.method, "rank": _is_rank}
+    else:
+        allowed |= {
+            "k_out": lambda value: value is None or _is_rank(value),
+            "side": lambda value: value in SIDES,
+            "rotation": lambda value: value in ROTATIONS,
+        }
+    if layer.get("rotation") == "banded":
+        allowed["band"] = lambda value: type(value) is int and value >= 0
+    for key, check in allowed.items():
+        if key not in layer:
+            raise AdapterError(f"{path}: its description of {name} has no {key!r}: {layer!r}")
+        if not check(layer[key]):
+            raise AdapterError(f"{path}: its description of {name} makes no sense: {key}={layer[key]!r}")
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def config_of(layer: dict[str, Any]) -> Config:
+    """The configuration, but for its targets, of a layer described in a file. Raises as the configurations do."""
+    if "method" in layer:
+        return SpectralFTConfig(top=layer["k"], rank=layer["rank"])
+    side, rotation, band = layer["side"], layer["rotation"], layer.get("band")
+    return SSVDConfig(rank=layer["k"], rank_out=layer["k_out"], side=side, rotation=rotation, band=band)
+
+
+def trained_shapes(layer: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what was trained of a layer described in a file."""
+    k = layer["k"]
+    if "method" in layer:
+        (d_out, d_in), r = layer["shape"], layer["rank"]
+        return {"A_out": (d_out, r), "B_out": (r, k), "A_in": (d_in, r), "B_in": (r, k)}
+    k_out, rotation = layer["k_out"], layer["rotation"]
+    theta = theta_length(k, rotation, layer.get("band"))
+    outer = {} if k_out is None else {"theta_out": (theta_length(k_out, rotation),)}
+    return {"theta": (theta,), **outer, "delta_sigma": (max(k, k_out or 0),)}
+
+
+def _expected_shapes(name: str, layer: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    d_out, d_in = layer["shape"]
+    k = max(layer["k"], layer.get("k_out") or 0)
+    shapes = trained_shapes(layer)
+    shapes |= {"sketch": (2 * SKETCH_ROWS, k), "U": (d_out, k), "sigma": (k,), "V": (d_in, k)}
+    return {f"{name}.{key}": shape for key, shape in shapes.items()}

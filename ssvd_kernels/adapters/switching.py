@@ -1,0 +1,166 @@
+"""Several named adapters on one injected model: add, set, delete, disable, average.
+
+The one that `inject` makes is called "default". All adapters of a model have its layers, ranks, side and rotation: the
+bases U, sigma and V belong to the base model, and an adapter is theta and delta_sigma alone (of SpectralFT, A and B).
+One is in use, as `layer.theta` and so on; the others are parked, frozen, under "parked.NAME." in the state dict.
+
+    sk.add_adapter(model, "child", "child.safetensors")
+    sk.set_adapter(model, "child")
+    with sk.disable_adapter(model): ...  # the base model
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.base import AdaptedLinear
+from ..layers.inactive import ParkedAdapter, ParkedAdapters
+from ..layers.ssvd import SSVDLinear
+from ..model.inject import check_not_ddp, require_layers
+from .save_load import adapter_values
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the model's adapters, the one in use first. Raises ValueError if its layers differ in them."""
+    layers = require_layers(model)
+    first, names = next((name, layer.adapter_names()) for name, layer in layers.items())
+    for name, layer in layers.items():
+        if layer.adapter_names() != names:
+            raise ValueError(
+                f"{first} has the adapters {names}, the first of them in use, and {name} {layer.adapter_names()}: "
+                "set, add or delete those of the whole model"
+            )
+    return names
+
+
+def add_adapter(model: nn.Module, name: str, path: str | os.PathLike[str] | None = None) -> None:
+    """Adds an adapter, new (the base model) or from a file of `save_adapter`; `set_adapter` then puts it to use.
+
+    Raises ValueError for a name that is taken or no name (letters, digits, "_" and "-"), or for a merged model, and as
+    `load_adapter` does for a file, AdapterError if it was trained with other layers, ranks, side or rotation. Where
+    the file means other signs of singular vectors than the model has, its theta is changed to mean the same.
+    """
+    check_not_ddp(model)
+    layers = _ready(model)
+    taken = sorted({present for layer in layers.values() for present in layer.adapter_names()})
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
+        raise ValueError(
+            f"name={name!r}: allowed are letters, digits, '_' and '-', and no attribute of torch.nn.ModuleDict"
+        )
+    if name in taken:
+        raise ValueError(f"name={name!r} is taken: the model has the adapters {', '.join(map(repr, taken))}")
+    values = {} if path is None else adapter_values(layers, path)
+    for layer_name, layer in layers.items():
+        present = layer.adapter()
+        new = {key: nn.Parameter(made.detach().to(present[key])) for key, made in layer.new_adapter().items()}
+        for key, value in values.get(layer_name, {}).items():
+            new[key].data.copy_(value)
+        _park(layer, {**layer.inactive, name: ParkedAdapter(new)})
+
+
+def set_adapter(model: nn.Module, name: str) -> None:
+    """Puts the adapter `name` to use. Its Parameters are the ones it had before, so optimizers stay valid.
+
+    Those of the adapter that is parked stop requiring gradients, and require them again (as they did) once they are
+    back: run the backward of a loss before switching, and wrap a model in DistributedDataParallel after it. An
+    optimizer over several adapters changes only those that have a gradient, which `zero_grad()` takes from the others
+    (with its default set_to_none=True). Raises ValueError for an unknown name, and for a model that is
+    merged, sharded, or in DistributedDataParallel already (to evaluate another adapter there, give it `ddp.module`).
+    """
+    check_not_ddp(model)
+    for layer in _ready(model, name).values():
+        if name != layer.active_adapter:
+            parked = layer.inactive
+            entering = parked.pop(name)
+            parked[layer.active_adapter] = ParkedAdapter(layer.adapter())
+            layer._parameters.update(entering.released())
+            layer.active_adapter = name
+            _park(layer, parked)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Deletes an adapter that is not in use. Raises ValueError for an unknown name or the one in use."""
+    layers = _ready(model, name)
+    if any(layer.active_adapter == name for layer in layers.values()):
+        raise ValueError(f"name={name!r} is the adapter in use: set_adapter another one before deleting it")
+    for layer in layers.values():
+        _park(layer, {other: adapter for other, adapter in layer.inactive.items() if other != name})
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Within the block the model computes what its base model did, bit for bit. Raises ValueError if it is merged."""
+    layers = _ready(model).values()
+    before = [layer.disabled for layer in layers]
+    for layer in layers:
+        layer.disabled = True
+    try:
+        yield
+    finally:
+        for layer, disabled in zip(layers, before):
+            layer.disabled = disabled
+
+
+@torch.no_grad()
+def average_adapters(model: nn.Module, weights: Mapping[str, float], into: str) -> None:
+    """Makes `into`, a new adapter or one that is overwritten, the weighted mean of the adapters named in `weights`.
+
+    theta = sum_a w_a theta_a / sum_a w_a, and so for delta_sigma. With rotation="cayley" this averages K in the Lie
+    algebra, so that G = cayley(K) stays orthogonal, which a mean of the G would not be.
+    weights: name -> number >= 0, not all zero. Raises ValueError for others, unknown names and merged models, and for
+    SpectralFT: its update is a product of what trains, and the mean of factors is not the factor of a mean.
+    """
+    if not weights or not all(math.isfinite(w) and w >= 0 for w in weights.values()) or not sum(weights.values()) > 0:
+        raise ValueError(f"weights={dict(weights)!r}: allowed are names with numbers >= 0, not all of them zero")
+    layers, total = _ready(model, *weights), sum(weights.values())
+    for name, layer in layers.items():
+        if not isinstance(layer, SSVDLinear):
+            raise ValueError(
+                f"{name} is adapted by {layer.config_type.method}, whose update is a product of what trains: allowed "
+                "are adapters of SSVD, which average to one of the same rank"
+            )
+    means = {
+        name: {key: _mean([(w / total, layer.adapter(a)[key]) for a, w in weights.items()]) for key in layer.adapter()}
+        for name, layer in layers.items()
+    }
+    if not all(into in layer.adapter_names() for layer in layers.values()):
+        add_adapter(model, into)
+    for name, layer in layers.items():
+        for key, parameter in layer.adapter(into).items():
+            parameter.copy_(means[name][key])
+        layer._forget()
+
+
+def _mean(terms: list[tuple[float, Tensor]]) -> Tensor:
+    first, *others = [share * tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for share, tensor in terms]
+    for other in others:
+        first += other
+    return first
+
+
+def _ready(model: nn.Module, *names: str) -> dict[str, AdaptedLinear]:
+    """The adapted layers, if each has the named adapters and can change what it uses."""
+    layers = require_layers(model)
+    for layer_name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"{layer_name} is merged: unmerge before changing or disabling its adapters")
+        if type(layer.first_trained) is not nn.Parameter:
+            kind = type(layer.first_trained).__name__
+            raise ValueError(f"{layer_name}.{layer.trained_names[0]} is a {kind}: allowed is a Parameter, not sharded")
+        for name in names:
+            layer.adapter(name)
+    return layers
+
+
+def _park(layer: AdaptedLinear, adapters: Mapping[str, ParkedAdapter]) -> None:
+    layer._modules.pop("parked", None)
+    if adapters:
+        layer.add_module("parked", ParkedAdapters(layer.active_adapter, adapters).train(layer.training))
+    layer._forget()

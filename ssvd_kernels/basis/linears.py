@@ -1,0 +1,102 @@
+"""What can be adapted: plain linear layers, and those that bitsandbytes or torchao quantised.
+
+Nothing here imports a quantising library: whoever has one of its layers has imported it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from ..utils.fsdp import is_sharded
+
+
+def is_linear(module: object) -> bool:
+    """Whether `module` computes x W^T + b from a plain parameter W (a parametrized one, say, does not)."""
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        return False
+    weight = module._parameters.get("weight")
+    # not of a tensor subclass, which may compute otherwise, nor a lazy one, which has no values yet
+    return type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
+
+
+def is_quantized(module: object) -> TypeGuard[nn.Linear]:
+    """Whether `module` is a linear layer whose weight one of the libraries above has quantised, or is about to."""
+    return is_bitsandbytes(module) or _is_torchao(module)
+
+
+def is_adaptable(module: object) -> bool:
+    """Whether SSVD can adapt `module`: a plain nn.Linear or a quantised one."""
+    return is_linear(module) or is_quantized(module)
+
+
+def check_linear(module: object, name: str) -> None:
+    """Raises TypeError unless `module` is an nn.Linear (or a subclass that keeps its forward and its weight)."""
+    if is_quantized(module):
+        raise TypeError(
+            f"{name} is a quantised {type(module).__name__}: only inject and SSVDQuantizedLinear adapt those"
+        )
+    if not is_linear(module):
+        raise TypeError(f"{name} is a {type(module).__name__}: allowed is torch.nn.Linear with a weight of its own")
+
+
+def check_adaptable(module: object, name: str) -> None:
+    """Raises TypeError unless `module` `is_adaptable`."""
+    if not is_adaptable(module):
+        raise TypeError(
+            f"{name} is a {type(module).__name__}: allowed is torch.nn.Linear with a weight of its own, or one that "
+            "bitsandbytes or torchao quantised"
+        )
+
+
+def base_weight(linear: nn.Linear, name: str = "linear") -> Tensor:
+    """W (d_out, d_in) of a plain or quantised layer, the latter dequantised anew by its own library.
+
+    Raises ValueError for a bitsandbytes layer that holds no quantised weight (such layers quantise when they are moved
+    to their device), or one repacked for inference, which cannot be dequantised.
+    """
+    if _is_torchao(linear):
+        return linear.weight.detach().dequantize()
+    if not is_bitsandbytes(linear):
+        return linear.weight
+    functional, weight = sys.modules["bitsandbytes"].functional, linear.weight
+    kind, state = type(linear).__name__, getattr(weight, "quant_state", None)
+    if is_bitsandbytes(linear, "Linear8bitLt") and weight.dtype == torch.int8:
+        scales = linear.state.SCB if weight.SCB is None else weight.SCB  # type: ignore[union-attr, attr-defined]
+        return functional.int8_vectorwise_dequant(weight.data, scales)
+    if state is None:
+        raise ValueError(
+            f"{name} is a {kind} whose weight is {weight.dtype}, not quantised: allowed is one that was quantised by "
+            "moving it to its device (8 bits: with has_fp16_weights=False)"
+        )
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError(
+            f"{name} is a {kind} whose weight bitsandbytes has repacked for inference on this CPU, at its first "
+            "forward in eval mode: load the model again and adapt it before any forward"
+        )
+    return functional.dequantize_4bit(weight.data, state)
+
+
+def is_bitsandbytes(module: object, *kinds: str) -> bool:
+    """Whether `module` is a layer of bitsandbytes, of one of these kinds if any are named."""
+    library = sys.modules.get("bitsandbytes.nn")
+    if library is None:
+        return False
+    return isinstance(module, tuple(getattr(library, kind) for kind in kinds or ("Linear4bit", "Linear8bitLt")))
+
+
+def _is_torchao(module: object) -> bool:
+    library = sys.modules.get("torchao.utils")
+    if library is None or not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        return False
+    return isinstance(module._parameters.get("weight"), library.TorchAOBaseTensor)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """The numbers in the model's parameters, those of quantised weights included however they are packed."""
+    quantized = [module for module in model.modules() if is_quantized(module)]
+    unpacked = sum(linear.out_features * linear.in_features - linear.weight.numel() for linear in quantized)
+    return sum(parameter.numel() for parameter in model.parameters()) + unpacked

@@ -1,0 +1,50 @@
+"""merge: a base model and its adapter as a plain transformers folder, a LoRA adapter, or a CTranslate2 folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from ..adapters.export import check_new, export_merged, new_folder, to_lora
+from ..adapters.file_format import read_adapter
+from ..adapters.save_load import load_adapter
+from . import UsageError
+from .base import load_base
+
+FASTER_WHISPER = ("tokenizer.json", "preprocessor_config.json")  # what it reads beside CTranslate2's own files
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.rank is not None and (not args.lora or args.rank < 1):
+        raise UsageError(f"--rank {args.rank}: allowed is a number from 1 on, together with --lora")
+    if args.quantization is not None and not args.ctranslate2:
+        raise UsageError(f"--quantization {args.quantization}: allowed together with --ctranslate2 only")
+    check_new(args.output)
+    read_adapter(args.adapter)  # a damaged file is found before the work
+    model = load_base(args.base, args.float32)
+    progress = sys.stderr.isatty()
+    load_adapter(model, args.adapter, progress=progress)
+    if args.lora:
+        print(to_lora(model, args.output, args.rank, str(args.base), progress=progress))
+    elif args.ctranslate2:
+        with tempfile.TemporaryDirectory(dir=args.output.absolute().parent) as name:
+            export_merged(model, Path(name, "merged"), files_from=args.base)
+            to_ctranslate2(Path(name, "merged"), args.output, args.quantization)
+    else:
+        export_merged(model, args.output, files_from=args.base)
+    print(f"wrote {args.output}")
+    return 0
+
+
+def to_ctranslate2(folder: Path, output: Path, quantization: str | None) -> None:
+    """Converts a transformers folder, with the files that faster-whisper wants."""
+    try:
+        from ctranslate2.converters import TransformersConverter
+    except ImportError as error:
+        raise UsageError(f"--ctranslate2 needs ctranslate2 ({error}): pip install ctranslate2") from None
+    files = [name for name in FASTER_WHISPER if (folder / name).is_file()]
+    converter = TransformersConverter(str(folder), copy_files=files)
+    with new_folder(output) as temporary:
+        converter.convert(str(temporary), quantization=quantization, force=True)

@@ -1,0 +1,139 @@
+"""Which modules of a model a configuration means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..basis.linears import check_adaptable, is_adaptable
+from ..config import PRESETS, Config
+from ..layers.base import AdaptedLinear
+
+
+def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
+    """Name -> nn.Linear for every module that `config` targets, in the model's order.
+
+    Weights that are tied (shared with another module, such as Whisper's proj_out with its token embedding) and the
+    model's output embeddings are left alone, unless a list of suffixes names them: a tied one then raises.
+    Raises ValueError if nothing matches, if a listed suffix or `exclude` matches nothing, for an unknown preset, and
+    TypeError if a listed suffix matches a module that is not a linear layer.
+    """
+    matched, listed = _match(model, config.targets)
+    excluded = _excluded([name for name, module in matched.items() if listed or is_adaptable(module)], config.exclude)
+    holders = weight_holders(model)
+    output_embeddings = _output_embeddings(model)
+    targets: dict[str, nn.Linear] = {}
+    for name, module in matched.items():
+        if name in excluded:
+            continue
+        if listed:
+            check_adaptable(module, f"module {name!r}, named by targets,")
+        elif not is_adaptable(module):
+            continue
+        assert isinstance(module, nn.Linear)
+        tied = tied_to(name, module, holders)
+        if tied is not None:
+            if listed:
+                raise ValueError(
+                    f"targets names {name!r}, whose weight is tied to {tied!r}: adapting would change both"
+                )
+            continue
+        if not listed and module is output_embeddings:
+            continue
+        targets[name] = module
+    if not targets:
+        linears = [name for name, module in model.named_modules() if is_adaptable(module)]
+        raise ValueError(
+            f"targets={_shown(config.targets)} and exclude={_shown(config.exclude)} match no untied linear layer of "
+            f"{type(model).__name__}: it has {len(linears)} linear layers, e.g. {', '.join(linears[:4]) or 'none'}"
+        )
+    return targets
+
+
+def _match(model: nn.Module, targets: str | Sequence[str]) -> tuple[dict[str, nn.Module], bool]:
+    """(name -> module matched by `targets`, whether the user listed them by name)."""
+    modules = {name: module for name, module in model.named_modules() if name and not isinstance(module, AdaptedLinear)}
+    modules = {name: module for name, module in modules.items() if not _within_layer(model, name)}
+    if targets == "all-linear":
+        return modules, False
+    if isinstance(targets, str) and targets in PRESETS:
+        names = _match_names(list(modules), PRESETS[targets])
+        return {name: modules[name] for name in names}, False
+    if isinstance(targets, str):
+        if re.fullmatch(r"[\w-]+", targets) and targets not in modules:
+            presets = ", ".join(map(repr, ("all-linear", *PRESETS)))
+            raise ValueError(
+                f"targets={targets!r} is no preset ({presets}); give suffixes as a list, [{targets!r}], or a regular "
+                "expression that matches whole module names"
+            )
+        return {name: modules[name] for name in _match_names(list(modules), targets)}, False
+    for suffix in targets:
+        if not _match_names(list(modules), [suffix]):
+            raise ValueError(f"targets holds {suffix!r}, which matches no module of {type(model).__name__}")
+    return {name: modules[name] for name in _match_names(list(modules), targets)}, True
+
+
+def _excluded(names: Sequence[str], exclude: str | Sequence[str]) -> set[str]:
+    """Which of the targeted `names` are to be left alone. Raises ValueError for what leaves none of them."""
+    found = set()
+    for pattern in [exclude] if isinstance(exclude, str) else [[suffix] for suffix in exclude]:
+        now = _match_names(names, pattern) if pattern else []
+        if pattern and not now:
+            shown = repr(pattern) if isinstance(pattern, str) else f"{_shown(exclude)} holds {pattern[0]!r}, which"
+            raise ValueError(
+                f"exclude={shown} matches none of the {len(names)} targeted layers, e.g. {names[0]!r}: allowed is a "
+                "list of suffixes of their names, or a regular expression that matches whole names"
+            )
+        found.update(now)
+    return found
+
+
+def _match_names(names: Sequence[str], pattern: str | Sequence[str]) -> list[str]:
+    if isinstance(pattern, str):
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return [name for name in names if compiled.fullmatch(name)]
+    return [name for name in names if any(name == item or name.endswith(f".{item}") for item in pattern)]
+
+
+def _within_layer(model: nn.Module, name: str) -> bool:
+    parent = name.rpartition(".")[0]
+    return bool(parent) and isinstance(model.get_submodule(parent), AdaptedLinear)
+
+
+def weight_holders(model: nn.Module) -> dict[tuple, list[str]]:
+    """Storage of each parameter -> every name that holds it, shared modules and shared tensors included."""
+    holders: dict[tuple, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(_storage(parameter), []).append(name)
+    return holders
+
+
+def tied_to(name: str, linear: nn.Linear, holders: dict[tuple, list[str]]) -> str | None:
+    """Another name in `holders` under which a parameter is the weight of the module `name`, or None."""
+    return next((other for other in holders.get(_storage(linear.weight), []) if other != f"{name}.weight"), None)
+
+
+def _storage(tensor: Tensor) -> tuple:
+    if tensor.is_meta or is_traceable_wrapper_subclass(tensor):  # these have no storage of their own
+        return (id(tensor),)
+    return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.device)
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    if getter is None:
+        return None
+    try:
+        return getter()
+    except NotImplementedError:  # transformers' base class, for models without any
+        return None
+
+
+def _shown(value: str | Sequence[str]) -> str:
+    return repr(value) if isinstance(value, str) else repr(list(value))

@@ -1,0 +1,204 @@
+"""Public functions: argument checks, flattening, dtype policy. The convention of theta, K and G is in reference.py."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import dispatch, reference
+from .autograd import CayleyDeltaFunction, SSVDLinearFunction
+from .weight_cache import Workspace
+
+
+def cayley_delta(theta: Tensor, k: int) -> Tensor:
+    """E = G - I = -2 K (I + K)^-1 without the cancellation of forming G first.
+
+    theta (..., m) with m = k(k-1)/2, any leading shape, batch 0 and k = 1 included -> E (..., k, k).
+    Arithmetic and result are float64 for float64 theta, otherwise float32 (half-precision theta is upcast, also
+    under autocast). Differentiable twice. Relative error about 1e-7 in float32 for ||K|| <= 1.
+    Raises TypeError for a non-floating theta, ValueError if theta's last dimension is not k(k-1)/2.
+    Source: Cayley transform as in SSVD, arXiv 2509.02830; backward dK = Z - Z^T, Z = -2 B^T dE B^T, B = I + E/2.
+    """
+    check_theta("theta", theta, k, "cayley")
+    dtype = torch.promote_types(theta.dtype, torch.float32)
+    flat = theta.to(dtype).reshape(math.prod(theta.shape[:-1]), theta.shape[-1])
+    with torch.autocast(theta.device.type, enabled=False):
+        E = CayleyDeltaFunction.apply(flat.contiguous(), k)
+    return E[:, :k, :k].view(*theta.shape[:-1], k, k)
+
+
+def cayley(theta: Tensor, k: int) -> Tensor:
+    """G = (I - K)(I + K)^-1 = I + E, orthogonal; theta (..., m) -> G (..., k, k). See `cayley_delta` for the rest."""
+    E = cayley_delta(theta, k)
+    return E + torch.eye(k, dtype=E.dtype, device=E.device)
+
+
+def rotation_delta(theta: Tensor, k: int, rotation: str, band: int | None = None) -> Tensor:
+    """E = G - I (..., k, k) of a rotation "cayley", "linear" (E = -2 K) or "free" (E = theta reshaped); of "banded" the
+    off-diagonals of M (see `reference.banded`)."""
+    if rotation == "cayley":
+        return cayley_delta(theta, k)
+    check_theta("theta", theta, k, rotation, band)
+    theta = theta.to(torch.promote_types(theta.dtype, torch.float32))
+    if rotation == "free":
+        return theta.view(*theta.shape[:-1], k, k)
+    if band is not None:
+        return reference.banded(theta, k, band)
+    return -2 * reference.skew(theta, k)
+
+
+def rotation_deltas(
+    thetas: Sequence[Tensor], ks: Sequence[int], rotations: Sequence[str], bands: Sequence[int | None]
+) -> list[Tensor]:
+    """`rotation_delta` of many thetas: those of one rank, rotation, band, dtype and device go through one batched
+    call."""
+    buckets: dict[tuple, list[int]] = defaultdict(list)
+    for index, (theta, *kind) in enumerate(zip(thetas, ks, rotations, bands, strict=True)):
+        buckets[(*kind, theta.dtype, theta.device)].append(index)
+    result: list[Tensor] = list(thetas)
+    for (k, rotation, band, _, _), members in buckets.items():
+        stacked = torch.stack([thetas[index] for index in members])
+        for index, E in zip(members, rotation_delta(stacked, k, rotation, band).unbind(), strict=True):
+            result[index] = E
+    return result
+
+
+def flip_theta(theta: Tensor, signs: Tensor, rotation: str, band: int | None = None) -> Tensor:
+    """theta (m,) that means in the basis (s_i u_i, s_i v_i) what the given one means in (u_i, v_i): K' = S K S, and
+    M' = S M S for rotation="banded".
+
+    signs (k,) of +-1, of the pairs that theta rotates; exact, as only signs change.
+    """
+    products = torch.outer(signs, signs).to(theta.device, theta.dtype)
+    if rotation == "free":
+        return theta * products.flatten()
+    if band is not None:
+        i, j = reference.band_indices(len(signs), band, theta.device)
+        return theta * products[i, j].repeat(2)
+    rows, columns = torch.triu_indices(len(signs), len(signs), 1, device=theta.device)
+    return theta * products[rows, columns]
+
+
+def ssvd_linear(
+    x: Tensor,
+    weight: Tensor,
+    U: Tensor,
+    V: Tensor,
+    core: Tensor,
+    bias: Tensor | None = None,
+    mode: str = "auto",
+    *,
+    workspace: Workspace | None = None,
+) -> Tensor:
+    """y = x W'^T + b with W' = weight + U core V^T, i.e. y = x weight^T + ((x V) core^T) U^T + b.
+
+    x (..., d_in), weight (d_out, d_in), U (d_out, k), V (d_in, k), core (k, k), bias (d_out,) -> y (..., d_out).
+    Arithmetic is in x's dtype (autocast's, where that is on) with products accumulated in float32 at least.
+    mode: "composed" builds W' once and multiplies once, "factored" never builds it, "auto" takes the cheaper one, in
+    half precision among those that lose no update to rounding (see `dispatch.linear_mode`).
+    workspace: keeps a composed W' from forward to backward and until core changes (`SSVDLinear` has one each).
+    Gradients reach x, core and bias; weight, U and V are frozen and must not require them. Twice differentiable.
+    Raises ValueError naming the argument for shapes, dtypes or devices that do not fit or an unknown mode.
+    Source: SSVD, arXiv 2509.02830, eq. 8-13, written as an update of the frozen weight.
+    """
+    _check_linear(x, weight, U, V, core, bias)
+    dtype = compute_dtype(x)
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"x has dtype {x.dtype} and weight {weight.dtype}: allowed is one dtype, or autocast")
+    if torch.compiler.is_compiling():
+        workspace = None
+    saves = _saves(core, workspace)
+    backward = saves != "" or (torch.is_grad_enabled() and x.requires_grad)
+    # not whether W' is there already: the mode, and with it the last bit, must not depend on what went before
+    compositions = 2 if workspace is None and backward else 1
+    T, fused = x.numel() // x.shape[-1], dispatch.backend_for("linear", x.device, dtype) == "triton"
+    if fused and not torch.compiler.is_compiling() and dispatch.vmapped(x, core):
+        raise RuntimeError(dispatch.NO_VMAP)
+    chosen = dispatch.linear_mode(dtype, T, weight.shape, core.shape[0], mode, backward, compositions, fused)
+    with torch.autocast(x.device.type, enabled=False):
+        y, _ = SSVDLinearFunction.apply(x, weight, U, V, core, bias, chosen, dtype, saves, workspace)
+    return y
+
+
+def ssvd_update(x: Tensor, U: Tensor, V: Tensor, core: Tensor, *, workspace: Workspace | None = None) -> Tensor:
+    """((x V) core^T) U^T: what U core V^T adds to a base product that somebody else makes, e.g. of a quantised weight.
+
+    x (..., d_in), U (d_out, k), V (d_in, k), core (k, k) -> (..., d_out). The rest is as in `ssvd_linear`.
+    """
+    _check_linear(x, None, U, V, core, None)
+    if torch.compiler.is_compiling():
+        workspace = None
+    rest = ("factored", compute_dtype(x), _saves(core, workspace), workspace)
+    with torch.autocast(x.device.type, enabled=False):
+        y, _ = SSVDLinearFunction.apply(x, None, U, V, core, None, *rest)
+    return y
+
+
+def _saves(core: Tensor, workspace: Workspace | None) -> str:
+    """What the backward needs of x: "" nothing, "x" itself, or "z" = x V."""
+    if not (torch.is_grad_enabled() and core.requires_grad):
+        return ""
+    return "x" if workspace is not None and workspace.save_input else "z"
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which the op computes on x: autocast's where that is on (float64 stays), else x's."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def check_theta(argument: str, theta: Tensor, k: int, rotation: str, band: int | None = None) -> None:
+    """Raises unless theta is a floating tensor (..., m) of the length that `rotation` needs at rank k."""
+    if not theta.is_floating_point():
+        raise TypeError(f"{argument} has dtype {theta.dtype}: allowed are floating-point dtypes")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"k={k!r}: allowed is a whole number >= 1")
+    if theta.ndim == 0 or theta.shape[-1] != theta_length(k, rotation, band):
+        formula = {"free": "k^2", "banded": f"2 k band - band (band+1), band={band},"}.get(rotation, "k(k-1)/2")
+        raise ValueError(
+            f"{argument} has shape {tuple(theta.shape)}: allowed is (..., {theta_length(k, rotation, band)}), "
+            f"{formula} numbers for k={k} and rotation={rotation!r}"
+        )
+
+
+def theta_length(k: int, rotation: str, band: int | None = None) -> int:
+    """Numbers in theta: k^2 for "free", 2 k band - band (band+1) for "banded", else k(k-1)/2."""
+    if rotation == "banded":
+        assert band is not None
+        return 2 * k * band - band * (band + 1)
+    return k * k if rotation == "free" else k * (k - 1) // 2
+
+
+def _check_linear(x: Tensor, weight: Tensor | None, U: Tensor, V: Tensor, core: Tensor, bias: Tensor | None) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}: allowed are floating-point dtypes")
+    shape = (len(U), len(V)) if weight is None else tuple(weight.shape)
+    if len(shape) != 2 or U.ndim != 2:
+        raise ValueError(f"weight has shape {shape} and U {tuple(U.shape)}: allowed are (d_out, d_in) and (d_out, k)")
+    (d_out, d_in), k = shape, U.shape[1]
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "U": (U, (d_out, k)),
+        "V": (V, (d_in, k)),
+        "core": (core, (k, k)),
+        "bias": (bias, (d_out,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: allowed is {shape} for weight {(d_out, d_in)}")
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}: allowed are floating-point dtypes")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: allowed is one device")
+    if x.ndim == 0 or x.shape[-1] != d_in:
+        raise ValueError(f"x has shape {tuple(x.shape)}: allowed is (..., {d_in}) for weight {(d_out, d_in)}")
+    if weight is not None and weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device} and x on {x.device}: allowed is one device")
+    for name, tensor in (("weight", weight), ("U", U), ("V", V)):
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient: allowed is a frozen {name} (SSVD trains the core alone)")

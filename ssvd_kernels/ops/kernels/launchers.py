@@ -1,0 +1,18 @@
+"""Every launcher that `dispatch` calls; `ops` has the same names for torch.compile."""
+
+from .cayley import cayley_delta, cayley_delta_backward
+from .compose import compose
+from .linear_and_projection import concat
+from .split_k import core_grad
+from .ssvd_linear import core_gradient, ssvd_linear_bwd, ssvd_linear_fwd
+
+__all__ = [
+    "cayley_delta",
+    "cayley_delta_backward",
+    "compose",
+    "concat",
+    "core_grad",
+    "core_gradient",
+    "ssvd_linear_bwd",
+    "ssvd_linear_fwd",
+]

@@ -1,0 +1,265 @@
+"""Factored SSVD linear: y = x W^T + ((x V) core^T) U^T + b and its gradients, every element written once.
+
+Two kernels serve both directions, because dx = dy W + ((dy U) core) V^T is the forward with the roles of U and V
+exchanged and `weight` and `core` transposed, which is a matter of strides:
+
+    _ssvd_linear_fwd_kernel       y = [x | q] [W | U]^T + b, q = z core^T: one float32 accumulator over d and then k.
+    _ssvd_linear_one_pass_kernel  small k: x W^T and z = x V accumulate together, so x is read once and z, q stay in
+                                  registers; costs BLOCK_R / BLOCK_N more products, saves two launches and q.
+
+Each output tile belongs to exactly one program, which stores it once (z: the programs of column block 0).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssvd_kernels.ops.kernels.launch import aligned, current_device
+from ssvd_kernels.ops.kernels.split_k import core_grad
+from ssvd_kernels.ops.kernels.tile_sizes import (
+    GROUP,
+    LINEAR,
+    Config,
+    linear_config,
+    one_pass_config,
+    one_pass_rank,
+    table_key,
+)
+from ssvd_kernels.ops.kernels.tiles import accumulate, cast, grouped_program, product
+from ssvd_kernels.ops.kernels.tuning import tuned
+
+
+@triton.jit(do_not_specialize=["T"])
+def _ssvd_linear_fwd_kernel(
+    x_ptr,
+    stride_x_t,
+    stride_x_d,
+    w_ptr,
+    stride_w_n,
+    stride_w_d,
+    q_ptr,
+    stride_q_t,
+    stride_q_k,
+    u_ptr,
+    stride_u_n,
+    stride_u_k,
+    b_ptr,
+    stride_b_n,
+    y_ptr,
+    stride_y_t,
+    stride_y_n,
+    T,
+    d_in,
+    d_out,
+    k,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    pid_t, pid_n = grouped_program(T, d_out, BLOCK_T, BLOCK_N, GROUP_T)
+    offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_t, mask_n = offs_t < T, offs_n < d_out
+    acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)  # [BLOCK_T, BLOCK_N]
+    acc = accumulate(
+        acc, x_ptr, stride_x_t, stride_x_d, w_ptr, stride_w_n, stride_w_d,
+        offs_t, mask_t, offs_n, mask_n, 0, d_in, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    acc = accumulate(
+        acc, q_ptr, stride_q_t, stride_q_k, u_ptr, stride_u_n, stride_u_k,
+        offs_t, mask_t, offs_n, mask_n, 0, k, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    if HAS_BIAS:
+        acc += tl.load(b_ptr + offs_n * stride_b_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + offs_t.to(tl.int64)[:, None] * stride_y_t + offs_n[None, :] * stride_y_n
+    tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=mask_t[:, None] & mask_n[None, :])
+
+
+@triton.jit(do_not_specialize=["T"])
+def _ssvd_linear_one_pass_kernel(
+    x_ptr,
+    stride_x_t,
+    stride_x_d,
+    w_ptr,
+    stride_w_n,
+    stride_w_d,
+    v_ptr,
+    stride_v_d,
+    stride_v_k,
+    core_ptr,
+    stride_core_i,
+    stride_core_j,
+    u_ptr,
+    stride_u_n,
+    stride_u_k,
+    b_ptr,
+    stride_b_n,
+    y_ptr,
+    stride_y_t,
+    stride_y_n,
+    z_ptr,
+    stride_z_t,
+    stride_z_k,
+    T,
+    d_in,
+    d_out,
+    k,
+    HAS_BIAS: tl.constexpr,
+    NEED_Z: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    pid_t, pid_n = grouped_program(T, d_out, BLOCK_T, BLOCK_N, GROUP_T)
+    offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_t, mask_n, mask_r = offs_t < T, offs_n < d_out, offs_r < k
+    row_t, row_n = offs_t.to(tl.int64), offs_n.to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_K).to(tl.int64)
+    step = tl.full((), BLOCK_K, tl.int64)
+    x_ptrs = x_ptr + row_t[:, None] * stride_x_t + offs_d[None, :] * stride_x_d
+    w_ptrs = w_ptr + row_n[None, :] * stride_w_n + offs_d[:, None] * stride_w_d
+    v_ptrs = v_ptr + offs_d[:, None] * stride_v_d + offs_r[None, :] * stride_v_k
+    dtype = x_ptr.dtype.element_ty
+    acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    acc_z = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+    for j in range(0, d_in, BLOCK_K):
+        mask_d = j + tl.arange(0, BLOCK_K) < d_in
+        x = tl.load(x_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_T, BLOCK_K]
+        w = tl.load(w_ptrs, mask=mask_d[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
+        v = tl.load(v_ptrs, mask=mask_d[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_K, BLOCK_R]
+        acc = product(x, cast(w, dtype), acc, PRECISION)
+        acc_z = product(x, cast(v, dtype), acc_z, PRECISION)
+        x_ptrs += step * stride_x_d
+        w_ptrs += step * stride_w_d
+        v_ptrs += step * stride_v_d
+    z = cast(acc_z, dtype)  # [BLOCK_T, BLOCK_R]
+    if NEED_Z:
+        if pid_n == 0:
+            z_ptrs = z_ptr + row_t[:, None] * stride_z_t + offs_r[None, :] * stride_z_k
+            tl.store(z_ptrs, z, mask=mask_t[:, None] & mask_r[None, :])
+    core_ptrs = core_ptr + offs_r[None, :] * stride_core_i + offs_r[:, None] * stride_core_j
+    core_t = tl.load(core_ptrs, mask=mask_r[None, :] & mask_r[:, None], other=0.0)  # [BLOCK_R, BLOCK_R]
+    acc_q = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+    acc_q = product(z, cast(core_t, dtype), acc_q, PRECISION)  # [BLOCK_T, BLOCK_R]
+    u_ptrs = u_ptr + row_n[None, :] * stride_u_n + offs_r[:, None] * stride_u_k
+    u_t = tl.load(u_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_R, BLOCK_N]
+    acc = product(cast(acc_q, dtype), cast(u_t, dtype), acc, PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(b_ptr + offs_n * stride_b_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + row_t[:, None] * stride_y_t + offs_n[None, :] * stride_y_n
+    tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=mask_t[:, None] & mask_n[None, :])
+
+
+def _products(x: Tensor, weight: Tensor, q: Tensor | None, U: Tensor | None, bias: Tensor | None) -> Tensor:
+    """[x | q] [weight | U]^T + bias in x's dtype: x (T, d_in), weight (d_out, d_in), q (T, k), U (d_out, k)."""
+    (T, d_in), d_out = x.shape, weight.shape[0]
+    y = torch.empty((T, d_out), dtype=x.dtype, device=x.device)
+    k = 0
+    if q is None or U is None:
+        q, U = x, weight  # never read
+    else:
+        k = q.shape[1]
+    key = table_key(x.dtype, (weight.dtype, U.dtype), aligned(x, weight, q, U))
+
+    def launch(config: Config) -> None:
+        _ssvd_linear_fwd_kernel[(triton.cdiv(T, config.rows) * triton.cdiv(d_out, config.cols),)](
+            x, *x.stride(), weight, *weight.stride(), q, *q.stride(), U, *U.stride(),
+            y if bias is None else bias, 0 if bias is None else bias.stride(0), y, *y.stride(), T, d_in, d_out, k,
+            HAS_BIAS=bias is not None, BLOCK_T=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth,
+            GROUP_T=GROUP, PRECISION="ieee", num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    with current_device(x):
+        kernel, default = f"linear {key}", linear_config(key, T, d_out)
+        launch(tuned(kernel, (T, d_out, d_in, k), LINEAR[key], default, x, launch))
+    return y
+
+
+def _one_pass(
+    x: Tensor, weight: Tensor, V: Tensor, core: Tensor, U: Tensor, bias: Tensor | None, need_z: bool, config: Config
+) -> tuple[Tensor, Tensor | None]:
+    (T, d_in), d_out, k = x.shape, weight.shape[0], core.shape[0]
+    y = torch.empty((T, d_out), dtype=x.dtype, device=x.device)
+    z = torch.empty((T, k), dtype=x.dtype, device=x.device) if need_z else None
+    grid = (triton.cdiv(T, config.rows) * triton.cdiv(d_out, config.cols),)
+    with current_device(x):
+        _ssvd_linear_one_pass_kernel[grid](
+            x, *x.stride(), weight, *weight.stride(), V, *V.stride(), core, *core.stride(), U, *U.stride(),
+            y if bias is None else bias, 0 if bias is None else bias.stride(0), y, *y.stride(),
+            *((y, 0, 0) if z is None else (z, *z.stride())), T, d_in, d_out, k,
+            HAS_BIAS=bias is not None, NEED_Z=need_z, BLOCK_T=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth,
+            BLOCK_R=one_pass_rank(k), GROUP_T=GROUP, PRECISION="ieee",
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return y, z
+
+
+def _project(x: Tensor, V: Tensor) -> Tensor:
+    """z = x V: the library's product, or ours where V would have to be copied into x's dtype first."""
+    return x @ V if V.dtype == x.dtype else _products(x, V.mT, None, None, None)
+
+
+def _apply(
+    x: Tensor, weight: Tensor, V: Tensor, core: Tensor, U: Tensor, bias: Tensor | None, need_z: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y (T, d_out) and z = x V (T, k) if needed, for x (T, d_in)."""
+    (T, d_out), k = (x.shape[0], weight.shape[0]), core.shape[0]
+    if T == 0:
+        return x.new_empty((0, d_out)), x.new_empty((0, k)) if need_z else None
+    key = table_key(x.dtype, (weight.dtype, U.dtype, V.dtype), aligned(x, weight, U, V))
+    config = one_pass_config(key, T, d_out, k)
+    if config is not None:
+        return _one_pass(x, weight, V, core, U, bias, need_z, config)
+    z = _project(x, V)
+    return _products(x, weight, z @ core.to(x.dtype).mT, U, bias), z if need_z else None
+
+
+def ssvd_linear_fwd(
+    x: Tensor, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, bias: Tensor | None, need_z: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y = x W^T + ((x V) core^T) U^T + b (..., d_out), and z = x V (..., k) if `need_z`, in x's dtype.
+
+    x (..., d_in), weight (d_out, d_in), U (d_out, k), V (d_in, k), core (k, k), bias (d_out); any strides; the
+    parameters may be float32 where x is half: their tiles are cast in the kernel.
+    """
+    y, z = _apply(x.reshape(-1, x.shape[-1]), weight, V, core, U, bias, need_z)
+    lead = x.shape[:-1]
+    return y.view(*lead, y.shape[1]), None if z is None else z.view(*lead, z.shape[1])
+
+
+def ssvd_linear_bwd(
+    dy: Tensor, z: Tensor | None, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, need_dx: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx = dy W + ((dy U) core) V^T (..., d_in) if `need_dx`; dcore = (dy U)^T z (k, k) in float32 if z is given.
+
+    dy (..., d_out), z (..., k) in dy's dtype; the parameters as in `ssvd_linear_fwd`.
+    """
+    rows, k = dy.reshape(-1, dy.shape[-1]), core.shape[0]
+    dx = dyU = None
+    if need_dx:
+        dx, dyU = _apply(rows, weight.mT, U, core.mT, V, None, z is not None)
+        dx = dx.view(*dy.shape[:-1], dx.shape[1])
+    if z is None:
+        return dx, None
+    if dyU is None:
+        dyU = _project(rows, U) if rows.shape[0] else rows.new_empty((0, k))
+    return dx, core_grad(dyU, z.reshape(-1, k))
+
+
+def core_gradient(dy: Tensor, z: Tensor, U: Tensor) -> Tensor:
+    """dcore = U^T dy^T z (k, k) in float32, in the cheaper order: dy (..., d_out), z (..., k), U (d_out, k)."""
+    rows, z = dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1])
+    if 0 < len(rows) < len(U):
+        return core_grad(_project(rows, U), z)
+    return U.to(torch.float32).mT @ core_grad(rows, z)

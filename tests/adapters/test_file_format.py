@@ -1,0 +1,275 @@
+"""Adapters that do not fit, or are damaged or altered: an error that names the file, and the model is as before."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import train_randomly
+from refusals import Net, inject, refused
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import ssvd_kernels as sk
+from ssvd_kernels.basis.factorize import Factorization, factorize, sketch
+from ssvd_kernels.model import inject as model_module
+from ssvd_kernels.utils import safetensors_io
+
+
+@pytest.fixture
+def net() -> Net:
+    return Net()
+
+
+@pytest.fixture
+def adapter(net, tmp_path) -> tuple[Net, Path]:
+    """(base model, adapter that was trained on it)"""
+    base, path = copy.deepcopy(net), tmp_path / "a.safetensors"
+    inject(net)
+    train_randomly(net)
+    sk.save_adapter(net, path)
+    return base, path
+
+
+def bases(base: Net) -> list[Net]:
+    """The base model, and one that is injected and trained otherwise."""
+    present = copy.deepcopy(base)
+    inject(present)
+    return [base, train_randomly(present, seed=5)]
+
+
+def rewrite(path: Path, change, digest: bool = True) -> None:
+    """Changes tensors and header of an adapter; with a right digest, so that only the changed thing can be refused."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+        metadata = file.metadata()
+    header = json.loads(metadata["ssvd_kernels"])
+    stored = header.pop("digest")
+    change(header, tensors)
+    header["digest"] = safetensors_io.digest(header, tensors) if digest else stored
+    save_file(tensors, path, metadata={**metadata, "ssvd_kernels": json.dumps(header)})
+
+
+def test_save_refuses_what_cannot_be_saved(net, tmp_path):
+    inject(net)
+    with refused(net, FileNotFoundError, r"path=.*nowhere.*does not exist"):
+        sk.save_adapter(net, tmp_path / "nowhere" / "a.safetensors")
+    path = tmp_path / "a.safetensors"
+    sk.save_adapter(net, path)
+    before = path.read_bytes()
+    with torch.no_grad():
+        net.up.theta[1] = float("nan")
+    with refused(net, ValueError, r"up\.theta.*NaN or infinity.*nothing was saved"):
+        sk.save_adapter(net, path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_missing_adapter_file(adapter):
+    for model in bases(adapter[0]):
+        with refused(model, FileNotFoundError, r"path=.*none\.safetensors.*no such adapter"):
+            sk.load_adapter(model, adapter[1].with_name("none.safetensors"))
+        with refused(model, FileNotFoundError, r"path=.*no such adapter"):
+            sk.load_adapter(model, adapter[1].parent)
+
+
+# -- another model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save_bases", [False, True])
+@pytest.mark.parametrize("kind", ["other weights", "slightly other weights", "other shape", "other names"])
+def test_adapter_for_another_base_model(net, tmp_path, kind, save_bases):
+    base, path = copy.deepcopy(net), tmp_path / "a.safetensors"
+    inject(net)
+    train_randomly(net)
+    sk.save_adapter(net, path, save_bases=save_bases)
+    match = r"a\.safetensors.*another base model"
+    if kind == "other weights":
+        base = Net()
+    elif kind == "slightly other weights":  # such as the same model after a little more training
+        with torch.no_grad():
+            base.down.weight.mul_(1 + 0.003 * torch.randn(6, 9))
+    elif kind == "other shape":
+        base.down = nn.Linear(9, 8)
+        match = r"a\.safetensors.*down.*\[6, 9\].*\[8, 9\]"
+    else:
+        base.below = base.down
+        del base.down
+        match = r"a\.safetensors.*('down'.*Net.*another base model|differ.*'(down|below)')"
+    with refused(base, sk.AdapterError, match):
+        sk.load_adapter(base, path, progress=False)
+    inject(base)
+    train_randomly(base, seed=4)
+    with refused(base, sk.AdapterError, match):
+        sk.load_adapter(base, path, progress=False)
+
+
+def test_adapter_for_a_module_of_another_kind(adapter):
+    base, path = adapter
+    base.down = nn.Conv1d(9, 6, 1)
+    with refused(base, sk.AdapterError, r"down.*Conv1d.*torch\.nn\.Linear"):
+        sk.load_adapter(base, path, progress=False)
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 2}, {"rotation": "linear"}, {"side": "output"}, {"side": "both"}, {"targets": ["up"]}], ids=str
+)
+def test_adapter_for_another_configuration(adapter, options):
+    base, path = adapter
+    inject(base, **options)
+    with refused(base, sk.AdapterError, r"a\.safetensors.*(down|up)"):
+        sk.load_adapter(base, path, progress=False)
+
+
+def test_adapter_into_a_merged_model(adapter):
+    model = bases(adapter[0])[1]
+    sk.merge(model)
+    with refused(model, sk.AdapterError, r"merged.*unmerge"):
+        sk.load_adapter(model, adapter[1])
+
+
+def test_adapter_of_a_wider_dtype(net, tmp_path):
+    base, path = copy.deepcopy(net), tmp_path / "a.safetensors"
+    inject(net.double())
+    train_randomly(net)
+    sk.save_adapter(net, path, save_bases=True)
+    for model in bases(base):
+        with refused(model, sk.AdapterError, r"theta is torch\.float64.*torch\.float32.*lose precision"):
+            sk.load_adapter(model, path, progress=False)
+
+
+def test_adapter_into_a_model_cast_after_inject(adapter):
+    model = bases(adapter[0])[1].to(torch.bfloat16)
+    with refused(model, sk.AdapterError, r"theta is torch\.float32.*torch\.bfloat16.*lose precision"):
+        sk.load_adapter(model, adapter[1])
+
+
+def test_adapter_on_a_rounded_base_names_the_remedy(adapter):
+    base, path = adapter
+    base.to(torch.bfloat16)
+    with refused(base, sk.AdapterError, r"another base model.*up.*save_bases=True"):
+        sk.load_adapter(base, path, progress=False)
+
+
+@pytest.mark.parametrize("angle", [1e-3, 1e-1, 1.5])
+def test_adapter_whose_basis_cannot_be_matched(adapter, monkeypatch, angle):
+    """Two neighbouring pairs mixed by 1e-3, as a float32 factorisation would, already changes the update."""
+
+    def mixed(weight: Tensor, k: int, name: str = "weight") -> Factorization:
+        found = factorize(weight, k, name)
+        turn = torch.eye(k)
+        c, s = torch.cos(torch.tensor(angle)), torch.sin(torch.tensor(angle))
+        turn[:2, :2] = torch.stack([torch.stack([c, -s]), torch.stack([s, c])])
+        U, V = found.U @ turn, found.V @ turn
+        return found._replace(U=U, V=V, sketch=sketch(U, V))
+
+    monkeypatch.setattr(model_module, "factorize", mixed)
+    for model in bases(adapter[0]):
+        with refused(model, sk.AdapterError, r"singular vectors of up cannot be matched.*save_bases=True"):
+            sk.load_adapter(model, adapter[1], progress=False)
+
+
+# -- another file ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_adapter_of_another_version(adapter, version):
+    rewrite(adapter[1], lambda header, tensors: header.update(version=version))
+    for model in bases(adapter[0]):
+        with refused(model, sk.AdapterError, rf"a\.safetensors.*version {version!r}.*reads version 1"):
+            sk.load_adapter(model, adapter[1], progress=False)
+
+
+def test_truncated_adapter(adapter):
+    base, path = adapter
+    whole = path.read_bytes()
+    models = bases(base)
+    for size in [*range(0, 64, 7), *range(64, len(whole), 211), len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        for model in models:
+            with refused(model, sk.AdapterError, r"a\.safetensors.*damaged"):
+                sk.load_adapter(model, path, progress=False)
+
+
+def test_tampered_adapter(adapter):
+    """No single changed byte is taken for the adapter that was saved."""
+    base, path = adapter
+    whole = path.read_bytes()
+    model = bases(base)[1]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sk.load_adapter(model, path)
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(before)
+    refusals = 0
+    for position in range(0, len(whole), 3):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x04]) + whole[position + 1 :])
+        try:
+            sk.load_adapter(model, path, progress=False)
+        except sk.AdapterError as error:
+            assert "a.safetensors" in str(error)
+            refusals += 1
+            expected = before
+        else:
+            expected = saved
+        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items()), position
+        model.load_state_dict(before)
+    assert refusals > len(whole) // 3 * 0.95
+
+
+def _rename(header: dict, tensors: dict) -> None:
+    tensors["up.other"] = tensors["up.theta"].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "digest", "match"),
+    [
+        (lambda h, t: t["up.theta"].mul_(1.5), False, r"altered or damaged"),
+        (lambda h, t: t["up.sketch"].neg_(), False, r"altered or damaged"),
+        (lambda h, t: h["layers"]["up"].update(rotation="linear"), False, r"altered or damaged"),
+        (lambda h, t: t.pop("up.theta"), True, r"up\.theta is missing.*\(3,\)"),
+        (lambda h, t: t.update({"up.theta": torch.zeros(4)}), True, r"up\.theta is \(4,\).*\(3,\)"),
+        (lambda h, t: t.update({"up.theta": torch.zeros(3).long()}), True, r"up\.theta.*int64.*floating"),
+        (lambda h, t: t["down.delta_sigma"].fill_(float("nan")), True, r"down\.delta_sigma.*NaN or infinity"),
+        (lambda h, t: t["down.sketch"].fill_(float("inf")), True, r"down\.sketch.*NaN or infinity"),
+        (_rename, True, r"'up\.other'.*none of its layers"),
+    ],
+    ids=range(9),
+)
+def test_altered_adapter(adapter, change, digest, match):
+    rewrite(adapter[1], change, digest)
+    for model in bases(adapter[0]):
+        with refused(model, sk.AdapterError, rf"a\.safetensors.*{match}"):
+            sk.load_adapter(model, adapter[1], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda h, t: h["layers"]["up"].update(rotation="expm"), r"up.*rotation='expm'|rotation='expm'"),
+        (lambda h, t: h["layers"]["up"].update(side="left"), r"side='left'"),
+        (lambda h, t: h["layers"]["up"].pop("shape"), r"shape"),
+        (lambda h, t: h["layers"].update(up=3), r"up"),
+        (lambda h, t: h.update(layers=[]), r"layers|holds"),
+        (lambda h, t: h["layers"]["up"].update(k="3"), r"up|k="),
+    ],
+    ids=range(6),
+)
+def test_adapter_whose_description_makes_no_sense(adapter, change, match):
+    """Written by another program, with a right digest: still an AdapterError and no traceback from within."""
+    rewrite(adapter[1], change)
+    for model in bases(adapter[0]):
+        with refused(model, sk.AdapterError, rf"a\.safetensors.*({match})"):
+            sk.load_adapter(model, adapter[1], progress=False)
+
+
+def test_file_that_is_no_adapter(adapter):
+    base, path = adapter
+    save_file({"up.theta": torch.zeros(3)}, path)
+    with refused(base, sk.AdapterError, r"a\.safetensors is not an adapter of ssvd_kernels"):
+        sk.load_adapter(base, path)
+    path.write_text("weights")
+    with refused(base, sk.AdapterError, r"a\.safetensors is damaged or no safetensors file"):
+        sk.load_adapter(base, path)

@@ -1,0 +1,205 @@
+"""Adapters on disk: what is loaded is what was saved, in a small file that a crash does not damage."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from bounds import assert_within
+from hypothesis import given
+from hypothesis import strategies as st
+from models import references
+from roundtrip import (
+    PROPERTY,
+    ROTATIONS,
+    Net,
+    assert_computes,
+    assert_equal_state,
+    assert_same_outputs,
+    base_net,
+    cases,
+    injected,
+    outputs,
+    train_randomly,
+)
+from torch import nn
+
+import ssvd_kernels as sk
+from ssvd_kernels.utils import safetensors_io
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@PROPERTY
+@given(cases(), st.booleans())
+def test_saved_adapter_loads_into_a_fresh_base_bit_for_bit(case, save_bases):
+    base = base_net(case)
+    net = injected(case, base)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "a.safetensors"
+        sk.save_adapter(net, path, save_bases=save_bases)
+        fresh, present = copy.deepcopy(base), copy.deepcopy(base)
+        assert sk.load_adapter(fresh, path, progress=False) == list(sk.adapted_layers(net))
+        assert_same_outputs(fresh, net)
+        assert [p.requires_grad for p in fresh.parameters()] == [p.requires_grad for p in net.parameters()]
+        sk.inject(present, case.config, progress=False)
+        train_randomly(present, 99)
+        outputs(present)  # whatever was cached must go
+        sk.load_adapter(present, path, progress=False)
+        assert_same_outputs(present, net)
+        sk.save_adapter(present, path)
+        third = copy.deepcopy(base)
+        sk.load_adapter(third, path, progress=False)
+        assert_same_outputs(third, net)
+        sk.remove(third)
+        assert_equal_state(third, base.state_dict())
+
+
+def test_adapter_loads_with_another_thread_count(tmp_path):
+    config = sk.SSVDConfig(ratio=0.4)
+    base, before = Net(256, 320, 200), torch.get_num_threads()
+    nets = {}
+    try:
+        for threads in (2, 1):
+            torch.set_num_threads(threads)
+            nets[threads] = copy.deepcopy(base)
+            if threads == 2:
+                sk.inject(nets[threads], config, progress=False)
+                train_randomly(nets[threads], scale=0.5)
+                sk.save_adapter(nets[threads], tmp_path / "a.safetensors")
+            else:
+                sk.load_adapter(nets[threads], tmp_path / "a.safetensors", progress=False)
+    finally:
+        torch.set_num_threads(before)
+    for net in nets.values():
+        assert_computes(outputs(net), nets[2])
+
+
+@pytest.mark.parametrize("save_bases", [False, True])
+@pytest.mark.parametrize("into", ["base", "injected"])
+def test_loaded_model_does_not_depend_on_the_file_any_more(tmp_path, save_bases, into):
+    """The file may be memory-mapped while it is read; a parameter that stays mapped changes, or crashes, with it."""
+    net = Net(24, 40, 32)
+    fresh = copy.deepcopy(net)
+    sk.inject(net, sk.SSVDConfig(rank=10), progress=False)
+    train_randomly(net)
+    path = tmp_path / "a.safetensors"
+    sk.save_adapter(net, path, save_bases=save_bases)
+    if into == "injected":
+        sk.inject(fresh, sk.SSVDConfig(rank=10), progress=False)
+    sk.load_adapter(fresh, path, progress=False)
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert_same_outputs(fresh, net)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adapter_with_its_bases_loads_on_a_rounded_base(tmp_path, dtype):
+    base = Net(24, 40, 32)
+    net = copy.deepcopy(base)
+    sk.inject(net, sk.SSVDConfig(rank=10), progress=False)
+    train_randomly(net)
+    path = tmp_path / "a.safetensors"
+    sk.save_adapter(net, path, save_bases=True)
+    rounded = copy.deepcopy(base).to(dtype)
+    sk.load_adapter(rounded, path, progress=False)
+    for name, layer in sk.adapted_layers(rounded).items():
+        update = sk.adapted_layers(net)[name].core().detach()
+        assert torch.equal(layer.core().detach(), update)
+        assert layer.base_weight.dtype == dtype
+    (plain, _), (_, exact) = (references(model, lambda network: outputs(network)[0]) for model in (rounded, net))
+    assert_within(outputs(rounded)[0], plain, exact)
+    sk.save_adapter(net, path)
+    with pytest.raises(sk.AdapterError, match="save_bases=True"):
+        sk.load_adapter(copy.deepcopy(base).to(dtype), path, progress=False)
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def _deep(d_in: int, d_out: int) -> nn.Module:
+    """Three linear layers under names as long as a real model's: model.decoder.layers.0.encoder_attn.out_proj."""
+    layer = nn.ModuleDict({name: nn.Linear(d_in, d_out) for name in ("q_proj", "k_proj", "out_proj")})
+    net: nn.Module = nn.ModuleDict({"encoder_attn": layer})
+    for part in ("10", "layers", "decoder", "model"):
+        net = nn.ModuleDict({part: net})
+    return net
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+@pytest.mark.parametrize("side", ["input", "both"])
+@pytest.mark.parametrize("k", [153, 128, 127, 64, 16, 1])
+def test_adapter_file_size(tmp_path, k, side, rotation):
+    net = _deep(k + 5, k + 40)
+    report = sk.inject(net, sk.SSVDConfig(rank=k, side=side, rotation=rotation), progress=False)
+    train_randomly(net)
+    path = tmp_path / "a.safetensors"
+    sk.save_adapter(net, path)
+    trained, size = 4 * report.trainable, path.stat().st_size
+    assert size > trained
+    if k >= 128:
+        assert size <= 1.3 * trained
+    else:
+        assert size <= trained + 4096 * len(report.modules)
+
+
+def test_equal_adapters_are_equal_files(tmp_path):
+    files = set()
+    for index in range(8):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 7))
+        sk.inject(model, sk.SSVDConfig(rank=3), progress=False)
+        sk.save_adapter(model, tmp_path / f"{index}.safetensors")
+        files.add((tmp_path / f"{index}.safetensors").read_bytes())
+    assert len(files) == 1
+
+
+class Crash(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), Crash()])
+@pytest.mark.parametrize("when", ["writing", "replacing"])
+@pytest.mark.parametrize("existing", [True, False])
+def test_crash_while_saving_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, error, when, existing):
+    net = Net(8, 12, 10)
+    sk.inject(net, sk.SSVDConfig(rank=3), progress=False)
+    path = tmp_path / "a.safetensors"
+    if existing:
+        sk.save_adapter(net, path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    train_randomly(net)
+
+    def half_written(tensors, filename, metadata=None):
+        Path(filename).write_bytes(b"half of it")
+        raise error
+
+    def not_replaced(*args, **kwargs):
+        raise error
+
+    if when == "writing":
+        monkeypatch.setattr(safetensors_io, "save_file", half_written)
+    else:
+        monkeypatch.setattr(safetensors_io.os, "replace", not_replaced)
+    with pytest.raises(type(error)):
+        sk.save_adapter(net, path)
+    monkeypatch.undo()
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    sk.save_adapter(net, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_compiled_model_saves_and_loads_under_its_own_names(tmp_path):
+    """torch.compile's wrapper puts a name before every other; an adapter does not have it."""
+    net, base = Net(8, 12, 10), Net(8, 12, 10)
+    base.load_state_dict(net.state_dict())
+    sk.inject(net, sk.SSVDConfig(rank=3), progress=False)
+    train_randomly(net)
+    sk.save_adapter(torch.compile(net), tmp_path / "a.safetensors")
+    assert sk.load_adapter(torch.compile(base), tmp_path / "a.safetensors", progress=False) == list(
+        sk.adapted_layers(net)
+    )
+    assert_same_outputs(base, net)

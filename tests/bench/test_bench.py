@@ -1,0 +1,339 @@
+"""The benchmark's own promises: its gate, its rows, interruption and resumption."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import ssvd_kernels as sk
+from bench import cases, run
+from bench.harness import BACKWARD, FORWARD, ROUNDS, WHOLE, Case, Passes, Version, gate, relative_error
+from bench.layers import Factors, Problem, ssvd_layer
+from bench.records import CASE, COLUMNS, Table, latest, of_each, read_rows
+from bench.versions import leaf
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread):
+    """The shapes are tiny."""
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return read_rows(path)
+
+
+def bench(path: Path, *options: str) -> int:
+    return run.main(["--quick", "--device", "cpu", "--out", str(path), *options])
+
+
+def only(monkeypatch: pytest.MonkeyPatch, *planned: Case) -> None:
+    monkeypatch.setattr(cases, "table", lambda device, quick: list(planned))
+
+
+TINY = (24, 32, 48, 8)
+PLAIN = {"frozen linear", "full fine-tuning", "naive", "rebuilt weight", "ssvd"}
+OTHERS = {"LoRA r16", "LoRA r32", "OFT", "PSOFT"}
+
+
+def test_a_quick_run_measures_every_version_of_every_operation(tmp_path, capsys):
+    assert bench(tmp_path / "new" / "cpu.csv") == 0
+    rows = rows_of(tmp_path / "new" / "cpu.csv")
+    timed = [row for row in rows if not row["note"]]
+    lines = of_each(timed, ("operation", "model", "version", "backend", "mode", "pass"))
+    assert all(len(group) == ROUNDS for group in lines.values())
+    absent = {row["version"] for row in rows if row["note"].startswith("not run: ")}
+    assert absent <= OTHERS and all(row["note"] == "" or row["version"] in absent for row in rows)
+    for operation, versions in {
+        "linear": PLAIN - {"rebuilt weight"},
+        "layer": PLAIN | OTHERS,
+        "cayley": {"linalg.solve", "parametrizations.orthogonal", "ssvd"},
+        "accumulate": PLAIN,
+        "model": PLAIN | OTHERS,
+        "extras": {"frozen linear", "naive", "ssvd"},
+        "decode": {"frozen linear", "naive", "ssvd"},
+        "inject": {"ssvd", "svd float32", "svd float64", "PSOFT", "LoRA r16"},
+    }.items():
+        mine = [row for row in timed if row["operation"] == operation]
+        assert {row["version"] for row in mine} == versions - absent, operation
+    modes = {(row["operation"], row["version"], row["backend"], row["mode"].partition(" ")[0]) for row in timed}
+    assert {("linear", "ssvd", "reference", mode) for mode in ("composed", "factored")} <= modes
+    assert {("layer", "ssvd", "auto", mode) for mode in ("auto", "composed", "factored")} <= modes
+    for row in timed:
+        assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+        assert float(row["error"]) <= float(row["error_bound"])
+        assert int(row["threads"]) == torch.get_num_threads() and row["commit"]
+        whole = row["pass"] in ("forward+backward", "step")
+        assert not whole or (float(row["flops"]) > 0 and float(row["floor_ms"]) > 0)
+        memory = row["operation"] in ("linear", "layer", "model", "extras")
+        assert all(bool(row[name]) == memory for name in ("saved_bytes", "input_bytes")), row
+        assert bool(row["static_bytes"]) == (memory or row["operation"] == "decode")
+    assert {row["over_baseline"] for row in timed if row["version"] == row["baseline"]} == {"1"}
+    assert [row["last"] for row in rows].count("1") == len(of_each(rows, CASE))
+    table = (tmp_path / "new" / "cpu.md").read_text()
+    assert table in capsys.readouterr().out
+    assert all(f"## {name}" in table for name in cases.OPERATIONS if name != "whisper")  # which needs its data
+
+
+def test_the_passes_of_a_layer_are_timed_together_and_apart(tmp_path, monkeypatch):
+    case = cases.layer_case(torch.float32, *TINY)
+    frozen_first = replace(case, build=lambda device: case.build(device)[:1])
+    only(monkeypatch, frozen_first)
+    assert bench(tmp_path / "a.csv") == 0
+    rows = rows_of(tmp_path / "a.csv")
+    assert [row["pass"] for row in rows] == [p for p in (WHOLE, FORWARD, BACKWARD) for _ in range(ROUNDS)]
+    assert [bool(row["floor_ms"]) for row in rows] == [True] * ROUNDS + [False] * 2 * ROUNDS
+
+
+def test_what_a_layer_keeps_is_dropped_before_every_forward():
+    f = Factors.draw(torch.float32, 32, 48, 8, CPU)
+    begun = []
+    version = next(v for v in cases.layer_case(torch.float32, *TINY).build(CPU) if v.name == "ssvd")
+    assert isinstance(version.run, Passes) and version.run.begin.__func__ is type(ssvd_layer(f)).train
+    counted = replace(version.run, begin=lambda: begun.append(1))
+    counted(), counted.only_forward(), counted.of_input(counted.leaves[0])
+    backward = counted.only_backward()
+    backward(), backward()
+    assert len(begun) == 4
+
+
+def test_rows_are_appended_to_those_of_an_earlier_run(tmp_path, monkeypatch):
+    only(monkeypatch, cases.cayley_case(1, 4))
+    path = tmp_path / "a.csv"
+    assert bench(path) == 0
+    first = path.read_bytes()
+    assert bench(path) == 0
+    assert path.read_bytes().startswith(first) and len(rows_of(path)) == 2 * first.count(b"\n") - 2
+
+
+def test_a_file_with_other_columns_is_refused_and_stays(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit) as stopped:
+        bench(path)
+    assert stopped.value.code == 2 and "other columns" in capsys.readouterr().err
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_a_wrong_version_is_refused_and_reports_no_speed(tmp_path, monkeypatch, capsys):
+    case = cases.linear_case(torch.float32, *TINY)
+
+    def no_kernel(y, dx, dcore):
+        raise RuntimeError("no such kernel")
+
+    defects = {
+        "scaled": lambda y, dx, dcore: (y * (1 + 1e-5), dx, dcore),
+        "nan": lambda y, dx, dcore: (y.index_fill(0, torch.tensor([3]), float("nan")), dx, dcore),
+        "nan gradient": lambda y, dx, dcore: (y, dx, dcore.index_fill(0, torch.tensor([3]), float("nan"))),
+        "shape": lambda y, dx, dcore: (y, dx, dcore[None]),
+        "count": lambda y, dx, dcore: (y, dx),
+        "wrong gradient": lambda y, dx, dcore: (y, dx, dcore.mT.contiguous()),
+        "raises": no_kernel,
+    }
+
+    def build(device: torch.device) -> list[Version]:
+        *good, last = case.build(device)
+        wrong = [replace(last, name=name, run=lambda f=f: f(*last.run())) for name, f in defects.items()]
+        return [good[0], last, *wrong]
+
+    only(monkeypatch, replace(case, build=build))
+    assert bench(tmp_path / "a.csv") == 1
+    rows = rows_of(tmp_path / "a.csv")
+    refused = [row for row in rows if row["note"]]
+    assert [row["version"] for row in refused] == list(defects)
+    for row in refused:
+        assert row["note"].startswith("refused: ")
+        assert not any(row[name] for name in ("p20_ms", "p50_ms", "p80_ms", "over_floor", "over_baseline"))
+    assert [row["version"] for row in rows if row["p50_ms"]] == ROUNDS * ["frozen linear", "ssvd"]
+    assert "## Refused" in capsys.readouterr().out
+
+
+def test_the_gate_bounds_each_result_on_its_own():
+    exact, bounds = [torch.ones(64, dtype=torch.float64), torch.ones(8, dtype=torch.float64)], [1e-6, 1e-3]
+    assert gate([torch.ones(64), torch.full((8,), 1.0005)], exact, bounds)[2]
+    error, bound, good = gate([torch.full((64,), 1.0005), torch.ones(8)], exact, bounds)
+    assert not good and bound == 1e-6 and error == pytest.approx(5e-4, rel=1e-3)  # float32's 1.0005 is off by 6e-8
+    assert relative_error(torch.tensor([float("inf")]), torch.ones(1, dtype=torch.float64)) == float("inf")
+
+
+def test_the_gate_runs_with_nan_in_memory_that_nobody_wrote(tmp_path, monkeypatch):
+    def unwritten() -> tuple[torch.Tensor, ...]:
+        return (torch.empty(64).isnan().float(),)
+
+    version = Version("unwritten", unwritten, [torch.zeros(64, dtype=torch.float64)], [1e-6])
+    only(monkeypatch, Case("linear", torch.float32, lambda device: [version], "unwritten", T=1))
+    torch.use_deterministic_algorithms(False)  # not the suite's poison but the benchmark's own
+    assert bench(tmp_path / "a.csv") == 1
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("wrong", [FORWARD, BACKWARD])
+def test_a_pass_that_is_wrong_on_its_own_is_refused(tmp_path, monkeypatch, wrong):
+    calls = []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)  # the first call is the gate's of the whole; the next one is the first pass apart
+        return x * (2 if len(calls) == 1 or wrong == BACKWARD else 3)
+
+    x, dy = torch.ones(4, requires_grad=True), torch.ones(4)
+    passes = Passes(forward, [x], dy)
+    if wrong == BACKWARD:
+        monkeypatch.setattr(Passes, "only_backward", lambda self: lambda: (torch.zeros(4),))
+    exact = [torch.full((4,), 2.0, dtype=torch.float64)] * 2
+    case = Case("layer", torch.float32, lambda device: [Version("v", passes, exact, [1e-6] * 2)], "v", passes=(wrong,))
+    calls += [1] if wrong == FORWARD else []
+    only(monkeypatch, case)
+    assert bench(tmp_path / "a.csv") == 1
+    (row,) = rows_of(tmp_path / "a.csv")
+    assert row["pass"] == wrong and row["note"] == "refused: wrong result" and not row["p50_ms"]
+
+
+def test_a_peer_that_is_not_there_is_named_and_refuses_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    only(monkeypatch, cases.layer_case(torch.float32, *TINY), cases.inject_case(16, 16, 4))
+    assert bench(tmp_path / "a.csv") == 0
+    notes = [(row["operation"], row["version"]) for row in rows_of(tmp_path / "a.csv") if row["note"]]
+    assert sorted(notes) == [*(("inject", n) for n in ("LoRA r16", "PSOFT")), *(("layer", n) for n in sorted(OTHERS))]
+    assert "## Not run" in (text := capsys.readouterr().out) and "## Refused" not in text
+
+
+def interrupt(device: torch.device) -> list[Version]:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_keeps_what_it_measured(tmp_path, monkeypatch):
+    first, second = cases.cayley_case(2, 8), cases.linear_case(torch.float32, *TINY)
+    only(monkeypatch, first, replace(second, build=interrupt))
+    path = tmp_path / "a.csv"
+    assert bench(path) == 130
+    assert {row["operation"] for row in rows_of(path)} == {"cayley"}
+    assert f"## Not measured\n\n- {second}" in path.with_suffix(".md").read_text()
+
+
+def test_a_case_cut_in_two_keeps_its_rows_and_is_not_complete(tmp_path, monkeypatch):
+    case = cases.layer_case(torch.float32, *TINY)
+
+    def build(device: torch.device) -> list[Version]:
+        first = case.build(device)[0]
+        assert isinstance(first.run, Passes)
+        return [replace(first, run=replace(first.run, begin=stop))]
+
+    def stop() -> None:
+        frames = {frame.name for frame in traceback.extract_stack()}
+        if "only_backward" in frames:
+            raise KeyboardInterrupt
+
+    only(monkeypatch, replace(case, build=build))
+    path = tmp_path / "a.csv"
+    assert bench(path) == 130
+    rows = rows_of(path)
+    assert [row["pass"] for row in rows] == [WHOLE] * ROUNDS + [FORWARD] * ROUNDS
+    assert not any(row["last"] for row in rows)
+    only(monkeypatch, replace(case, build=lambda device: case.build(device)[:1]))
+    assert bench(path, "--resume") == 0
+    assert [row["last"] for row in rows_of(path)][-1] == "1" and len(rows_of(path)) == 5 * ROUNDS
+    assert f"- {case}" not in path.with_suffix(".md").read_text()
+
+
+def test_resuming_skips_what_is_complete_and_says_at_which_commit(tmp_path, monkeypatch, capsys):
+    first, second = cases.cayley_case(1, 4), cases.cayley_case(2, 4)
+    path = tmp_path / "a.csv"
+    only(monkeypatch, first, replace(second, build=interrupt))
+    assert bench(path) == 130
+    before = rows_of(path)
+    only(monkeypatch, replace(first, build=interrupt), second)
+    assert bench(path, "--resume") == 0
+    assert f"skipped, measured at commit {before[0]['commit']}: {first}" in capsys.readouterr().out
+    after = rows_of(path)
+    assert after[: len(before)] == before and {row["batch"] for row in after[len(before) :]} == {"2"}
+    text = path.with_suffix(".md").read_text()
+    assert "k=4 batch=1" in text and "k=4 batch=2" in text and "Not measured" not in text
+
+
+def test_the_table_shows_the_latest_run_of_each_case_and_can_be_made_again(tmp_path, monkeypatch):
+    path = tmp_path / "a.csv"
+    only(monkeypatch, cases.cayley_case(1, 4))
+    assert bench(path) == 0
+    rows = rows_of(path)
+    table = Table(path)
+    for row in rows:
+        table.append({**row, "run": "9999", "commit": "later", "p50_ms": "123.456"})
+    assert {row["commit"] for row in latest(rows_of(path))} == {"later"}
+    for row in rows:  # of a still later run that did not complete the case
+        table.append({**row, "run": "99999", "commit": "cut", "last": ""})
+    table.append({**rows[0], "batch": "7", "commit": "other"})
+    assert run.main(["--table", str(path)]) == 0
+    text = path.with_suffix(".md").read_text()
+    assert "123.5" in text and "cut" not in text and "| commit |" in text and "| other |" in text
+
+
+def test_operations_can_be_chosen_and_listed(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    assert bench(path, "--only", "cayley,linear", "--list") == 0
+    listed = capsys.readouterr().out.split("\n")
+    assert [line.split()[0] for line in listed if line] == ["linear", "cayley"] and not path.exists()
+    assert bench(path, "--only", "cayley") == 0
+    assert {row["operation"] for row in rows_of(path)} == {"cayley"}
+    for arguments, message in (
+        (["--only", "cayly"], "allowed are layer, linear"),
+        (["--table", "none.csv"], "none.csv"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            bench(path, *arguments)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_no_case_is_begun_after_the_limit(tmp_path, capsys):
+    assert bench(tmp_path / "a.csv", "--limit-seconds", "0") == 0
+    assert rows_of(tmp_path / "a.csv") == []
+    assert capsys.readouterr().out.count("\n- ") == len(cases.table(CPU, quick=True))
+
+
+def test_rows_survive_a_killed_process(tmp_path):
+    path = tmp_path / "a.csv"
+    code = f"import os, pathlib; from bench.records import *; t = Table(pathlib.Path({str(path)!r}))\n"
+    code += "t.append(dict.fromkeys(COLUMNS, 'a,b')); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 9
+    assert [row["note"] for row in rows_of(path)] == ["a,b"]
+    Table(path).append(dict.fromkeys(COLUMNS, 2))
+    assert len(rows_of(path)) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_refused_clearly_where_there_is_none(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run.main(["--device", "cuda", "--out", str(tmp_path / "a.csv")])
+    assert stopped.value.code == 2 and "no CUDA device is visible" in capsys.readouterr().err
+    assert not (tmp_path / "a.csv").exists()
+
+
+# -- timings by pytest-benchmark -----------------------------------------------------------------------------------
+
+
+def test_layer_passes(benchmark):
+    x, dy, f = Problem.draw(torch.float32, 128, 256, 256, 102, CPU)
+    layer, x = ssvd_layer(f), leaf(x)
+    leaves = (x, layer.theta, layer.delta_sigma)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        layer.train()  # as a changed parameter would, it drops what the layer keeps
+        return torch.autograd.grad(layer(x), leaves, dy)
+
+    dx, dtheta, ddelta = benchmark.pedantic(step, rounds=20, warmup_rounds=2)
+    assert dx.isfinite().all() and dtheta.shape == layer.theta.shape and ddelta.shape == (102,)
+
+
+def test_cayley_passes(benchmark):
+    theta, dE = leaf(torch.randn(4, 128 * 127 // 2) / 128), torch.randn(4, 128, 128)
+    (dtheta,) = benchmark.pedantic(
+        lambda: torch.autograd.grad(sk.cayley_delta(theta, 128), theta, dE), rounds=20, warmup_rounds=2
+    )
+    assert dtheta.isfinite().all() and dtheta.shape == theta.shape

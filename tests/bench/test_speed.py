@@ -1,0 +1,156 @@
+"""Ratios that a regression of two would break and noise does not: the least time of interleaved runs on each side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ssvd_kernels as sk
+from ssvd_kernels.ops import dispatch, reference
+
+D, K = 768, 306
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it() -> Iterator[None]:
+    """Without NaN in uninitialised memory."""
+    torch.use_deterministic_algorithms(False)
+    yield
+
+
+def times_faster(ours: Callable[[], object], theirs: Callable[[], object], repeats: int = 12) -> float:
+    """Least time of `theirs` over least time of `ours`, taking turns."""
+    runs, best = (ours, theirs), [float("inf")] * 2
+    for repeat in range(repeats + 1):
+        for index, run in enumerate(runs):
+            start = time.perf_counter()
+            run()
+            if repeat:
+                best[index] = min(best[index], time.perf_counter() - start)
+    return best[1] / best[0]
+
+
+def solved(theta: Tensor, k: int) -> Tensor:
+    K = reference.skew(theta, k)
+    return -2 * torch.linalg.solve(torch.eye(k) + K, K)
+
+
+@pytest.mark.parametrize(("batch", "k", "least"), [(4, 153, 2.0), (4, 256, 1.9), (2, 409, 1.5), (1, 512, 1.3)])
+def test_the_compiled_cayley_beats_a_loop_of_solves(batch, k, least):
+    if reason := dispatch.refusals("cayley", torch.device("cpu"), torch.float32)["ext"]:
+        pytest.skip(reason)
+    theta = (torch.randn(batch, k * (k - 1) // 2) * 0.15 / k**0.5).requires_grad_()
+    dE = torch.randn(batch, k, k)
+
+    def ours() -> object:
+        return torch.autograd.grad(sk.cayley_delta(theta, k), theta, dE)
+
+    def theirs() -> object:
+        return torch.autograd.grad(torch.stack([solved(row, k) for row in theta]), theta, dE)
+
+    assert times_faster(ours, theirs) >= least
+
+
+class Rebuilt(nn.Module):
+    """The layer that composes its whole weight from full-rank factors inside autograd."""
+
+    def __init__(self, layer: sk.SSVDLinear) -> None:
+        super().__init__()
+        U, sigma, Vt = torch.linalg.svd(layer.base_weight.detach().double())
+        signs = torch.cat([(U[:, :K] * layer.U).sum(0).sign(), torch.ones(len(sigma) - K)])  # the layer's own
+        self.factors = ((U * signs).float(), sigma.float(), (signs[:, None] * Vt).float())
+        self.bias = layer.bias
+        self.theta = nn.Parameter(layer.theta.detach().clone())
+        self.delta_sigma = nn.Parameter(layer.delta_sigma.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        U, sigma, Vt = self.factors
+        rest = len(sigma) - K
+        G = nn.functional.pad(solved(self.theta, K), (0, rest, 0, rest)) + torch.eye(len(sigma))
+        scale = sigma + nn.functional.pad(self.delta_sigma, (0, rest))
+        return nn.functional.linear(x, (U * scale) @ (G @ Vt), self.bias)
+
+
+@pytest.fixture(scope="module")
+def layers() -> tuple[sk.SSVDLinear, Rebuilt]:
+    torch.manual_seed(0)
+    layer = sk.SSVDLinear.from_linear(nn.Linear(D, D), sk.SSVDConfig(rank=K))
+    with torch.no_grad():
+        layer.theta.normal_(0, 0.15 / K**0.5)
+    return layer, Rebuilt(layer)
+
+
+def both_passes(layer: nn.Module, x: Tensor) -> Callable[[], object]:
+    def run() -> object:
+        layer.train()  # as after an optimizer step: nothing kept
+        y = layer(x)
+        return torch.autograd.grad(y, [x, layer.theta, layer.delta_sigma], torch.ones_like(y))
+
+    return run
+
+
+@pytest.mark.parametrize(("T", "least"), [(64, 3.2), (1024, 1.3), (3072, 1.0)])
+def test_the_layer_beats_one_that_rebuilds_its_weight(layers, T, least):
+    layer, rebuilt = layers
+    x = torch.randn(T, D, requires_grad=True)
+    torch.testing.assert_close(layer(x), rebuilt(x), rtol=1e-4, atol=1e-4)
+    assert times_faster(both_passes(layer, x), both_passes(rebuilt, x)) >= least
+
+
+def test_the_layer_costs_little_more_than_full_fine_tuning_at_many_tokens(layers):
+    layer, x = layers[0], torch.randn(3072, D, requires_grad=True)
+    full = nn.Linear(D, D)
+
+    def theirs() -> object:
+        y = full(x)
+        return torch.autograd.grad(y, [x, *full.parameters()], torch.ones_like(y))
+
+    assert times_faster(both_passes(layer, x), theirs) >= 1 / 1.6
+
+
+@pytest.mark.parametrize("T", [64, 1024])
+def test_the_chosen_mode_is_not_much_slower_than_the_other(layers, T):
+    layer, x = layers[0], torch.randn(T, D, requires_grad=True)
+    run = both_passes(layer, x)
+
+    def forced(mode: str) -> Callable[[], object]:
+        def run_forced() -> object:
+            layer.mode = mode
+            return run()
+
+        return run_forced
+
+    try:
+        for mode in ("composed", "factored"):
+            assert times_faster(forced("auto"), forced(mode)) >= 0.75
+    finally:
+        layer.mode = "auto"
+
+
+def test_gradient_accumulation_composes_once(layers):
+    """Four micro-batches cost less than four steps: the rotation is not shared by a lone layer, W' is."""
+    layer, x = layers[0], torch.randn(256, D, requires_grad=True)
+    layer.mode = "composed"
+
+    def micro_batch() -> None:
+        y = layer(x)
+        torch.autograd.grad(y, [x, layer.theta, layer.delta_sigma], torch.ones_like(y))
+
+    def accumulated() -> None:
+        layer.train()
+        for _ in range(4):
+            micro_batch()
+
+    def separate() -> None:
+        for _ in range(4):
+            layer.train()
+            micro_batch()
+
+    try:
+        assert times_faster(accumulated, separate) >= 1.1
+    finally:
+        layer.mode = "auto"

@@ -1,0 +1,377 @@
+"""The command line: what it prints, what it writes, its exit status, and one line for a user's mistake."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bounds import assert_within
+from cases import relative_error
+from models import inject, references, train_randomly
+from plain import effective
+from safetensors.torch import save_file
+
+import ssvd_kernels as sk
+from ssvd_kernels import __main__
+from ssvd_kernels.ops import dispatch, extension, reference
+
+COMMANDS = ["convert", "info", "inspect", "merge", "plan", "selftest"]
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a command in this process."""
+    capsys.readouterr()
+    try:
+        status = __main__.main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # argparse
+        status = int(stop.code or 0)
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return status, captured.out, captured.err
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ)
+
+
+# -- help and info -----------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command_and_exit_status(capsys):
+    status, out, _ = call(capsys, "--help")
+    (action,) = (a for a in __main__.parser()._actions if isinstance(a, argparse._SubParsersAction))
+    assert status == 0 and sorted(action.choices) == COMMANDS
+    assert all(f"\n    {name}" in out for name in COMMANDS) and "Exit status: 0 done; 1 a check failed" in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(capsys, command):
+    status, out, _ = call(capsys, command, "--help")
+    assert status == 0 and f"python -m ssvd_kernels {command}" in out
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["info", "--nonsense"], ["inspect"], ["merge", "a", "b"]])
+def test_usage_errors(capsys, arguments):
+    status, out, err = call(capsys, *arguments)
+    assert status == 2 and not out and err.startswith("usage: python -m ssvd_kernels")
+
+
+def test_info_and_help_without_torch():
+    code = "import sys; sys.modules['torch'] = None\nfrom ssvd_kernels.__main__ import main\nsys.exit(main({}))"
+    for arguments in (["info"], ["--help"], ["merge", "--help"], ["plan", "--help"]):
+        done = python(code.format(arguments))
+        assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
+    done = python(code.format(["selftest"]))
+    assert done.returncode == 2 and not done.stdout and done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1 and "torch" in done.stderr
+
+
+def test_info(capsys):
+    status, out, _ = call(capsys, "info")
+    assert status == 0 and f"torch        {torch.__version__}" in out and "SSVD_BACKEND" in out
+
+
+# -- selftest ----------------------------------------------------------------------------------------------------------
+
+
+def test_selftest_passes_here(capsys):
+    status, out, _ = call(capsys, "selftest", "--device", "cpu")
+    lines = out.splitlines()
+    passed = [line for line in lines if line.startswith("ok ")]
+    assert status == 0 and f"all {len(passed)} checks passed" in lines[-1]
+    backends = ["reference", *(["ext"] if extension.available() else [])]
+    names = [f"cayley k=153, {dtype}, {backend}, cpu" for dtype in ("float32", "float64") for backend in backends]
+    names += [f"linear {mode}, {dtype}, reference, cpu" for mode in ("composed", "factored")
+              for dtype in ("float32", "float64", "float16", "bfloat16")]  # fmt: skip
+    names += ["an adapter comes back from disk, cpu", "merged equals unmerged, cpu"]
+    for name in names:
+        (line,) = (line for line in passed if f"  {name}: error " in line)
+        assert ", allowed " in line
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "replace", "fails"),
+    [
+        (dispatch, "cayley_delta_backward", lambda was: lambda *a: -was(*a), "cayley k=64, float32, reference, cpu"),
+        (reference, "compose_ref", lambda was: lambda weight, *args: weight, "merged equals unmerged, cpu"),
+        (reference, "ssvd_linear_ref", lambda was: lambda *args: 1 / 0, "linear factored, float32, reference, cpu"),
+        (reference, "core_ref", lambda was: lambda *args: was(*args) + 1e-3, "an untrained model equals its base, cpu"),
+    ],
+    ids=["gradient", "compose", "raises", "core"],
+)
+def test_selftest_finds_what_is_broken(capsys, monkeypatch, module, name, replace, fails):
+    monkeypatch.setattr(module, name, replace(getattr(module, name)))
+    status, out, _ = call(capsys, "selftest", "--device", "cpu")
+    failed = [line for line in out.splitlines() if line.startswith("FAIL")]
+    assert status == 1 and any(line.startswith(f"FAIL  {fails}: ") for line in failed), out
+    assert out.splitlines()[-1].startswith(f"{len(failed)} of ")
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta:"])
+def test_selftest_on_a_device_that_is_not_here(capsys, device):
+    status, _, err = call(capsys, "selftest", "--device", device)
+    assert status == 2 and err.startswith(f"error: --device {device}: cannot be used here (")
+
+
+@pytest.mark.gpu
+def test_selftest_passes_on_the_gpu(capsys):
+    status, out, _ = call(capsys, "selftest")
+    assert status == 0 and "linear factored, bfloat16, triton, cuda" in out
+
+
+# -- merge and inspect, on a tiny Whisper ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> SimpleNamespace:
+    """A base model's folder with tokenizer, another base model, adapters, and the adapted model itself."""
+    transformers = pytest.importorskip("transformers")
+    import asr_tiny
+
+    folder = tmp_path_factory.mktemp("cli")
+    tokenizer = asr_tiny.tiny_tokenizer()
+    model = asr_tiny.tiny_model(tokenizer)
+    end = "<|endoftext|>"
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end, unk_token=end
+    )
+    for part in (model, fast):
+        part.save_pretrained(folder / "base")
+    shutil.copytree(folder / "base", folder / "other")
+    with torch.no_grad():
+        model.model.encoder.layers[0].fc1.weight[0, 0] += 1
+    model.save_pretrained(folder / "other")
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(folder / "base").eval()
+    inject(model, targets="whisper", side="both", rank_out=3)
+    train_randomly(model)
+    sk.save_adapter(model, folder / "adapter.safetensors")
+    sk.save_adapter(model, folder / "bases.safetensors", save_bases=True)
+    return SimpleNamespace(folder=folder, model=model, base=folder / "base", adapter=folder / "adapter.safetensors")
+
+
+def features(model) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {"input_features": torch.randn(2, model.config.num_mel_bins, 200, generator=generator),
+            "decoder_input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}  # fmt: skip
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(**features(model))[0]
+
+
+def test_merge_writes_a_transformers_folder(capsys, files, tmp_path):
+    from transformers import AutoTokenizer
+
+    status, out, _ = call(capsys, "merge", files.base, files.adapter, tmp_path / "merged")
+    assert status == 0 and out.strip() == f"wrote {tmp_path / 'merged'}"
+    fresh, found = type(files.model).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(found.values())
+    assert_within(logits(fresh), *references(files.model, logits))
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()["<|en|>"] > 0
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_merge_writes_a_lora_adapter(capsys, files, tmp_path, rank):
+    peft = pytest.importorskip("peft")
+    options = [] if rank is None else ["--rank", rank]
+    status, out, _ = call(capsys, "merge", files.base, files.adapter, tmp_path / "lora", "--lora", *options)
+    assert status == 0 and f"22 x rank {rank or 5}" in out and out.endswith(f"wrote {tmp_path / 'lora'}\n")
+    base = type(files.model).from_pretrained(files.base)
+    loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "lora"))
+    assert loaded.peft_config["default"].base_model_name_or_path == str(files.base)
+    plain, exact = references(files.model, logits)
+    if rank is None:
+        assert_within(logits(loaded), plain, exact)
+    else:
+        assert 1e-3 < relative_error(logits(loaded), exact) < 1
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_merge_writes_a_ctranslate2_folder(capsys, files, tmp_path, quantization):
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    options = [] if quantization is None else ["--quantization", quantization]
+    status, *_ = call(capsys, "merge", files.base, files.adapter, tmp_path / "ct2", "--ctranslate2", *options)
+    assert status == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"ct2"}
+    assert (tmp_path / "ct2" / "tokenizer.json").is_file()
+    model = ctranslate2.models.Whisper(str(tmp_path / "ct2"), device="cpu")
+    assert model.compute_type.startswith(quantization or "float32")
+
+
+def test_inspect_tells_what_the_file_holds(capsys, files):
+    status, out, _ = call(capsys, "inspect", files.adapter, "--json")
+    found = json.loads(out)
+    layers = sk.ssvd_layers(files.model)
+    assert status == 0 and found["bytes"] == files.adapter.stat().st_size and found["fits"] is None
+    assert [entry["name"] for entry in found["layers"]] == list(layers)
+    for entry in found["layers"]:
+        layer = layers[entry["name"]]
+        assert (entry["k"], entry["k_out"], entry["side"], entry["rotation"]) == (5, 3, "both", "cayley")
+        assert entry["shape"] == [layer.out_features, layer.in_features] and entry["dtype"] == "float32"
+        assert entry["trained"] == 10 + 3 + 5 and entry["fingerprint"] == layer.basis.fingerprint
+        Ks = [reference.skew(theta.detach().double(), k) for theta, k in ((layer.theta, 5), (layer.theta_out, 3))]
+        assert entry["turn"] == max(float(torch.linalg.matrix_norm(K, 2)) for K in Ks)
+        assert entry["shift"] == layer.delta_sigma.abs().max().item()
+        assert not entry["basis_stored"] and entry["relative_shift"] is entry["relative_update"] is None
+    status, out, _ = call(capsys, "inspect", files.adapter)
+    assert status == 0 and f"{len(layers)} layers, {18 * len(layers)} trained numbers in float32, bases of 0" in out
+    assert len(out.splitlines()) == len(layers) + 4 and all(name in out for name in layers)
+    assert "5+3" in out and "update" not in out
+
+
+def test_inspect_with_the_base_or_the_bases_tells_more(capsys, files):
+    for arguments in ([files.folder / "bases.safetensors"], [files.adapter, "--base", files.base]):
+        status, out, _ = call(capsys, "inspect", *arguments, "--json")
+        assert status == 0
+        changes = []
+        for entry in json.loads(out)["layers"]:
+            layer = sk.ssvd_layers(files.model)[entry["name"]]
+            expected = (layer.delta_sigma.double().abs() / layer.sigma.double()).max().item()
+            assert entry["relative_shift"] == expected
+            assert entry["basis_stored"] == (len(arguments) == 1)
+            if len(arguments) > 1:
+                W = layer.base_weight
+                plain, exact = ((Wp - W.to(Wp)).norm() / W.to(Wp).norm() for Wp in effective(W, layer))
+                changes.append((torch.tensor(entry["relative_update"]).double(), plain, exact))
+        if changes:
+            assert_within(*map(torch.stack, zip(*changes)))
+    status, out, _ = call(capsys, "inspect", *arguments)
+    assert status == 0 and f"fits the base model {files.base}" in out and "update" in out
+
+
+def test_inspect_svft_and_spectralft(capsys, tmp_path):
+    configs = [sk.SSVDConfig(rank=3, rotation="banded", band=1), sk.SpectralFTConfig(top=3, rank=2)]
+    found = []
+    for config in configs:
+        net = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        sk.inject(net, config, progress=False)
+        train_randomly(net)
+        sk.save_adapter(net, tmp_path / "a")
+        status, out, _ = call(capsys, "inspect", tmp_path / "a", "--json")
+        (entry,) = json.loads(out)["layers"]
+        assert status == 0 and entry["k"] == 3
+        found.append((net[0], entry, call(capsys, "inspect", tmp_path / "a")[1]))
+    (layer, entry, text), (_, other, other_text) = found
+    turn = torch.linalg.matrix_norm(reference.banded(layer.theta.detach().double(), 3, 1), 2)
+    assert entry["band"] == 1 and entry["trained"] == 3 + 4 and entry["turn"] == turn.item()
+    assert "band" in text and "banded" in text and "SpectralFT" not in text
+    assert (other["method"], other["low_rank"], other["trained"]) == ("SpectralFT", 2, 2 * (6 + 4 + 2 * 3))
+    assert other["turn"] is other["shift"] is other["rotation"] is None
+    assert "SpectralFT" in other_text and "||K||" not in other_text
+
+
+def test_inspect_a_free_rotation(capsys, files, tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    inject(net, rank=3, rotation="free")
+    train_randomly(net)
+    sk.save_adapter(net, tmp_path / "free.safetensors")
+    status, out, _ = call(capsys, "inspect", tmp_path / "free.safetensors", "--json")
+    (entry,) = json.loads(out)["layers"]
+    expected = float(torch.linalg.matrix_norm(net[0].theta.detach().double().view(3, 3), 2))
+    assert status == 0 and entry["trained"] == 12 and entry["turn"] == expected
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+def damaged(files: SimpleNamespace, folder: Path) -> Path:
+    path = folder / "damaged.safetensors"
+    path.write_bytes(files.adapter.read_bytes()[:-100])
+    return path
+
+
+def foreign(files: SimpleNamespace, folder: Path) -> Path:
+    save_file({"a": torch.zeros(2)}, folder / "foreign.safetensors")
+    return folder / "foreign.safetensors"
+
+
+def copied_base(files: SimpleNamespace, folder: Path) -> Path:
+    return Path(shutil.copytree(files.base, folder / "copy"))
+
+
+def without_weights(files: SimpleNamespace, folder: Path) -> Path:
+    base = copied_base(files, folder)
+    (base / "model.safetensors").unlink()
+    return base
+
+
+def with_damaged_weights(files: SimpleNamespace, folder: Path) -> Path:
+    base = copied_base(files, folder)
+    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:1000])
+    return base
+
+
+def with_too_few_weights(files: SimpleNamespace, folder: Path) -> Path:
+    base = copied_base(files, folder)
+    norms = {name: value for name, value in files.model.state_dict().items() if name.endswith("layer_norm.bias")}
+    save_file(norms, base / "model.safetensors", metadata={"format": "pt"})
+    return base
+
+
+def full_folder(files: SimpleNamespace, folder: Path) -> Path:
+    (folder / "full").mkdir()
+    (folder / "full" / "mine.txt").write_text("mine")
+    return folder / "full"
+
+
+@pytest.mark.parametrize(
+    ("changed", "options", "status", "message"),
+    [
+        ({"adapter": "nowhere.safetensors"}, [], 2, "no such adapter file"),
+        ({"adapter": damaged}, [], 1, "is damaged or no safetensors file"),
+        ({"adapter": foreign}, [], 1, "is not an adapter of ssvd_kernels"),
+        ({"base": "nowhere"}, [], 2, "is not the folder of a transformers model"),
+        ({"base": lambda files, folder: files.folder / "other"}, [], 1, "was trained on another base model"),
+        ({"base": without_weights}, [], 2, "model.safetensors"),
+        ({"base": with_damaged_weights}, [], 1, "are damaged"),
+        ({"base": with_too_few_weights}, [], 1, "has no weights for"),
+        ({"output": full_folder}, [], 2, "exists already: give a new or an empty folder"),
+        ({"output": lambda files, folder: folder / "no" / "out"}, [], 2, "does not exist"),
+        ({}, ["--rank", "4"], 2, "--rank 4: allowed is a number from 1 on, together with --lora"),
+        ({}, ["--lora", "--rank", "0"], 2, "--rank 0: allowed"),
+        ({}, ["--quantization", "int8"], 2, "--quantization int8: allowed together with --ctranslate2 only"),
+        ({}, ["--lora", "--ctranslate2"], 2, "not allowed with argument --lora"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_merge(capsys, files, tmp_path, changed, options, status, message):
+    arguments = {"base": files.base, "adapter": files.adapter, "output": tmp_path / "out"}
+    for name, value in changed.items():
+        arguments[name] = value(files, tmp_path) if callable(value) else tmp_path / value
+    before = sorted(tmp_path.rglob("*"))
+    found, out, err = call(capsys, "merge", *arguments.values(), *options)
+    assert (found, out) == (status, "") and message in err.splitlines()[-1]
+    assert sum("error: " in line for line in err.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("adapter", "base", "status", "message"),
+    [
+        ("nowhere.safetensors", None, 2, "no such adapter file"),
+        (damaged, None, 1, "is damaged or no safetensors file"),
+        (lambda files, folder: files.adapter, "other", 1, "was trained on another base model"),
+        (lambda files, folder: files.adapter, "nowhere", 2, "is not the folder of a transformers model"),
+    ],
+)
+def test_mistakes_in_inspect(capsys, files, tmp_path, adapter, base, status, message):
+    path = adapter(files, tmp_path) if callable(adapter) else tmp_path / adapter
+    options = [] if base is None else ["--base", files.folder / base]
+    found, out, err = call(capsys, "inspect", path, *options)
+    assert (found, out) == (status, "") and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_a_mistake_in_a_new_process(files, tmp_path):
+    """As a user meets it: `python -m`, no traceback, one line, the exit status."""
+    command = [sys.executable, "-m", "ssvd_kernels", "merge", files.base, files.adapter, files.base]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: folder=")

@@ -1,0 +1,322 @@
+"""The speech experiment: audio, corpus, obtaining data. `data` tests use the real speech and the real model."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from asr_tiny import manifest, pitch, tone, write_wav
+
+from experiments.asr import DemoError, fetch, speech
+from experiments.asr.audio import RATE, AudioError, duration, raise_voice, read_audio, telephone
+from experiments.asr.prompts import check_prompts, parse_prompts, usable
+from experiments.asr.recognizer import load_recognizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# -- audio -------------------------------------------------------------------------------------------------------------
+
+
+def test_child_voice_moves_pitch_and_keeps_duration() -> None:
+    for seconds in (0.7, 2.0, 9.5):
+        raised = raise_voice(tone(300, seconds), 1.6)
+        assert len(raised) == round(seconds * RATE)
+        assert pitch(raised) == pytest.approx(480, abs=3)
+        assert np.abs(raised).max() == pytest.approx(0.5, abs=0.1)
+
+
+def test_wav_is_resampled_to_16_khz(tmp_path: Path) -> None:
+    samples = read_audio(write_wav(tmp_path / "a.wav", tone(440, 1.5, 8000), 8000))
+    assert samples.dtype == np.float32
+    assert len(samples) == pytest.approx(1.5 * RATE, abs=32)
+    assert pitch(samples) == pytest.approx(440, abs=2)
+
+
+def share(samples: np.ndarray, low: float, high: float) -> float:
+    """The part of the energy between two frequencies."""
+    energy = np.abs(np.fft.rfft(samples)) ** 2
+    hertz = np.fft.rfftfreq(len(samples), 1 / RATE)
+    return float(energy[(hertz >= low) & (hertz < high)].sum() / energy.sum())
+
+
+def test_telephone_is_narrow_noisy_and_always_the_same() -> None:
+    chirp = np.random.default_rng(0).standard_normal(2 * RATE + 1).astype(np.float32) / 10  # an odd number of samples
+    heard = telephone(chirp, "a.wav")
+    assert heard.dtype == np.float32 and len(heard) == len(chirp)
+    assert share(chirp, 300, 3400) < 0.5 < 0.97 < share(heard, 280, 3600)
+    assert share(heard, 4000, 8000) < 1e-3
+    np.testing.assert_array_equal(heard, telephone(chirp, "a.wav"))
+    assert not np.array_equal(heard, telephone(chirp, "b.wav"))
+
+
+@pytest.mark.parametrize("snr", [0.0, 10.0])
+def test_telephone_noise_has_its_level_and_the_spectrum_of_the_speech(snr: float) -> None:
+    speech_like = tone(1000, 2) * np.hanning(2 * RATE).astype(np.float32)
+    line = telephone(speech_like, "a", snr=100.0)  # no noise: what the line does
+    noise = telephone(speech_like, "a", snr) - line
+    assert 10 * np.log10((line**2).sum() / (noise**2).sum()) == pytest.approx(snr, abs=0.5)
+    assert share(noise, 900, 1100) > 0.9
+
+
+def test_duration_is_read_without_decoding(tmp_path: Path) -> None:
+    assert duration(write_wav(tmp_path / "a.wav", tone(300, 1.25))) == 1.25
+    (tmp_path / "b.g722").write_bytes(bytes(12000))
+    assert duration(tmp_path / "b.g722") == len(read_audio(tmp_path / "b.g722")) / RATE == 1.5
+    with pytest.raises(AudioError, match=r"none.wav: there is no such audio file"):
+        duration(tmp_path / "none.wav")
+    (tmp_path / "text.wav").write_text("not audio at all")
+    with pytest.raises(AudioError, match=r"text.wav: cannot be opened as audio"):
+        duration(tmp_path / "text.wav")
+
+
+def test_bad_audio_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(AudioError, match=r"none.wav: there is no such audio file"):
+        read_audio(tmp_path / "none.wav")
+    (tmp_path / "text.wav").write_text("not audio at all")
+    with pytest.raises(AudioError, match=r"text.wav: cannot be decoded"):
+        read_audio(tmp_path / "text.wav")
+    with pytest.raises(AudioError, match=r"empty.wav: .*(0 samples|cannot be decoded)"):
+        read_audio(write_wav(tmp_path / "empty.wav", tone(440, 0)))
+
+
+# -- corpus ------------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_parsed_and_chosen() -> None:
+    lines = [
+        "; comment",
+        "",
+        "a/b:  Press  1: to go on...",
+        "beep: [a simple tone]",
+        "hi: Hello there.",
+        "key: press the #",
+    ]
+    text = "".join(f"{line}\n" for line in lines)
+    prompts = parse_prompts(text)
+    assert prompts["a/b"] == "Press 1: to go on"
+    assert [key for key, spoken in prompts.items() if usable(spoken)] == ["a/b"]
+    with pytest.raises(DemoError, match="no colon"):
+        parse_prompts("key without end\n")
+
+
+def test_changed_prompt_package_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("".join(f"k{i}: these are words {i}\n" for i in range(250)))
+    with pytest.raises(DemoError, match="250 of them without sound"):
+        check_prompts(tmp_path)
+
+
+def test_split_is_disjoint_stable_and_by_text() -> None:
+    texts = [f"This is sentence number {i}." for i in range(400)]
+    again = ["... " + text.upper().replace(".", "!") for text in texts]
+    clips = [speech.Clip(f"{i}", text, Path(f"{i}")) for i, text in enumerate(texts + again)]
+    training, test = speech.split(clips)
+    assert len(training) + len(test) == 800
+    assert not {speech.words(c.text) for c in training} & {speech.words(c.text) for c in test}
+    assert len(test) == pytest.approx(200, abs=50)
+    assert [speech.held_out(text) for text in texts[:8]] == EXPECTED_SIDES  # runs of other days keep the same split
+
+
+def test_a_larger_share_holds_out_more_of_the_same() -> None:
+    clips = [speech.Clip(f"{i}", f"This is sentence number {i}.", Path(f"{i}")) for i in range(400)]
+    rest, test = speech.split(clips)
+    training, both = speech.split(clips, 0.4)
+    assert {c.name for c in test} < {c.name for c in both} and {c.name for c in training} < {c.name for c in rest}
+    assert len(both) == pytest.approx(160, abs=30)
+
+
+EXPECTED_SIDES = [True, False, False, False, False, True, True, False]
+
+
+def test_manifest_is_read_as_it_is(tmp_path: Path) -> None:
+    write_wav(tmp_path / "a.wav", tone(300, 1))
+    line = {"audio": "a.wav", "text": "three short\u2028words"}
+    plain, raised = speech.read_manifest(manifest(tmp_path, line, {**line, "pitch": 1.6}))
+    assert (plain.text, plain.voice, plain.path) == (line["text"], 1.0, tmp_path / "a.wav")
+    data = speech.Speech([plain, raised], "test")
+    assert pitch(data.samples(0)) == pytest.approx(300, abs=2)
+    assert pitch(data.samples(1)) == pytest.approx(480, abs=3)
+    called = speech.Clip("call", line["text"], tmp_path / "a.wav", channel="telephone")
+    data = speech.Speech([plain, raised, called], "test")
+    speech.write_manifest(tmp_path / "again.jsonl", data.clips)
+    again = speech.Speech(speech.read_manifest(tmp_path / "again.jsonl"), "test")
+    assert again.fingerprint == data.fingerprint
+    assert not np.array_equal(data.samples(2), data.samples(0))
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ("", "m.jsonl:2: the line is empty"),
+        ("{'audio': 1}", "m.jsonl:2: not JSON"),
+        ('["a.wav", "words"]', 'm.jsonl:2: no text under the key "audio"'),
+        ({"audio": "a.wav"}, 'm.jsonl:2: no text under the key "text"'),
+        ({"audio": "a.wav", "text": " ... "}, "m.jsonl:2: the text ' ... ' holds no word"),
+        ({"audio": "b.wav", "text": "words"}, "m.jsonl:2: there is no audio file .*b.wav"),
+        ({"audio": "a.wav", "text": "words", "pitch": 9}, "m.jsonl:2: pitch = 9"),
+        ({"audio": "a.wav", "text": "words", "channel": "tin"}, "m.jsonl:2: channel = 'tin'; '', 'telephone' are"),
+    ],
+)
+def test_bad_manifest_lines_are_named(tmp_path: Path, second: object, message: str) -> None:
+    write_wav(tmp_path / "a.wav", tone(300, 1))
+    good = {"audio": "a.wav", "text": "three short words"}
+    with pytest.raises(DemoError, match=message):
+        speech.read_manifest(manifest(tmp_path, good, second, good))
+
+
+def test_bad_manifest_audio_is_named_with_its_line(tmp_path: Path) -> None:
+    write_wav(tmp_path / "a.wav", tone(300, 31))
+    (tmp_path / "b.wav").write_text("no sound")
+    for name, message in (("a.wav", "m.jsonl:1: .*31.0 s; at most 30 s"), ("b.wav", "m.jsonl:1: .*cannot be decoded")):
+        clips = speech.read_manifest(manifest(tmp_path, {"audio": name, "text": "three short words"}))
+        with pytest.raises(DemoError, match=message):
+            speech.Speech(clips, "test")
+
+
+def test_manifest_without_both_sides_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_wav(tmp_path / "a.wav", tone(300, 1))
+    path = manifest(tmp_path, {"audio": "a.wav", "text": "three short words"})
+    with pytest.raises(DemoError, match="give --eval-manifest"):
+        speech.from_manifest(path, None)
+    corpus = speech.from_manifest(path, path)
+    assert len(corpus.train) == len(corpus.test) == 1
+    assert "1 of the 1 texts" in capsys.readouterr().err
+    for content in ("", None):
+        path.write_text(content) if content is not None else path.unlink()
+        with pytest.raises(DemoError, match=r"m.jsonl: the manifest (is empty|cannot be read)"):
+            speech.read_manifest(path)
+
+
+def test_audio_beyond_the_cache_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speech, "CACHE_BYTES", 4 * RATE)
+    clips = [speech.Clip(str(i), f"text {i}", write_wav(tmp_path / f"{i}.wav", tone(200 + i, 1))) for i in range(3)]
+    data = speech.Speech(clips, "test")
+    (tmp_path / "0.wav").unlink()
+    assert pitch(data.samples(0)) == pytest.approx(200, abs=1)
+    assert pitch(data.samples(2)) == pytest.approx(202, abs=1)
+    assert len(speech.Speech(clips[1:], "test", drop_above=0.5)) == 0
+
+
+def test_what_is_made_of_a_recording_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, cache = write_wav(tmp_path / "a.wav", tone(300, 1)), tmp_path / "cache"
+    plain, raised = (speech.Clip("a", "text", path, voice, cache=cache) for voice in (1.0, 1.6))
+    called = speech.Clip("a", "text", path, channel="telephone", cache=cache)
+    made = [clip.read() for clip in (plain, raised, called)]
+    assert len(list(cache.iterdir())) == 3
+    monkeypatch.setattr(speech, "read_audio", lambda path: 1 / 0)
+    for clip, samples in zip((plain, raised, called), made, strict=True):
+        np.testing.assert_array_equal(clip.read(), samples)
+    monkeypatch.undo()
+    write_wav(path, tone(400, 1))  # another recording under the same name
+    assert pitch(plain.read()) == pytest.approx(400, abs=2) and len(list(cache.iterdir())) == 4
+    path.unlink()
+    with pytest.raises(AudioError, match="there is no such audio file"):
+        plain.read()
+
+
+# -- obtaining data ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    data = tmp_path / "data"
+    (data / "downloads").mkdir(parents=True)
+    file = data / "downloads" / "thing-1.whl"
+    with zipfile.ZipFile(file, "w") as wheel:
+        wheel.writestr("a.txt", "content")
+
+    def fill(files: list[Path], out: Path) -> None:
+        zipfile.ZipFile(files[0]).extractall(out)
+
+    def check(folder: Path) -> None:
+        if (folder / "a.txt").read_text() != "content":
+            raise DemoError("a.txt has changed")
+
+    def part(sha256: str, deb: bool) -> None:
+        package = fetch.Package("thing", "thing-1.whl", sha256, deb)
+        monkeypatch.setattr(fetch.Package, "pattern", property(lambda self: "thing*"))
+        monkeypatch.setattr(fetch, "PARTS", (fetch.Part("thing", (package,), fill, check),))
+
+    part(fetch.sha256_file(file), False)
+    return SimpleNamespace(data=data, file=file, part=part)
+
+
+def test_data_are_obtained_once_and_repaired(fake_part: SimpleNamespace) -> None:
+    data = fake_part.data
+    fetch.ensure(data, ("thing",))
+    assert (data / "thing/a.txt").read_text() == "content"
+    assert fetch.damage(data / "thing") is None
+    kept = fake_part.file.rename(data / "kept")
+    fetch.ensure(data, ("thing",))  # whole: needs no download
+    kept.rename(fake_part.file)
+    (data / "thing/a.txt").write_text("tampered")
+    assert "a.txt" in (fetch.damage(data / "thing") or "")
+    fetch.ensure(data, ("thing",))
+    assert (data / "thing/a.txt").read_text() == "content"
+    assert sorted(p.name for p in data.iterdir()) == ["downloads", "thing"]
+
+
+def test_changed_package_warns_or_fails(fake_part: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_part.part("0" * 64, deb=False)
+    with pytest.raises(DemoError, match="never changes, so it is damaged"):
+        fetch.ensure(fake_part.data, ("thing",))
+    assert not (fake_part.data / "thing").exists()
+    fake_part.part("0" * 64, deb=True)
+    fetch.ensure(fake_part.data, ("thing",))
+    warning = capsys.readouterr().err
+    assert "0" * 64 in warning and fetch.sha256_file(fake_part.file) in warning
+    with zipfile.ZipFile(fake_part.file, "w") as wheel:
+        wheel.writestr("a.txt", "other")
+    (fake_part.data / "thing/a.txt").unlink()
+    with pytest.raises(DemoError, match=r"a.txt has changed"):  # another revision with other contents
+        fetch.ensure(fake_part.data, ("thing",))
+
+
+def test_unobtainable_data_stop_with_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no apt-get, no dpkg-deb
+    with pytest.raises(DemoError) as raised:
+        fetch.ensure(tmp_path / "data", (fetch.ASTERISK,))
+    text = str(raised.value)
+    assert "apt-get is not on this machine" in text
+    assert "asterisk-core-sounds-en-g722_1.6.1-1_all.deb" in text and str(tmp_path / "data/downloads") in text
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+# -- the real thing ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    folder = fetch.default_data()
+    broken = [f"{name}: {why}" for name in (fetch.MODEL, fetch.ASTERISK, fetch.SPHINX)
+              if (why := fetch.damage(folder / name))]  # fmt: skip
+    if broken:
+        pytest.skip(f"no real data in {folder} ({'; '.join(broken)}); python -m experiments.asr.fetch obtains them")
+    return folder
+
+
+@pytest.mark.data
+def test_real_corpus(data: Path) -> None:
+    corpus = speech.built_in(data)
+    assert len(corpus.train) + len(corpus.test) >= 250
+    assert not {speech.words(c.text) for c in corpus.train} & {speech.words(c.text) for c in corpus.test}
+    assert {name: len(clips) for name, clips in corpus.source.items() if name != "prompts as recorded"} == {
+        "LibriVox reader": 5, "playing cards": 5}  # fmt: skip
+    assert all(clip.voice == 1.6 for clip in corpus.train + corpus.test)
+
+
+@pytest.mark.data
+def test_real_model_hears_real_speech(data: Path) -> None:
+    recognizer = load_recognizer(None, data, torch.device("cpu"))
+    assert sum(p.numel() for p in recognizer.model.parameters()) == 37_760_256
+    recognizer.set_window(10)
+    plain = [c for c in speech.source_speech(data)["prompts as recorded"] if c.name.startswith("agent-")][:2]
+    raised = [speech.Clip(c.name, c.text, c.path, 1.6) for c in plain]
+    heard = recognizer.transcribe(speech.Speech([*plain, *raised], "test"), "test")
+    assert heard[0] == "That agent is already logged on. Please enter your agent number followed by the pound key."
+    assert recognizer.score([c.text for c in plain], heard[:2]).wer < 0.15
+    assert heard[2:] != heard[:2]

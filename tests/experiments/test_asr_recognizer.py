@@ -1,0 +1,189 @@
+"""The speech experiment: the reader of CTranslate2 models, and the recognizer around a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from asr_tiny import logits, tone, tone_clips, write_ct2, write_ct2_folder
+from transformers import WhisperFeatureExtractor
+
+from experiments.asr import DemoError, speech
+from experiments.asr.recognizer import IGNORED, Recognizer, Score, load_recognizer
+from experiments.asr.whisper_ct2 import is_ct2_whisper, load_whisper_ct2, read_ct2
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def ct2_folder(tmp_path: Path) -> SimpleNamespace:
+    return write_ct2_folder(tmp_path)
+
+
+# -- the model reader --------------------------------------------------------------------------------------------------
+
+
+def test_reader_rebuilds_the_model(ct2_folder: SimpleNamespace) -> None:
+    assert is_ct2_whisper(ct2_folder.path)
+    model, tokenizer, extractor = load_whisper_ct2(ct2_folder.path)
+    assert torch.equal(logits(model), logits(ct2_folder.model))
+    assert tokenizer.decode(tokenizer.encode(" two words", add_special_tokens=False)) == " two words"
+    assert extractor.feature_size == 8
+    assert model.generation_config.suppress_tokens == [1]
+    assert model.config.decoder_attention_heads == 4
+
+
+def test_reader_widens_half_precision(ct2_folder: SimpleNamespace) -> None:
+    rounded = {n: a.astype(np.float16) if a.dtype == np.float32 else a for n, a in ct2_folder.variables.items()}
+    write_ct2(ct2_folder.path / "model.bin", rounded)
+    model, *_ = load_whisper_ct2(ct2_folder.path)
+    expected = ct2_folder.model.half().float()
+    assert torch.equal(logits(model), logits(expected))
+
+
+def _wrong(variables: dict[str, np.ndarray], how: str) -> dict[str, np.ndarray]:
+    if how == "extra":
+        return {**variables, "encoder/adapter/weight": np.zeros((2, 2), np.float32)}
+    if how == "missing":
+        return {n: a for n, a in variables.items() if n != "encoder/conv1/bias"}
+    if how == "quantised":
+        return {**variables, "encoder/conv1/weight": variables["encoder/conv1/weight"].astype(np.int8)}
+    bias = variables["encoder/layer_0/self_attention/linear_0/bias"].copy()
+    bias[20] = 1.0  # rows 16 to 31 are the keys'
+    return {**variables, "encoder/layer_0/self_attention/linear_0/bias": bias}
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("extra", "adapter/weight.*no place"), ("missing", "no variable encoder/conv1/bias"), ("quantised", "int8"),
+     ("key bias", "key bias")],
+)  # fmt: skip
+def test_reader_refuses_another_model(ct2_folder: SimpleNamespace, how: str, message: str) -> None:
+    write_ct2(ct2_folder.path / "model.bin", _wrong(ct2_folder.variables, how))
+    with pytest.raises(DemoError, match=message):
+        load_whisper_ct2(ct2_folder.path)
+
+
+def test_reader_refuses_damaged_files(ct2_folder: SimpleNamespace) -> None:
+    path = ct2_folder.path / "model.bin"
+    whole = path.read_bytes()
+    for cut in (2, 30, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(DemoError, match="truncated"):
+            read_ct2(path)
+    path.write_bytes(whole + b"x")
+    with pytest.raises(DemoError, match="goes on after its end"):
+        read_ct2(path)
+    write_ct2(path, ct2_folder.variables, version=5)
+    with pytest.raises(DemoError, match=r"format 5; only format 6"):
+        read_ct2(path)
+    write_ct2(path, ct2_folder.variables, spec="TransformerSpec")
+    assert not is_ct2_whisper(ct2_folder.path)
+    with pytest.raises(DemoError, match="TransformerSpec"):
+        load_whisper_ct2(ct2_folder.path)
+
+
+# -- recognizer --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(ct2_folder: SimpleNamespace) -> Recognizer:
+    return load_recognizer(str(ct2_folder.path), ct2_folder.path, torch.device("cpu"))
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> speech.Speech:
+    return tone_clips(tmp_path)
+
+
+def test_error_rates_after_the_normaliser(tiny: Recognizer) -> None:
+    same = tiny.score(["Mister Smith has two dogs, doesn't he?"], ["Mr. Smith has 2 dogs does not he"])
+    assert (same.errors, same.words, same.character_errors, same.utterances) == (0, 8, 0, 1)
+    score = tiny.score(["press any key", "good bye now"], ["press a key", "good now"])
+    assert score.per_utterance == [(1, 3, 2, 13), (1, 3, 4, 12)]
+    assert score.wer == 2 / 6 and score.cer == 6 / 25
+    assert tiny.score(["to exit the menu..."], ["to exit the menu\u2026"]) == Score([(0, 4, 0, 16)])
+    assert tiny.score(["two words"], [""]).wer == 1.0
+    with pytest.raises(DemoError, match="no reference text"):
+        tiny.score(["..."], ["word"])
+
+
+def test_an_english_model_hears_another_language(ct2_folder: SimpleNamespace) -> None:
+    french = load_recognizer(str(ct2_folder.path), ct2_folder.path, torch.device("cpu"), "fr")
+    ids = french.tokenizer.get_vocab()
+    assert french.prefix == [ids["<|startoftranscript|>"], ids["<|notimestamps|>"]]
+    assert french.score(["L\u2019été, c'est fini!"], ["l'été c est FINI"]).errors == 0
+    assert french.score(["Press one"], ["press 1"]).errors == 1  # English numbers are left alone
+
+
+def test_labels_count_text_and_end_only(tiny: Recognizer) -> None:
+    inputs, labels = tiny.labels(["ab", "a"])
+    vocabulary = tiny.tokenizer.get_vocab()
+    start, plain, end = (vocabulary[n] for n in ("<|startoftranscript|>", "<|notimestamps|>", "<|endoftext|>"))
+    space, a, b = (vocabulary[n] for n in ("Ġ", "a", "b"))
+    assert inputs.tolist() == [[start, plain, space, a, b], [start, plain, space, a, end]]
+    assert labels.tolist() == [[IGNORED, space, a, b, end], [IGNORED, space, a, end, IGNORED]]
+    with pytest.raises(DemoError, match="at most 64"):
+        tiny.labels(["a" * 80])
+
+
+def test_window_shortens_and_comes_back(tiny: Recognizer) -> None:
+    before = logits(tiny.model)
+    tiny.set_window(0.9)
+    assert tiny.window == 1
+    assert tiny.features([tone(300, 0.5)]).shape == (1, 8, 100)
+    tiny.set_window(2)
+    assert torch.equal(logits(tiny.model), before)
+    with pytest.raises(DemoError, match=r"window = 3 s: more than 0 and at most 2 s"):
+        tiny.set_window(3)
+
+
+def test_unknown_model_and_language_are_refused(ct2_folder: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(DemoError, match="neither a folder with a Whisper model"):
+        load_recognizer(str(tmp_path / "nothing"), tmp_path, torch.device("cpu"))
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(DemoError, match="of type bert; only whisper"):
+        load_recognizer(str(tmp_path / "bert"), tmp_path, torch.device("cpu"))
+    model, tokenizer, _ = load_whisper_ct2(ct2_folder.path)
+    model.generation_config.is_multilingual = True
+    with pytest.raises(DemoError, match=r"language = 'xx': .*no token <\|xx\|>"):
+        Recognizer(model, tokenizer, "tiny", torch.device("cpu"), "xx")
+
+
+def test_hugging_face_folder_loads_the_same(ct2_folder: SimpleNamespace, tiny: Recognizer, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    tiny.model.save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=8).save_pretrained(folder)
+    other = load_recognizer(str(folder), tmp_path, torch.device("cpu"))
+    assert other.fingerprint == tiny.fingerprint
+    assert other.prefix == tiny.prefix
+
+
+@pytest.mark.parametrize("multilingual", [False, True])
+def test_training_and_transcribing_share_the_prompt(
+    multilingual: bool, ct2_folder: SimpleNamespace, clips: speech.Speech, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer, _ = load_whisper_ct2(ct2_folder.path)
+    ids = tokenizer.get_vocab()
+    if multilingual:
+        model.generation_config.is_multilingual = True
+        model.generation_config.lang_to_id = {"<|en|>": ids["<|en|>"]}
+        model.generation_config.task_to_id = {"transcribe": ids["<|transcribe|>"]}
+    recognizer = Recognizer(model, tokenizer, "tiny", torch.device("cpu"))
+    names = ["<|startoftranscript|>", *(["<|en|>", "<|transcribe|>"] if multilingual else []), "<|notimestamps|>"]
+    assert recognizer.prefix == [ids[name] for name in names]
+    prompts: list[list[int]] = []
+    decoder = type(model.model.decoder).forward
+
+    def watched(self: torch.nn.Module, *args: object, **options: object) -> object:
+        prompts.append(options["input_ids"][0].tolist())  # type: ignore[index]
+        return decoder(self, *args, **options)
+
+    monkeypatch.setattr(type(model.model.decoder), "forward", watched)
+    assert len(recognizer.transcribe(clips, "test", batch=2)) == len(clips)
+    assert prompts[0] == recognizer.prefix

@@ -1,0 +1,224 @@
+"""The speech experiment: training that resumes, the run's folder and report, and the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from asr_tiny import manifest, tone, tone_clips, write_ct2_folder, write_wav
+
+import ssvd_kernels as sk
+from experiments.asr import DemoError, demo, report, runfolder, speech, train, transcribe
+from experiments.asr.recognizer import Recognizer, Score, load_recognizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def ct2_folder(tmp_path: Path) -> SimpleNamespace:
+    return write_ct2_folder(tmp_path)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> speech.Speech:
+    return tone_clips(tmp_path)
+
+
+def test_batches_cover_every_epoch() -> None:
+    seen = [i for step in range(6) for i in train.batch_indices(4, 2, step, seed=7)]
+    assert [sorted(seen[e : e + 4]) for e in (0, 4, 8)] == [[0, 1, 2, 3]] * 3
+    assert len({tuple(seen[e : e + 4]) for e in (0, 4, 8)}) > 1
+    assert len(train.batch_indices(3, 8, 0, seed=0)) == 8
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    rates = [train.Recipe(steps=100, lr=1.0).lr_at(step) for step in range(100)]
+    assert rates[0] == 0.1 and max(rates) == 1.0 and rates[9] == 1.0
+    assert rates[99] == 1 / 90 and all(r > 0 for r in rates)
+    assert train.Recipe(steps=1, lr=1.0).lr_at(0) == 1.0
+
+
+def fit(
+    folder: Path, ct2: Path, clips: speech.Speech, **changes: object
+) -> tuple[train.History, dict[str, torch.Tensor]]:
+    recognizer = load_recognizer(str(ct2), ct2, torch.device("cpu"))
+    sk.inject(recognizer.model, sk.SSVDConfig(rank=4), progress=False)
+    recipe = train.Recipe(steps=6, batch=2, lr=1e-2, checkpoint_every=2)
+    run = runfolder.RunFolder(folder, {"recipe": vars(recipe), **changes})
+    history = train.train(recognizer, clips, recipe, run)
+    return history, {n: p.detach().clone() for n, p in recognizer.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("how", ["signal", "crash"])
+def test_resumed_training_equals_uninterrupted(
+    how: str, ct2_folder: SimpleNamespace, clips: speech.Speech, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, weights = fit(tmp_path / "whole", ct2_folder.path, clips)
+    assert len(whole.losses) == 6 and whole.losses[-1] < whole.losses[0]
+    loss, calls, on_interrupt = train.cross_entropy, [], signal.getsignal(signal.SIGINT)
+
+    def interrupted(*args: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4:  # the step after a checkpoint: a signal saves it, a crash loses it
+            if how == "crash":
+                raise MemoryError("as if the process had been killed")
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train, "cross_entropy", interrupted)
+    with pytest.raises((train.Interrupted, MemoryError)):
+        fit(tmp_path / "parts", ct2_folder.path, clips)
+    resumed, again = fit(tmp_path / "parts", ct2_folder.path, clips)
+    assert len(calls) == (6 if how == "signal" else 8)
+    assert resumed.losses == whole.losses
+    assert again.keys() == weights.keys() and all(torch.equal(again[n], weights[n]) for n in weights)
+    assert signal.getsignal(signal.SIGINT) is on_interrupt
+
+
+def test_divergence_is_reported(
+    ct2_folder: SimpleNamespace, clips: speech.Speech, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = train.cross_entropy
+    monkeypatch.setattr(train, "cross_entropy", lambda *args: loss(*args) * float("nan"))
+    with pytest.raises(DemoError, match=r"step 1: the loss is nan"):
+        fit(tmp_path / "run", ct2_folder.path, clips)
+
+
+def test_run_folder_refuses_other_settings_and_damage(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(DemoError, match="holds no checkpoint"):
+        runfolder.RunFolder(folder, {"rank": 4}, resume=True)
+    run = runfolder.RunFolder(folder, {"rank": 4})
+    run.save_checkpoint({"step": 1})
+    assert runfolder.RunFolder(folder, {"rank": 4}, resume=True).load_checkpoint() == {"step": 1}
+    with pytest.raises(DemoError, match="rank: 4 there, 8 now"):
+        runfolder.RunFolder(folder, {"rank": 8})
+    (folder / runfolder.CHECKPOINT).write_bytes(b"half a file")
+    with pytest.raises(DemoError, match="delete it, or give --fresh"):
+        run.load_checkpoint()
+    assert runfolder.RunFolder(folder, {"rank": 8}, fresh=True).load_checkpoint() is None
+
+
+def test_evaluations_are_kept_by_what_they_depend_on(tmp_path: Path) -> None:
+    run, calls = runfolder.RunFolder(tmp_path, {}), []
+
+    def compute() -> list[str]:
+        calls.append(1)
+        return [f"heard {len(calls)}"]
+
+    assert run.transcripts("before", {"weights": "a"}, compute) == ["heard 1"]
+    assert run.transcripts("before", {"weights": "a"}, compute) == ["heard 1"]
+    assert run.transcripts("before", {"weights": "b"}, compute) == ["heard 2"]
+
+
+def test_report_shows_all_numbers_and_failed_checks(tmp_path: Path) -> None:
+    before, after = Score([(20, 60, 70, 300), (10, 40, 10, 100)]), Score([(8, 100, 20, 400)])
+    rows = [report.Row("target", before, after, after),
+            report.Row("source", Score([(1, 20, 3, 90)]), Score([(2, 20, 3, 90)]))]  # fmt: skip
+    facts = {"Trained parameters": "12 of 600", "Time per step": "1 s", "Adapter file": "50 bytes"}
+    result = report.Report("title", rows, facts, {"Merged the same": False}, [3.0, 2.0, 1.5], {"total": 600})
+    assert not result.passed
+    text = report.write(result, tmp_path)
+    for shown in ("30.0 %", "8.0 %", "5.0 %", "10.0 %", "12 of 600", "Merged the same: NO"):
+        assert shown in text
+    kept = json.loads((tmp_path / "report.json").read_text())
+    assert kept["rows"][0]["before"]["wer"] == 0.3 and kept["rows"][0]["before"]["cer"] == 0.2
+    assert kept["rows"][0]["before"]["utterances"] == 2 and kept["rows"][1]["merged"] is None
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report.md").read_text() == text
+
+
+# -- the commands ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(ct2_folder: SimpleNamespace, tmp_path: Path) -> list[str]:
+    """The demo's arguments for the tiny model and a manifest of tones."""
+    lines = []
+    for i in range(8):
+        write_wav(tmp_path / f"{i}.wav", tone(150 + 60 * i, 1.2))
+        lines.append({"audio": f"{i}.wav", "text": f"tone number {i}"})
+    speech_given = ["--model", str(ct2_folder.path), "--manifest", str(manifest(tmp_path, *lines)), "--no-source"]
+    recipe = ["--rank", "4", "--steps", "3", "--batch", "2", "--eval-window", "2", "--device", "cpu"]
+    return [*speech_given, *recipe, "--out", str(tmp_path / "run")]
+
+
+def test_demo_on_a_users_speech(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo.main(command) == 0
+    kept = json.loads((tmp_path / "run/report.json").read_text())
+    assert kept["checks"] == {name: True for name in kept["checks"]} and len(kept["checks"]) == 2
+    assert len(kept["losses"]) == 3
+    assert kept["adapter_bytes"] == (tmp_path / "run/adapter.safetensors").stat().st_size
+    assert kept["transcripts"]["reloaded"] == kept["transcripts"]["after"]
+    assert kept["trainable"] == 22 * 10  # k(k+1)/2 = 10 a layer; two encoder layers of 6, one decoder layer of 10
+    assert (tmp_path / "run/report.png").is_file() and "WER merged" in capsys.readouterr().out
+
+    def untouched(*args: object) -> None:
+        raise AssertionError("a finished run trains or transcribes again")
+
+    monkeypatch.setattr(train, "cross_entropy", untouched)
+    monkeypatch.setattr(Recognizer, "transcribe", untouched)
+    monkeypatch.setattr(demo, "transcripts_of_new_process", lambda *args: ["something else"])
+    assert demo.main(command) == 1
+    assert "Adapter reloaded in a new process transcribes the same: NO" in capsys.readouterr().out
+
+
+def test_demo_stops_and_goes_on(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loss = train.cross_entropy
+
+    def interrupted(*args: object) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*args)  # type: ignore[arg-type]
+
+    assert demo.main([*command, "--resume"]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+    monkeypatch.setattr(train, "cross_entropy", interrupted)
+    assert demo.main(command) == 130
+    assert "stopped after step 1 of 3" in capsys.readouterr().err
+    monkeypatch.setattr(train, "cross_entropy", loss)
+    assert demo.main([*command, "--resume"]) == 0
+    assert demo.main([*command, "--steps", "4"]) == 2
+    assert "steps: 3 there, 4 now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "17"], "rank=17 does not fit"),
+        (["--side", "left"], "side='left' is unknown"),
+        (["--device", "gpu7"], "--device gpu7: cannot be used here"),
+        (["--manifest", "none.jsonl"], "none.jsonl: the manifest cannot be read"),
+        (["--window", "0.5"], "shorter than the longest clip"),
+        (["--eval-window", "31"], "window = 31.0 s: more than 0 and at most 2 s"),
+    ],
+)
+def test_demo_names_bad_arguments(
+    command: list[str], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo.main([*command, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_transcribe_prints_what_it_hears(
+    ct2_folder: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audio = write_wav(tmp_path / "a.wav", tone(300, 1))
+    base = ["transcribe", "--model", str(ct2_folder.path), "--window", "2"]
+    monkeypatch.setattr("sys.argv", [*base, str(audio)])
+    assert transcribe.main() == 0
+    assert capsys.readouterr().out.startswith(f"{audio}\t")
+    monkeypatch.setattr("sys.argv", [*base, str(audio), "--adapter", str(tmp_path / "none.safetensors")])
+    assert transcribe.main() == 2
+    assert "none.safetensors" in capsys.readouterr().err

@@ -1,0 +1,319 @@
+"""ESPnet's SSVD checkpoints become adapters and come back: the same W', or a refusal that says why."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import espnet_checkpoints as espnet
+import numpy as np
+import pytest
+import torch
+from bounds import assert_within, unit_roundoff
+from plain import effective
+from torch import Tensor, nn
+
+import ssvd_kernels as sk
+from ssvd_kernels.integrations.espnet_checkpoints import ConversionError, from_espnet, to_espnet
+
+MAPS = ["linear", "cayley"]
+
+
+class Model(nn.Module):
+    """The plain model that the checkpoints of `espnet_checkpoints` adapt."""
+
+    def __init__(self, state: dict) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleDict({"embed": nn.Embedding(7, 3), "norm": nn.LayerNorm(3)})
+        for index, (kind, (d_out, d_in)) in enumerate(espnet.SHAPES.items()):
+            linear = nn.Linear(d_in, d_out, bias=espnet.BIAS[kind])
+            self.encoder[str(index)] = nn.ModuleDict({kind: linear})
+        self.load_state_dict(state, strict=False)
+
+
+def difference(found, expected) -> float:
+    found, expected = (np.asarray(value, dtype=np.float64) for value in (found, expected))
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def assert_adapts(model: nn.Module, path, expected: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Loaded into `model`, the adapter gives the expected W'."""
+    sk.load_adapter(model, path, progress=False)
+    layers = sk.ssvd_layers(model)
+    assert list(layers) == list(expected)
+    for name, layer in layers.items():
+        assert_within(layer.weight.detach(), *expected[name], name)
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("rotation_map", MAPS)
+def test_a_checkpoint_becomes_an_adapter_of_the_same_function(tmp_path, rotation_map, merged, with_base):
+    state, base, adapted = espnet.checkpoint(rotation_map, merged=merged)
+    torch.save(state, tmp_path / "model.pth")
+    done = from_espnet(
+        tmp_path / "model.pth",
+        tmp_path / "adapter.safetensors",
+        rotation_map=rotation_map,
+        base=base if with_base else None,
+        base_path=tmp_path / "base.pth",
+    )
+    assert done.ranks == {name: espnet.RANK[name.rpartition(".")[2]] for name in adapted}
+    assert set(done.weights.values()) == {"W'" if merged else "W"}
+    assert str(done) == f"3 layers, k = 5 to 16, rotation_map {rotation_map}, {3 if merged else 0} of them merged"
+    written = torch.load(tmp_path / "base.pth")
+    assert set(written) == set(base)
+    for name, tensor in base.items():
+        layer, _, key = name.rpartition(".")
+        if with_base or not merged or layer not in adapted or key == "bias":
+            assert torch.equal(written[name], tensor), name
+        else:
+            assert_within(written[name], espnet.rebuilt(_layer(state, layer)), tensor, name)
+    model = Model(written)
+    assert_adapts(model, tmp_path / "adapter.safetensors", adapted)
+    sides = {name.rpartition(".")[2]: layer.side for name, layer in sk.ssvd_layers(model).items()}
+    assert sides == {"tall": "input", "square": "input", "wide": "output"}
+    assert {layer.rotation for layer in sk.ssvd_layers(model).values()} == {rotation_map}
+
+
+def test_the_update_is_far_above_the_bounds_of_these_tests():
+    state, base, adapted = espnet.checkpoint("linear")
+    for name, (_, expected) in adapted.items():
+        assert difference(base[f"{name}.weight"], expected) > 0.1
+        assert difference(espnet.effective(_layer(state, name), "cayley"), expected) > 1e-3
+        assert np.array_equal(espnet.effective(_layer(state, name), "linear"), expected)
+
+
+def _layer(state: dict, name: str) -> dict:
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("rotation_map", MAPS)
+def test_an_adapter_becomes_a_checkpoint_of_the_same_function(tmp_path, rotation_map, merged):
+    state, base, adapted = espnet.checkpoint(rotation_map)
+    path = tmp_path / "adapter.safetensors"
+    from_espnet(state, path, rotation_map=rotation_map, base=base)
+    found = to_espnet(path, base, tmp_path / "back.pth", merged=merged, progress=False)
+    assert set(found) == set(state)
+    written = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert all(torch.equal(written[key], found[key]) for key in found) and set(written) == set(found)
+    for name, expected in adapted.items():
+        ours, theirs = _layer(found, name), _layer(state, name)
+        assert_within(espnet.both(ours, rotation_map)[1], *expected, name)
+        if merged:
+            assert_within(ours["weight"], *expected, name)
+        else:
+            assert torch.equal(ours["weight"], base[f"{name}.weight"])
+        for key in ("K_vec", "K_triu_idx", "svd_initialized"):
+            assert torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype
+        assert torch.equal(ours["gate"], torch.zeros(1))
+        k = len(theirs["s"])
+        for key, rows in (("u", ours["u"][:, :k]), ("v", ours["v"][:k]), ("s_pre", ours["s_pre"][:k])):
+            kept = theirs[key][:, :k] if key == "u" else theirs[key][:k]
+            assert torch.equal(rows, kept), key
+            assert ours[key].shape == theirs[key].shape
+        u, v = ours["u"].double(), ours["v"].double()
+        for gram in (u.mT @ u, v @ v.mT):  # each product is of two unit vectors, each rounded to float32
+            assert (gram - torch.eye(len(gram))).abs().max() <= 2 * unit_roundoff(torch.float32)
+        assert_within(espnet.rebuilt(ours), espnet.rebuilt(theirs), base[f"{name}.weight"], name)
+    again = tmp_path / "again.safetensors"
+    from_espnet(found, again, rotation_map=rotation_map, base=base)
+    assert_adapts(Model(base), again, adapted)
+
+
+@pytest.mark.parametrize("rotation", MAPS)
+def test_an_adapter_trained_here_is_exported_without_its_bases(tmp_path, rotation):
+    _, base, _ = espnet.checkpoint("linear")
+    model, path = Model(base), tmp_path / "ours.safetensors"
+    sk.inject(model, sk.SSVDConfig(ratio=0.5, side="smaller", rotation=rotation), progress=False)
+    with torch.no_grad():
+        for layer in sk.ssvd_layers(model).values():
+            layer.theta.normal_(std=0.1)
+            layer.delta_sigma.normal_(std=0.5)
+    sk.save_adapter(model, path)
+    found = to_espnet(path, base, progress=False)
+    for name, layer in sk.ssvd_layers(model).items():
+        assert_within(espnet.both(_layer(found, name), rotation)[1], *effective(layer.base_weight, layer), name)
+
+
+def test_an_absent_map_is_linear_and_said_so(tmp_path, caplog):
+    state, base, adapted = espnet.checkpoint("linear")
+    assert from_espnet(state, tmp_path / "a.safetensors", base=base).rotation_map == "linear"
+    assert "rotation_map was not given" in caplog.text
+    assert_adapts(Model(base), tmp_path / "a.safetensors", adapted)
+    caplog.clear()
+    from_espnet(state, tmp_path / "a.safetensors", rotation_map="linear", base=base)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(("trained", "told"), [("cayley", "linear"), ("linear", "cayley"), ("cayley", None)])
+def test_merged_weights_tell_a_wrong_map(tmp_path, trained, told):
+    state, base, _ = espnet.checkpoint(trained)
+    with pytest.raises(ConversionError, match=f"it fits rotation_map='{trained}'"):
+        from_espnet(state, tmp_path / "a.safetensors", rotation_map=told, base=base)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_checkpoints(tmp_path, dtype, merged):
+    """Of what its rounded tensors mean; a base in float32 is recognised by them."""
+    whole, base, _ = espnet.checkpoint("cayley", merged=merged)
+    state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in whole.items()}
+    done = from_espnet(state, tmp_path / "a.safetensors", rotation_map="cayley", base=base)
+    assert set(done.weights.values()) == {"W'" if merged else "W"}
+    model = Model(base)
+    sk.load_adapter(model, tmp_path / "a.safetensors", progress=False)
+
+    def update(tensors: dict) -> Tensor:
+        none = {key: 0 * tensors[key] for key in ("K_vec", "s")}
+        return espnet.both(tensors, "cayley")[1] - espnet.both({**tensors, **none}, "cayley")[1]
+
+    for name, layer in sk.ssvd_layers(model).items():
+        before, meant = (update(_layer(tensors, name)) for tensors in (whole, state))
+        assert_within(layer.weight.detach() - layer.base_weight, before, meant)  # twice what rounding has changed
+
+
+def test_a_small_update_is_told_from_none(tmp_path):
+    """merged or not is decided by the nearer composition, also below the rounding of the checkpoint's dtype."""
+    for merged in (True, False):
+        state, base, _ = espnet.checkpoint("linear", merged=merged, scale=1e-3)
+        for name in ("encoder.0.tall", "encoder.1.square", "encoder.2.wide"):
+            state[f"{name}.s"] *= 1e-2
+            tensors = _layer(state, name)
+            if merged:
+                state[f"{name}.weight"] = torch.tensor(espnet.effective(tensors, "linear"))
+            state |= {f"{name}.{key}": t.half() for key, t in _layer(state, name).items() if t.is_floating_point()}
+        done = from_espnet(state, tmp_path / "a.safetensors", rotation_map="linear", base=base)
+        assert set(done.weights.values()) == {"W'" if merged else "W"}
+
+
+def test_the_order_of_K_triu_idx_is_followed(tmp_path):
+    state, base, adapted = espnet.checkpoint("cayley")
+    for name in adapted:
+        index, K_vec = state[f"{name}.K_triu_idx"], state[f"{name}.K_vec"]
+        order = torch.randperm(K_vec.numel())
+        index, K_vec = index[:, order], K_vec[order]
+        turned = torch.arange(K_vec.numel()) % 3 == 0  # K[j, i] = -K[i, j]
+        state[f"{name}.K_triu_idx"] = torch.where(turned, index.flip(0), index)
+        state[f"{name}.K_vec"] = torch.where(turned, -K_vec, K_vec)
+    from_espnet(state, tmp_path / "a.safetensors", rotation_map="cayley", base=base)
+    assert_adapts(Model(base), tmp_path / "a.safetensors", adapted)
+
+
+@pytest.mark.parametrize("change", ["absent", "averaged"])
+def test_early_and_averaged_checkpoints(tmp_path, change):
+    """Without svd_initialized and K_triu_idx; or summed and divided by ESPnet, which divides no integers."""
+    state, base, adapted = espnet.checkpoint("linear")
+    for name in adapted:
+        if change == "absent":
+            del state[f"{name}.K_triu_idx"], state[f"{name}.svd_initialized"]
+        else:
+            state[f"{name}.K_triu_idx"] *= 3
+            state[f"{name}.svd_initialized"] = (3 * [torch.tensor(True)])[0] / 3
+    from_espnet(state, tmp_path / "a.safetensors", rotation_map="linear", base=base)
+    assert_adapts(Model(base), tmp_path / "a.safetensors", adapted)
+
+
+@pytest.mark.parametrize("wrapper", ["model", "module"])
+def test_wrapped_and_partial_checkpoints(tmp_path, wrapper, caplog):
+    """What a trainer wraps, and what save_strategy required_grad_only leaves: no weights."""
+    state, base, adapted = espnet.checkpoint("cayley")
+    state = {key: value for key, value in state.items() if not key.endswith((".weight", ".bias"))}
+    done = from_espnet({wrapper: state, "epoch": 3}, tmp_path / "a.safetensors", rotation_map="cayley", base=base)
+    assert set(done.weights.values()) == {"nothing"} and caplog.text == ""
+    assert_adapts(Model(base), tmp_path / "a.safetensors", adapted)
+    with pytest.raises(ConversionError, match=r"encoder\.0\.tall has neither weight nor bias.*give base"):
+        from_espnet(state, tmp_path / "b.safetensors", rotation_map="cayley")
+
+
+def test_without_its_base_the_adapter_refuses_the_original(tmp_path, caplog):
+    state, base, _ = espnet.checkpoint("linear")
+    from_espnet(state, tmp_path / "a.safetensors", rotation_map="linear")
+    assert "3 of 3 layers do not hold their base weight" in caplog.text
+    with pytest.raises(sk.AdapterError, match="another base model"):
+        sk.load_adapter(Model(base), tmp_path / "a.safetensors", progress=False)
+
+
+NAME = "encoder.0.tall"
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda s: [s.pop(k) for k in list(s) if k.endswith("K_vec")], "none of its keys ends in '.K_vec'"),
+        (lambda s: s.pop(f"{NAME}.gate"), r"encoder\.0\.tall lacks gate"),
+        (lambda s: [s.pop(f"{NAME}.{key}") for key in ("u", "v")], r"lacks u, v,"),
+        (lambda s: s[f"{NAME}.svd_initialized"].fill_(False), "svd_initialized is False"),
+        (lambda s: s.update({f"{NAME}.K_vec": torch.zeros(14)}), r"K_vec has 14 numbers, s 6 and s_pre 16"),
+        (lambda s: s.update({f"{NAME}.s": torch.zeros(5)}), r"K_vec has 15 numbers, s 5 and s_pre 16"),
+        (lambda s: s.update({f"{NAME}.u": torch.zeros(24, 15)}), r"u has shape \(24, 15\)"),
+        (lambda s: s.update({f"{NAME}.weight": torch.zeros(20, 16)}), r"weight has shape \(20, 16\)"),
+        (lambda s: s[f"{NAME}.s"].fill_(float("nan")), r"tall\.s .*not finite"),
+        (lambda s: s.update({f"{NAME}.s_pre": torch.ones(16, dtype=torch.int64)}), r"s_pre has dtype torch.int64"),
+        (lambda s: s[f"{NAME}.K_triu_idx"].fill_(1), "K_triu_idx does not name each pair of 0..5 once"),
+        (lambda s: s[f"{NAME}.weight"].mul_(1.01), r"tall\.weight differs by .* from W and by .* from W'"),
+        (lambda s: s[f"{NAME}.u"].zero_(), r"base is another model"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused(tmp_path, change, match):
+    state, base, _ = espnet.checkpoint("linear")
+    state = copy.deepcopy(state)
+    change(state)
+    with pytest.raises(ConversionError, match=match):
+        from_espnet(state, tmp_path / "a.safetensors", rotation_map="linear", base=base)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_base_is_refused(tmp_path):
+    state, base, _ = espnet.checkpoint("linear")
+    with pytest.raises(ConversionError, match=r"base has no encoder\.0\.tall\.weight"):
+        from_espnet(state, tmp_path / "a.safetensors", rotation_map="linear", base={})
+    other = {**base, f"{NAME}.weight": base[f"{NAME}.weight"] * 1.001}
+    with pytest.raises(ConversionError, match=r"base is another model: its encoder\.0\.tall\.weight differs"):
+        from_espnet(state, tmp_path / "a.safetensors", rotation_map="linear", base=other)
+    from_espnet(state, tmp_path / "a.safetensors", rotation_map="linear", base=base)
+    with pytest.raises(sk.AdapterError, match="another base model"):
+        to_espnet(tmp_path / "a.safetensors", other, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"rotation": "free", "side": "smaller"}, "rotation='free': ESPnet has 'linear' and 'cayley'"),
+        ({"rotation": "banded", "band": 1}, "rotation='banded': ESPnet has 'linear' and 'cayley'"),
+        ({"side": "both"}, "side='both': ESPnet rotates the smaller side, here 'input'"),
+        ({"side": "output"}, "side='output': ESPnet rotates the smaller side, here 'input'"),
+        ({"side": "input"}, r"wide of shape \(16, 24\) has side='input'.*here 'output'"),
+        (sk.SpectralFTConfig(top=3, rank=1), "is adapted by SpectralFT: ESPnet has SSVD"),
+    ],
+)
+def test_adapters_that_espnet_has_not_are_refused(tmp_path, config, match):
+    _, base, _ = espnet.checkpoint("linear")
+    model = Model(base)
+    given = sk.SSVDConfig(rank=3, **config) if isinstance(config, dict) else config
+    sk.inject(model, given, progress=False)
+    sk.save_adapter(model, tmp_path / "a.safetensors")
+    with pytest.raises(ConversionError, match=match):
+        to_espnet(tmp_path / "a.safetensors", base, tmp_path / "back.pth", progress=False)
+    assert not (tmp_path / "back.pth").exists()
+
+
+def test_files_are_read_without_running_their_code(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"model": {}, "reporter": logging.Filter()}, path)
+    with pytest.raises(ConversionError, match="weights_only=True: give a model file"):
+        from_espnet(path, tmp_path / "a.safetensors", rotation_map="linear")
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(ConversionError, match="cannot be read"):
+        from_espnet(path, tmp_path / "a.safetensors", rotation_map="linear")
+    torch.save([1, 2], path)
+    with pytest.raises(ConversionError, match="holds a list: allowed is a state dict"):
+        from_espnet(path, tmp_path / "a.safetensors", rotation_map="linear")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        from_espnet(tmp_path / "none.pth", tmp_path / "a.safetensors", rotation_map="linear")
+    with pytest.raises(ValueError, match="rotation_map='caley' is unknown: allowed are 'linear', 'cayley'"):
+        from_espnet({}, tmp_path / "a.safetensors", rotation_map="caley")
+    with pytest.raises(FileNotFoundError, match=r"base_path=.*the folder .* does not exist"):
+        from_espnet({}, tmp_path / "a.safetensors", rotation_map="linear", base_path=tmp_path / "no" / "base.pth")

@@ -1,0 +1,71 @@
+"""Whisper's generate(), with and without its cache, greedy and with beams: unmerged, merged, and with SSVD removed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import inject, plain_twin, train_randomly
+from speech_models import adapted, inputs
+from torch import Tensor, nn
+
+import ssvd_kernels as sk
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WAYS = [
+    {"use_cache": cache, "num_beams": beams, "do_sample": False, "max_new_tokens": 8}
+    for cache in (True, False)
+    for beams in (1, 3)
+]
+
+
+def check(model: nn.Module, base: nn.Module, features: Tensor, ways: list[dict]) -> None:
+    """Every way of generating gives what plain layers that hold W' give, and after remove() what the base gives."""
+    twin = plain_twin(model).eval()
+    with torch.no_grad():
+        expected = [twin.generate(features, **way) for way in ways]
+        assert all(tokens.shape[1] > 2 for tokens in expected)
+        for action in (None, sk.merge, sk.unmerge):
+            if action is not None:
+                action(model)
+            for way, tokens in zip(ways, expected):
+                assert torch.equal(model.generate(features, **way), tokens), (action, way)
+        sk.remove(model)
+        for way in ways:
+            assert torch.equal(model.generate(features, **way), base.generate(features, **way)), way
+
+
+def test_tiny_whisper_generates_what_its_effective_weights_do():
+    model = adapted("whisper", seed=4).eval()
+    base = copy.deepcopy(model)
+    sk.remove(base)
+    check(model, base, inputs(model)["input_features"], WAYS)
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_real_whisper_generates_what_its_effective_weights_do():
+    pytest.importorskip("av")
+    from experiments.asr import fetch, speech
+    from experiments.asr.recognizer import load_recognizer
+
+    data = fetch.default_data()
+    missing = [f"{name}: {why}" for name in (fetch.MODEL, fetch.ASTERISK) if (why := fetch.damage(data / name))]
+    if missing:
+        pytest.skip(f"no real data in {data} ({'; '.join(missing)}); python -m experiments.asr.fetch obtains them")
+    recognizer = load_recognizer(None, data, torch.device("cpu"))
+    recognizer.set_window(10)
+    clips = speech.source_speech(data)["prompts as recorded"][:1]
+    features = recognizer.features([clip.read() for clip in clips])
+    model = recognizer.model
+    base = copy.deepcopy(model)
+    inject(model, targets="whisper", rank=8)
+    train_randomly(model)
+    with torch.no_grad():
+        for layer in sk.ssvd_layers(model).values():  # little enough to go on speaking
+            layer.theta.mul_(0.2)
+            layer.delta_sigma.mul_(0.2)
+    model.eval()
+    check(model, base, features, [{**way, "max_new_tokens": 6} for way in WAYS])

@@ -1,0 +1,131 @@
+"""Whole models and PyTorch around them: buffers and DDP, what is saved for the backward, compile."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from bounds import assert_within
+from models import (
+    RANK,
+    Stack,
+    assert_all_within,
+    gradients,
+    inject,
+    references,
+    saved_for_backward,
+    step,
+    train_randomly,
+)
+from speech_models import adapted, inputs, run, whisper
+from torch import Tensor, nn
+
+import ssvd_kernels as sk
+from ssvd_kernels.layers import base as adapted_module
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_nothing_is_a_buffer_and_ddp_sends_only_what_trains():
+    model = whisper()
+    buffers = {name for name, _ in model.named_buffers()}
+    report = inject(model, targets="whisper")
+    assert {name for name, _ in model.named_buffers()} == buffers
+    sent = [p for p in model.parameters() if p.requires_grad]  # what DDP's reducer takes; it broadcasts all buffers
+    assert sum(p.numel() for p in sent) == report.trainable
+    model(**inputs(model))
+    train_randomly(model)
+    with torch.no_grad():
+        run(model.eval())  # caches
+    assert {name for name, _ in model.named_buffers()} == buffers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["auto", "composed", "factored"])
+@pytest.mark.parametrize("side", ["input", "output", "both"])
+def test_nothing_weight_sized_is_kept_for_the_backward(mode, dtype, side):
+    """At most T min(k, d_in) numbers of activations a layer, and k x k matrices; never d_out x d_in."""
+    tokens, d_in, d_out, k = 96, 160, 128, 12
+    layer = sk.SSVDLinear.from_linear(nn.Linear(d_in, d_out, dtype=dtype), sk.SSVDConfig(rank=k, side=side))
+    train_randomly(layer)
+    layer.mode = mode
+    x = torch.randn(tokens, d_in, dtype=dtype, requires_grad=True)
+    known = {tensor.untyped_storage().data_ptr() for tensor in [*layer.parameters(), x]}
+    with saved_for_backward(known) as saved:
+        y = layer(x)
+    assert saved, "the hook saw nothing"
+    activations = tokens * k * dtype.itemsize
+    cores = 4 * k * k
+    assert max(saved.values()) <= max(activations, cores)
+    assert sum(saved.values()) <= activations + 12 * cores
+    y.sum().backward()
+    assert layer.theta.grad.abs().max() > 0
+
+
+def test_whole_model_keeps_little_more_than_the_frozen_one():
+    model = adapted("wav2vec2").eval()
+    base = copy.deepcopy(model)
+    sk.remove(base)
+
+    def kept(network: nn.Module, leaf: bool) -> int:
+        known = {p.untyped_storage().data_ptr() for p in network.parameters() if p.numel()}
+        values = torch.randn(2, 2000, requires_grad=leaf)
+        with saved_for_backward(known) as saved:
+            output = network(values)[0]
+        assert output.requires_grad
+        return sum(saved.values())
+
+    base.requires_grad_(False)
+    tokens, layers = 2 * 199, len(sk.ssvd_layers(model))
+    allowed = layers * (tokens * RANK * 4 + 12 * 4 * RANK * RANK)
+    assert kept(model, leaf=True) <= kept(base, leaf=True) + allowed
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile_fullgraph(backend):
+    torch._dynamo.reset()
+    model = Stack(None)
+    inject(model)
+    train_randomly(model)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    x = torch.randn(16, 8)
+
+    def trained(network: nn.Module) -> dict[str, Tensor]:
+        network(x).square().mean().backward()
+        return gradients(network)
+
+    def evaluated(network: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return network.eval()(x)
+
+    for _ in range(2):
+        compiled.train()(x).square().mean().backward()
+        assert_all_within(gradients(model), *references(twin, trained))
+        assert_within(evaluated(compiled), *references(twin, evaluated))
+        step(model)
+        step(twin)  # the parameters changed under a compiled eval
+        assert_within(evaluated(compiled), *references(twin, evaluated))
+
+
+@pytest.mark.parametrize("mode", ["auto", "composed", "factored"])
+def test_compile_one_layer_with_changing_batch(mode):
+    torch._dynamo.reset()
+    layer = train_randomly(sk.SSVDLinear.from_linear(nn.Linear(12, 10), sk.SSVDConfig(rank=4, side="both")))
+    layer.mode = mode
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for x in (torch.randn(tokens, 12) for tokens in (7, 9, 11)):
+        assert_within(compiled(x), *references(nn.Sequential(layer), lambda network, x=x: network(x).detach()))
+
+
+def test_weight_never_falls_back_to_the_base_weight_in_silence(monkeypatch):
+    """`weight` is a property of an nn.Module, whose __getattr__ finds the base weight if the property fails."""
+    layer = train_randomly(sk.SSVDLinear.from_linear(nn.Linear(6, 5), sk.SSVDConfig(rank=3)))
+
+    def broken(*args, **kwargs):
+        raise AttributeError("a name that this version of torch does not have")
+
+    monkeypatch.setattr(adapted_module.reference, "compose_ref", broken)
+    with pytest.raises((AttributeError, RuntimeError)):
+        _ = layer.weight

@@ -1,0 +1,241 @@
+"""The layer and the op on the Triton backend: padded operands, composition in bfloat16, torch.compile."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+from cases import linear_inputs, naive_linear, relative_error
+from models import assert_close_gradients, gradients, train_randomly
+from torch import Tensor, nn
+
+import ssvd_kernels as sk
+from ssvd_kernels.ops import dispatch, reference
+from ssvd_kernels.ops.kernels import custom_ops
+from ssvd_kernels.ops.kernels.compose import compose
+from ssvd_kernels.ops.kernels.linear_and_projection import concat
+from ssvd_kernels.ops.kernels.ssvd_linear import core_gradient
+from ssvd_kernels.ops.kernels.tile_sizes import LINEAR
+from ssvd_kernels.ops.weight_cache import Workspace, padded
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+D, K = 96, 19  # K is no multiple of 16
+
+
+@pytest.fixture(autouse=True)
+def _forced():
+    with sk.use_backend("triton"):
+        yield
+
+
+# -- stochastic rounding ------------------------------------------------------------------------------------------
+
+
+def test_rounding_is_unbiased_bounded_and_exact_where_nothing_is_to_round():
+    x = torch.randn(512, 512)
+    rounded = reference.round_stochastically(x)
+    assert rounded.dtype == BF16
+    unit = 2.0 ** (torch.frexp(x)[1] - 8)  # of bfloat16, at x
+    error = (rounded.double() - x.double()) / unit
+    assert error.abs().max() < 1  # a neighbour, above or below
+    assert error.mean().abs() < 5 * error.std() / x.numel() ** 0.5
+    assert 0.35 < error.std() < 0.45  # sqrt(1/6), of a uniform place between two neighbours
+    assert torch.equal(reference.round_stochastically(rounded.float()), rounded)
+    special = torch.tensor([[0.0, -0.0, float("inf"), -float("inf"), 1.0, -2.0]])
+    assert torch.equal(reference.round_stochastically(special).float(), special)
+
+
+@pytest.mark.parametrize("params", [F32, BF16])
+@pytest.mark.parametrize("shape", [(37, 41, 17), (70, 130, 65)])
+def test_the_kernel_rounds_as_its_twin_does(shape, params):
+    """Bit for bit, but where the float32 sums differ in their last place across a rounding threshold."""
+    d_out, d_in, k = shape
+    case = linear_inputs((1, d_in, d_out, k), BF16, params)
+    args = [case[name].to(DEVICE) for name in ("weight", "U", "V", "core")]
+    ours, twin = compose(*args, BF16), reference.compose_operand_ref(*args, BF16)
+    assert (ours != twin).float().mean() < 0.01
+    still = [*args[:3], torch.zeros_like(args[3])]
+    assert torch.equal(compose(*still, BF16), args[0].to(BF16))  # nothing trained: the base weight itself
+
+
+@pytest.mark.parametrize("base", [BF16, F32], ids=["bf16 base", "float32 base of bf16 values"])
+@pytest.mark.parametrize("kappa", [1e-4, 1e-3, 1e-2, 1e-1])
+def test_the_update_survives_composition_in_bf16(kappa, base):
+    """Projection of what was added on the true update, d = 1024, k = 409; to nearest, 5 % would survive 1e-4."""
+    d, k = 1024, 409
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    weight = (draw(d, d) / d**0.5).to(BF16)
+    U, V = torch.linalg.qr(draw(d, k))[0], torch.linalg.qr(draw(d, k))[0]
+    core = kappa * draw(k, k) / k**0.5
+    true = U.double() @ core.double() @ V.double().T
+    added = reference.compose_operand_ref(weight.to(base), U, V, core, BF16).double() - weight.double()
+    gain = ((added * true).sum() / true.square().sum()).item()
+    assert abs(gain - 1) <= 0.02
+    nearest = reference.compose_ref(weight.to(base), U, V, core, BF16).double() - weight.double()
+    lost = ((nearest * true).sum() / true.square().sum()).item()
+    assert lost < 0.2 if kappa == 1e-4 else lost <= 1.02
+
+
+# -- the layer ----------------------------------------------------------------------------------------------------
+
+
+def passes(layer: sk.SSVDLinear, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    dx, dtheta, dsigma = torch.autograd.grad(y, [x, layer.theta, layer.delta_sigma], dy)
+    return {"y": y.detach(), "dx": dx, "dtheta": dtheta, "dsigma": dsigma}
+
+
+@pytest.mark.parametrize("T", [3, 48, 200])
+@pytest.mark.parametrize("mode", ["composed", "factored"])
+@pytest.mark.parametrize(("dtype", "base"), [(F32, F32), (F16, F16), (BF16, BF16), (BF16, F32)])
+def test_a_layer_of_an_odd_rank(dtype, base, mode, T):
+    """Its operands are padded; the error is at most twice that of the same layer in plain PyTorch."""
+    linear = nn.Linear(D, 64, dtype=base, device=DEVICE)
+    layer = train_randomly(sk.SSVDLinear.from_linear(linear, sk.SSVDConfig(rank=K)))
+    layer.mode = mode
+    x, dy = (torch.randn(T, n, device=DEVICE).to(dtype) for n in (D, 64))
+    exact = copy.deepcopy(layer).double()
+    with sk.use_backend("reference"):
+        want = passes(exact, x.double(), dy.double())
+    with torch.autocast(DEVICE.type, dtype, enabled=dtype != base):
+        ours = passes(layer, x, dy)
+        with sk.use_backend("reference"):
+            plain = passes(copy.deepcopy(layer), x, dy)
+    for name, value in want.items():
+        allowed = max(2 * relative_error(plain[name], value), torch.finfo(dtype).eps / 4)
+        assert relative_error(ours[name], value) <= allowed, name
+
+
+def test_the_padded_operands_are_made_once_and_dropped_with_the_rest():
+    layer = sk.SSVDLinear.from_linear(nn.Linear(D, 64, device=DEVICE), sk.SSVDConfig(rank=K))
+    workspace = layer._workspace
+    layer.mode = "factored"
+    x = torch.randn(5, D, device=DEVICE)
+    layer(x)
+    first = dict(workspace._operands)
+    assert {name: kept[1].shape[1] for name, kept in first.items()} == {"U": 32, "V": 32}
+    layer(x)
+    assert all(workspace._operands[name][1] is kept[1] for name, kept in first.items())
+    layer.flip_basis(torch.full((K,), -1.0))
+    assert workspace._operands == {}
+    layer(x)
+    assert torch.equal(workspace._operands["V"][1][:, :K], layer.V) and not workspace._operands["V"][1][:, K:].any()
+
+
+def test_padding_changes_no_shape_that_a_user_sees():
+    inputs = {name: t.to(DEVICE) for name, t in linear_inputs((13, 48, 40, K), F32).items()}
+    exact = naive_linear({name: t.cpu() for name, t in inputs.items()}, torch.float64)
+    dy = inputs.pop("dy")
+    leaves = [inputs[name].requires_grad_() for name in ("x", "core", "bias")]
+    for mode in ("composed", "factored"):
+        y = sk.ssvd_linear(**inputs, mode=mode, workspace=Workspace())
+        got = torch.autograd.grad(y, leaves, dy, create_graph=True)
+        for value, name in zip(got, ("dx", "dcore", "dbias"), strict=True):
+            assert value.shape == exact[name].shape and relative_error(value.cpu(), exact[name]) <= 1e-5
+        second = torch.autograd.grad(got[1].square().sum(), leaves[:1])[0]
+        assert second.shape == inputs["x"].shape and bool(second.abs().max() > 0)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16, 16), (70, 40, 50, 17), (130, 96, 64, 48), (0, 16, 16, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_concat(dtype, shape, transposed):
+    T, d_in, d_out, k = shape
+    case = linear_inputs((max(T, 1), d_in, d_out, k), dtype)
+    x, W, V, b = (case[name].to(DEVICE) for name in ("x", "weight", "V", "bias"))
+    x, W = x[:T].view(1, T, d_in), W.mT.contiguous().mT if transposed else W
+    y, z = concat(x, W, V, b)
+    assert y.shape == (1, T, d_out) and z.shape == (1, T, k)
+    exact = [x.double() @ W.double().mT + b.double(), x.double() @ V.double()]
+    plain = [torch.nn.functional.linear(x, W, b), x @ V]
+    for ours, theirs, value in zip((y, z), plain, exact, strict=True):
+        bound = max(2 * relative_error(theirs, value), torch.finfo(dtype).eps / 4)
+        assert relative_error(ours, value) <= bound
+
+
+@pytest.mark.parametrize("config", [c for table in ("half", "half_odd") for c in LINEAR[table]], ids=str)
+def test_every_concat_configuration(config, monkeypatch):
+    monkeypatch.setattr("ssvd_kernels.ops.kernels.linear_and_projection.linear_config", lambda *_: config)
+    case = linear_inputs((config.rows + 3, 70, config.cols + 5, 19), F32)
+    x, W, V = (case[name].to(DEVICE) for name in ("x", "weight", "V"))
+    y, z = concat(x, W, V, None)
+    torch.testing.assert_close(y, x @ W.mT, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(z, x @ V, rtol=1e-4, atol=1e-5)
+
+
+def test_large_layers_are_left_to_the_library(monkeypatch):
+    monkeypatch.setattr("ssvd_kernels.ops.dispatch.CONCAT_MAX_D", 64)
+    calls = []
+    monkeypatch.setattr(
+        "ssvd_kernels.ops.kernels.launchers.core_gradient", lambda *args: calls.append(1) or core_gradient(*args)
+    )
+    linear = nn.Linear(D, 64, device=DEVICE, dtype=BF16)
+    layer = train_randomly(sk.SSVDLinear.from_linear(linear, sk.SSVDConfig(rank=K)))
+    layer.mode = "composed"
+    passes(layer, torch.randn(5, D, device=DEVICE).to(BF16), torch.ones(5, 64, device=DEVICE).to(BF16))
+    assert calls == [1]
+
+
+def test_padded():
+    assert padded(torch.ones(5, 32)).shape == (5, 32)
+    assert padded(torch.ones(5, 33)).shape == (5, 48) and padded(torch.ones(33, 33), both=True).shape == (48, 48)
+    assert padded(torch.ones(33, 33), both=True).sum() == 33 * 33
+
+
+def test_bfloat16_is_composed_where_kernels_do_it_and_many_tokens_pay_for_it():
+    def choose(dtype: torch.dtype, T: int, fused: bool) -> str:
+        return dispatch.linear_mode(dtype, T, (1024, 1024), 409, "auto", True, 1, fused)
+
+    assert choose(BF16, 4096, True) == "composed"
+    assert choose(BF16, 64, True) == "factored"
+    assert choose(BF16, 4096, False) == choose(F16, 4096, True) == "factored"
+
+
+@pytest.mark.parametrize("mode", ["composed", "factored"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_compiled_graphs_call_the_kernels(mode, dtype, monkeypatch):
+    torch._dynamo.reset()
+    layer = train_randomly(
+        sk.SSVDLinear.from_linear(nn.Linear(D, 64, dtype=dtype, device=DEVICE), sk.SSVDConfig(rank=K))
+    )
+    layer.mode = mode
+    x = torch.randn(7, D, device=DEVICE).to(dtype).requires_grad_()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    calls = []
+    names = ["ssvd_linear_fwd", "ssvd_linear_bwd", "core_gradient"]
+    for home, name in [*((custom_ops._linear, name) for name in names), (custom_ops._concat, "concat")]:
+        original = getattr(home, name)
+        monkeypatch.setattr(home, name, lambda *args, o=original, n=name: calls.append(n) or o(*args))
+    found = []
+    for module in (layer, compiled):
+        calls.clear()
+        module(x).float().square().mean().backward()
+        found.append(gradients(layer))
+    composed = ["concat", "concat"] if dtype == BF16 else ["core_gradient"]
+    assert calls == (names[:2] if mode == "factored" else composed)
+    assert_close_gradients(found[1], found[0], 1e-6 if dtype == F32 else 2e-2)
+
+
+def test_the_operators_are_well_formed():
+    case = {name: t.to(DEVICE) for name, t in linear_inputs((5, 32, 48, 16), F32).items()}
+    params = [case[name] for name in ("weight", "U", "V", "core")]
+    z = case["x"] @ case["V"]
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(custom_ops._fwd, (case["x"], *params, case["bias"], True), test_utils=checks)
+    torch.library.opcheck(custom_ops._fwd, (case["x"], *params, None, False), test_utils=checks)
+    torch.library.opcheck(custom_ops._bwd, (case["dy"], z, *params, True), test_utils=checks)
+    torch.library.opcheck(custom_ops._bwd, (case["dy"], None, *params, True), test_utils=checks)
+    torch.library.opcheck(custom_ops.compose, (*params, F32), test_utils=checks)
+    torch.library.opcheck(custom_ops.concat, (case["x"], case["weight"], case["V"], case["bias"]), test_utils=checks)
+    torch.library.opcheck(custom_ops.core_grad, (z, z), test_utils=checks)
+    torch.library.opcheck(custom_ops.core_gradient, (case["dy"], z, case["U"]), test_utils=checks)

@@ -1,0 +1,96 @@
+"""Every Triton configuration that can be launched, compiled for sm_80 and sm_90: no GPU needed.
+
+Gate: no spills, shared memory within the architecture's limit, tensor-core instructions for half precision.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from ssvd_kernels.ops.kernels.tile_sizes import (
+    CAYLEY,
+    CAYLEY_LEAF,
+    CAYLEY_PACK,
+    COMPOSE,
+    CORE_GRAD,
+    LINEAR,
+    ONE_PASS,
+    configs,
+)
+
+HELPER = Path(__file__).parents[2] / "support" / "triton_compile.py"
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+
+
+def compiled(arch: int, slow: bool, workers: int = 2) -> list[dict]:
+    """What every case uses, one dictionary a case, by `workers` processes."""
+    root = str(HELPER.parents[2])
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
+
+    def part(first: int) -> str:
+        command = [sys.executable, str(HELPER), str(arch), str(first), str(workers), *(["slow"] if slow else [])]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=3000)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    with ThreadPoolExecutor(workers) as pool:
+        return [json.loads(line) for text in pool.map(part, range(workers)) for line in text.splitlines()]
+
+
+def faults(row: dict) -> list[str]:
+    """Why the gate refuses this machine code."""
+    found = [f"{row[name]} {name}" for name in ("stack", "local", "STL", "LDL") if row[name]]
+    if row["shared"] > SHARED_LIMIT[row["arch"]]:
+        found.append(f"{row['shared']} bytes of shared memory")
+    if row["tensor_cores"] and not row["HMMA"] + row["HGMMA"]:
+        found.append("no tensor-core instruction")
+    return found
+
+
+def check(arch: int, slow: bool) -> None:
+    rows = compiled(arch, slow)
+    assert len(rows) == sum(slow or not case.slow for case in configs())
+    bad = [
+        f"sm_{arch} {row['label']}: {', '.join(faults(row))} ({row['reg']} registers)" for row in rows if faults(row)
+    ]
+    assert not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_configurations_compile_within_limits(arch):
+    check(arch, slow=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_all_signatures_compile_within_limits(arch):
+    check(arch, slow=True)
+
+
+def test_gate_refuses():
+    """The gate fails on each of the things it looks for."""
+    good = {"arch": 80, "stack": 0, "local": 0, "STL": 0, "LDL": 0, "shared": 1024, "HMMA": 1, "HGMMA": 0}
+    good["tensor_cores"] = True
+    assert faults(good) == []
+    assert all(faults(good | bad) for bad in ({"STL": 1}, {"stack": 8}, {"shared": 170 * 1024}, {"HMMA": 0}))
+
+
+def test_default_cases_cover_every_configuration():
+    covered = {(case.kernel, case.config) for case in configs() if not case.slow}
+    kernels = {"_ssvd_linear_fwd_kernel": LINEAR, "_ssvd_linear_one_pass_kernel": ONE_PASS}
+    kernels["_ssvd_linear_concat_kernel"] = {key: LINEAR[key] for key in ("half", "half_odd")}
+    kernels |= {"_compose_kernel": COMPOSE, "_core_grad_kernel": CORE_GRAD, "_cayley_product_kernel": CAYLEY}
+    kernels["_cayley_leaf_kernel"] = {"": (CAYLEY_LEAF,)}
+    kernels |= {name: {"": (CAYLEY_PACK,)} for name in ("_skew_kernel", "_unskew_kernel")}
+    by_name = {(kernel.split(":")[1], config) for kernel, config in covered}
+    assert by_name == {(name, c) for name, tables in kernels.items() for table in tables.values() for c in table}

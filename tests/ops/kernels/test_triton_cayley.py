@@ -1,0 +1,140 @@
+"""The Triton kernels of the Cayley op against float64; without a GPU in Triton's interpreter, split products too."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+from cases import KAPPAS, exact_delta, relative_error, solved_delta, theta_of_norm
+from torch import Tensor
+
+import ssvd_kernels as sk
+from ssvd_kernels.ops import reference
+
+if not torch.cuda.is_available() and "triton" not in sys.modules:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+from ssvd_kernels.ops.kernels import cayley, unavailable_reason
+from ssvd_kernels.ops.kernels import tile_sizes as tables
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+REASON = unavailable_reason(DEVICE, torch.float32)
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+RANKS = [1, 2, 15, 16, 17, 64, 65, 100]
+
+
+def passes(theta: Tensor, grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    theta = theta.to(DEVICE).requires_grad_()
+    with sk.use_backend("triton"):
+        E = sk.cayley_delta(theta, k)
+        (dtheta,) = torch.autograd.grad(E, theta, grad.to(DEVICE))
+    return E.detach().cpu(), dtheta.cpu()
+
+
+def plain_passes(theta: Tensor, grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same by torch.linalg.solve under autograd."""
+    theta = theta.clone().requires_grad_()
+    E = solved_delta(theta, k)
+    return E.detach(), torch.autograd.grad(E, theta, grad)[0].detach()
+
+
+@pytest.mark.parametrize("k", RANKS)
+def test_error_of_both_passes(precision, k):
+    """At most twice that of float32 PyTorch; with two-term products at most 1e-5, as torch's "high" allows."""
+    B = 2 if k < 64 else 1
+    theta, grad = theta_of_norm(k, 0.7, batch=B, dtype=torch.float32), torch.randn(B, k, k)
+    E, dtheta = passes(theta, grad, k)
+    exact = exact_delta(theta, k)
+    exact_dtheta = reference.cayley_delta_backward_ref(grad.double(), exact)
+    plain_E, plain_dtheta = plain_passes(theta, grad, k)
+    for value, twin, truth in ((E, plain_E, exact), (dtheta, plain_dtheta, exact_dtheta)):
+        bound = max(2 * relative_error(twin, truth), torch.finfo(torch.float32).eps)
+        assert value.shape == truth.shape
+        assert relative_error(value, truth) <= (bound if precision == "highest" else 1e-5)
+
+
+@pytest.mark.parametrize("kappa", KAPPAS)
+def test_small_rotations_lose_nothing(precision, kappa):
+    k = 80
+    theta = theta_of_norm(k, kappa, dtype=torch.float32)
+    exact = exact_delta(theta, k)
+    with sk.use_backend("triton"):
+        E = sk.cayley_delta(theta.to(DEVICE), k).cpu()
+    bound = 2 * relative_error(solved_delta(theta, k), exact)
+    assert relative_error(E, exact) <= (bound if precision == "highest" or kappa <= 0.01 else 1e-5)
+    G = E.double()[0] + torch.eye(k)
+    assert (G.mT @ G - torch.eye(k)).abs().max() <= (5e-6 if precision == "highest" else 1e-5)
+
+
+@pytest.mark.parametrize("name", ["bf16x3", "bf16x6"])
+@pytest.mark.parametrize("position", range(3))
+def test_every_configuration(name, position, monkeypatch):
+    """Each tile on a matrix that it does not divide."""
+    config = tables.CAYLEY[name][position]
+    monkeypatch.setattr(cayley, "cayley_config", lambda *_: config)
+    monkeypatch.setattr(cayley, "_precision", lambda _: name)
+    k = 97
+    theta, grad = theta_of_norm(k, 0.5, dtype=torch.float32), torch.randn(1, k, k)
+    E, dtheta = passes(theta, grad, k)
+    exact = exact_delta(theta, k)
+    truth = reference.cayley_delta_backward_ref(grad.double(), exact)
+    for value, twin, wanted in zip((E, dtheta), plain_passes(theta, grad, k), (exact, truth)):
+        assert relative_error(value, wanted) <= (2 * relative_error(twin, wanted) if name == "bf16x6" else 1e-5)
+
+
+def test_padding_is_zero_and_empty_batches_are_served():
+    theta = theta_of_norm(21, 0.5, batch=3, dtype=torch.float32).to(DEVICE)
+    E = cayley.cayley_delta(theta, 21)
+    assert E.shape == (3, 32, 32)
+    assert not E[:, 21:].any() and not E[:, :, 21:].any()
+    assert cayley.cayley_delta(theta[:0], 21).shape == (0, 32, 32)
+    assert cayley.cayley_delta_backward(E[:0], E[:0], 21).shape == theta[:0].shape
+    assert not cayley.cayley_delta(theta.new_zeros(2, 0), 1).any()
+
+
+def test_zero_gives_exactly_zero():
+    assert not cayley.cayley_delta(torch.zeros(2, 80 * 79 // 2, device=DEVICE), 80).any()
+
+
+def test_another_backend_may_have_made_the_forward():
+    """E comes unpadded from the twin."""
+    k = 21
+    theta, grad = theta_of_norm(k, 0.5, batch=2, dtype=torch.float32).to(DEVICE).requires_grad_(), torch.randn(2, k, k)
+    with sk.use_backend("reference"):
+        E = sk.cayley_delta(theta, k)
+        (wanted,) = torch.autograd.grad(E, theta, grad.to(DEVICE), retain_graph=True)
+    with sk.use_backend("triton"):
+        (dtheta,) = torch.autograd.grad(E, theta, grad.to(DEVICE))
+    torch.testing.assert_close(dtheta, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_float64_is_refused_by_name():
+    with sk.use_backend("triton"), pytest.raises(RuntimeError, match=r"cayley.*float64.*only float32"):
+        sk.cayley_delta(torch.zeros(1, 3, dtype=torch.float64, device=DEVICE), 3)
+
+
+def test_second_derivatives_go_through_the_twin():
+    theta = theta_of_norm(18, 0.5, dtype=torch.float32).to(DEVICE).requires_grad_()
+    with sk.use_backend("triton"):
+        (first,) = torch.autograd.grad(sk.cayley_delta(theta, 18).square().sum(), theta, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), theta)
+    wide = theta.detach().double().requires_grad_()
+    (first_wide,) = torch.autograd.grad(sk.cayley_delta(wide, 18).square().sum(), wide, create_graph=True)
+    (wanted,) = torch.autograd.grad(first_wide.square().sum(), wide)
+    assert relative_error(second, wanted) <= 1e-5
+
+
+def test_compiled_graphs_call_the_kernels():
+    theta = theta_of_norm(20, 0.5, batch=2, dtype=torch.float32).to(DEVICE).requires_grad_()
+
+    def squares(theta: Tensor) -> Tensor:
+        return sk.cayley_delta(theta, 20).square().sum()
+
+    with sk.use_backend("triton"):
+        (wanted,) = torch.autograd.grad(squares(theta), theta)
+        (found,) = torch.autograd.grad(torch.compile(squares, fullgraph=True, backend="aot_eager")(theta), theta)
+    torch.testing.assert_close(found, wanted)

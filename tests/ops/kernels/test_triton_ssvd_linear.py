@@ -1,0 +1,275 @@
+"""The Triton kernels against float64, bounded by twice the error of plain PyTorch in the same dtype.
+
+Without a GPU they run in Triton's interpreter on CPU tensors, with one they are compiled. Uninitialised memory is NaN
+(conftest.py), so an output element that no program writes fails every comparison here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import linear_inputs, relative_error
+from torch import Tensor
+
+from ssvd_kernels.ops.reference import compose_operand_ref, compose_ref, ssvd_linear_backward_ref, ssvd_linear_ref
+
+if not torch.cuda.is_available() and "triton" not in sys.modules:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+from ssvd_kernels.ops.kernels import tile_sizes as tables
+from ssvd_kernels.ops.kernels import unavailable_reason
+from ssvd_kernels.ops.kernels.compose import compose
+from ssvd_kernels.ops.kernels.split_k import core_grad
+from ssvd_kernels.ops.kernels.ssvd_linear import ssvd_linear_bwd, ssvd_linear_fwd
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+REASON = unavailable_reason(DEVICE, torch.float32)
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+DTYPES = [(F32, F32), (F16, F16), (BF16, BF16), (F16, F32), (BF16, F32)]  # (x, parameters)
+SMALL_K = [(29, 37, 41, 1), (1, 19, 23, 2), (17, 48, 32, 16), (37, 50, 70, 17), (13, 67, 61, 33), (31, 64, 80, 64)]
+LARGE_K = [(29, 37, 41, 1), (17, 48, 32, 16), (19, 66, 71, 65), (33, 128, 144, 128), (17, 157, 163, 153)]
+PATHS = [("one pass", shape) for shape in SMALL_K] + [("products", shape) for shape in LARGE_K]
+
+
+def inputs(shape: tuple[int, int, int, int], dtype: torch.dtype, params: torch.dtype) -> dict[str, Tensor]:
+    return {name: tensor.to(DEVICE) for name, tensor in linear_inputs(shape, dtype, params).items()}
+
+
+def force(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    if path == "products":
+        monkeypatch.setattr(tables, "ONE_PASS_MAX_T", -1)
+
+
+def assert_bounded(
+    name: str, value: Tensor, twin: Tensor, exact: Tensor, dtype: torch.dtype | None = None, terms: Tensor | None = None
+) -> None:
+    """Error at most twice the twin's, which computes in `dtype`.
+
+    The floor is below half precision's own rounding error; where the twin may be lucky (float32 sums in another order,
+    results of a few elements), it is one ulp of the result, or of the sum's `terms` where they cancel.
+    """
+    dtype = dtype or twin.dtype
+    ulp, lucky = torch.finfo(dtype).eps, dtype == F32 or exact.numel() < 32
+    scale = 1.0 if terms is None or exact.numel() >= 32 else float(terms.norm() / exact.norm())
+    bound = max(2 * relative_error(twin, exact), ulp * scale if lucky else ulp / 8)
+    assert value.shape == exact.shape
+    assert relative_error(value, exact) <= bound, name
+
+
+def check_linear(case: dict[str, Tensor], bias: bool = True) -> None:
+    """Forward, dx and dcore of one case; z goes into the backward as the forward gave it."""
+    names = ("weight", "U", "V", "core")
+    dtype, params = case["x"].dtype, [case[name] for name in names]
+    wide = [case[name].double() for name in names]
+    b, x, dy = case["bias"] if bias else None, case["x"], case["dy"]
+    y, z = ssvd_linear_fwd(x, *params, b, True)
+    dx, dcore = ssvd_linear_bwd(dy, z, *params, True)
+    twin_y, twin_z = ssvd_linear_ref(x, *params, b, None, True)
+    twin_dx, twin_dcore = ssvd_linear_backward_ref(dy, twin_z, *params, None, True)
+    exact_y, exact_z = ssvd_linear_ref(x.double(), *wide, None if b is None else b.double(), None, True)
+    exact_dx, exact_dcore = ssvd_linear_backward_ref(dy.double(), exact_z, *wide, None, True)
+    assert z is not None and dx is not None and dcore is not None
+    assert y.dtype == z.dtype == dx.dtype == dtype and dcore.dtype == case["core"].dtype
+    assert_bounded("y", y, twin_y, exact_y)
+    assert_bounded("z", z, twin_z, exact_z)
+    assert_bounded("dx", dx, twin_dx, exact_dx)
+    terms = (dy.double() @ wide[1]).abs().mT @ exact_z.abs()
+    assert_bounded("dcore", dcore, twin_dcore, exact_dcore, dtype, terms)
+
+
+@pytest.mark.parametrize(("path", "shape"), PATHS)
+@pytest.mark.parametrize(("dtype", "params"), DTYPES)
+def test_linear_and_its_gradients(dtype, params, path, shape, monkeypatch):
+    force(monkeypatch, path)
+    check_linear(inputs(shape, dtype, params), bias=shape[0] != 17)
+
+
+@pytest.mark.parametrize(("key", "config"), [(key, c) for key, table in tables.LINEAR.items() for c in table])
+def test_every_linear_configuration(key, config, monkeypatch):
+    """More than one tile in each direction, whatever the shape would have picked."""
+    force(monkeypatch, "products")
+    monkeypatch.setattr(tables, "_pick", lambda *_: config)
+    monkeypatch.setitem(tables.LINEAR, key, (config,))
+    dtype = F32 if key.startswith("float32") else F16
+    check_linear(inputs((config.rows + 3, 70, config.cols + 5, 19), dtype, F32 if key.startswith("mixed") else dtype))
+
+
+@pytest.mark.parametrize(("key", "config"), [(key, c) for key, table in tables.ONE_PASS.items() for c in table])
+def test_every_one_pass_configuration(key, config, monkeypatch):
+    monkeypatch.setattr(tables, "one_pass_config", None)
+    monkeypatch.setattr("ssvd_kernels.ops.kernels.ssvd_linear.one_pass_config", lambda *_: config)
+    dtype = F32 if key.startswith("float32") else F16
+    shape = (config.rows + 3, config.depth + 35, config.cols + 35, config.max_k // 2 + 1)
+    check_linear(inputs(shape, dtype, F32 if key.startswith("mixed") else dtype))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (37, 41, 17), (70, 130, 65), (160, 153, 153)])
+@pytest.mark.parametrize(("dtype", "params"), [*DTYPES, (F32, BF16)])
+def test_compose(dtype, params, shape):
+    d_out, d_in, k = shape
+    case = inputs((1, d_in, d_out, k), dtype, params)
+    args = [case[name] for name in ("weight", "U", "V", "core")]
+    exact = compose_ref(*(tensor.double() for tensor in args))
+    assert_bounded("W'", compose(*args, dtype), compose_operand_ref(*args, dtype), exact)
+
+
+@pytest.mark.parametrize(("key", "config"), [(key, c) for key, table in tables.COMPOSE.items() for c in table])
+def test_every_compose_configuration(key, config, monkeypatch):
+    monkeypatch.setattr("ssvd_kernels.ops.kernels.compose.compose_config", lambda *_: config)
+    dtype = F32 if key.startswith("float32") else BF16
+    case = inputs((1, config.cols + 5, config.rows + 3, 19), dtype, F32 if key.startswith("mixed") else dtype)
+    args = [case[name] for name in ("weight", "U", "V", "core")]
+    exact = compose_ref(*(tensor.double() for tensor in args))
+    assert_bounded("W'", compose(*args, dtype), compose_operand_ref(*args, dtype), exact)
+
+
+def check_core_grad(a: Tensor, b: Tensor) -> None:
+    value, exact = core_grad(a, b), a.double().mT @ b.double()
+    assert value.dtype == F32
+    assert_bounded("a^T b", value, a.mT @ b, exact)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5), (1, 1, 1), (13, 17, 33), (700, 16, 16), (523, 65, 40), (300, 70, 153)])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_core_grad(dtype, shape):
+    """700 and 523 tokens are split over several partials."""
+    T, ka, kb = shape
+    check_core_grad(torch.randn(T, ka, device=DEVICE).to(dtype), torch.randn(T, kb, device=DEVICE).to(dtype))
+
+
+@pytest.mark.parametrize(("key", "config"), [(key, c) for key, table in tables.CORE_GRAD.items() for c in table])
+def test_every_core_grad_configuration(key, config, monkeypatch):
+    monkeypatch.setattr("ssvd_kernels.ops.kernels.split_k.core_grad_config", lambda *_: config)
+    dtype = F32 if key.startswith("float32") else BF16
+    a, b = torch.randn(301, config.rows + 3, device=DEVICE), torch.randn(301, config.cols + 5, device=DEVICE)
+    check_core_grad(a.to(dtype), b.to(dtype))
+
+
+def test_core_grad_of_mixed_dtypes_keeps_the_wider():
+    check_core_grad(torch.randn(37, 5, device=DEVICE).half().float(), torch.randn(37, 7, device=DEVICE))
+    value = core_grad(torch.ones(3, 2, device=DEVICE).half(), torch.full((3, 2), 1 + 2**-20, device=DEVICE))
+    assert torch.equal(value, torch.full((2, 2), 3 * (1 + 2**-20), device=DEVICE))
+
+
+@pytest.mark.parametrize("chunk", [1, 255, 256, 257, 512, 10_007, 1_000_003])
+@pytest.mark.parametrize("k", [1, 64, 409])
+def test_every_partial_holds_a_token_and_every_token_is_held_once(chunk, k):
+    for table in tables.CORE_GRAD.values():
+        for config in table:
+            size, splits = tables.core_grad_splits(config, chunk, k, k)
+            assert (splits - 1) * size < chunk <= splits * size
+
+
+@pytest.mark.parametrize("path", ["one pass", "products"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_two_runs_give_the_same_bits(path, dtype, monkeypatch):
+    force(monkeypatch, path)
+    case = inputs((70, 40, 50, 17), dtype, F32)
+    params = [case[name] for name in ("weight", "U", "V", "core")]
+
+    def run() -> list[Tensor | None]:
+        y, z = ssvd_linear_fwd(case["x"], *params, case["bias"], True)
+        a = case["dy"].repeat(10, 1)
+        return [y, z, *ssvd_linear_bwd(case["dy"], z, *params, True), compose(*params, dtype), core_grad(a, a)]
+
+    assert all(torch.equal(first, second) for first, second in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("path", ["one pass", "products"])
+def test_strided_and_expanded_operands(path, monkeypatch):
+    """Transposed, sliced and expanded (stride 0) operands give what their contiguous copies give."""
+    force(monkeypatch, path)
+    case = inputs((11, 24, 20, 6), F32, F32)
+    plain = {name: case[name] for name in ("x", "weight", "U", "V", "core", "bias")}
+    plain["x"] = plain["x"][:1].expand(11, -1)
+    plain["U"] = plain["U"][:, :1].expand(-1, 6)
+    plain["bias"] = plain["bias"][:1].expand(20)
+    strided = dict(plain)
+    strided["weight"] = plain["weight"].mT.contiguous().mT
+    strided["core"] = torch.stack([plain["core"]] * 2, dim=-1)[..., 1]
+    strided["V"] = torch.cat([plain["V"]] * 2, dim=1)[:, 6:]
+    assert not any(strided[name].is_contiguous() for name in strided)
+    dense = {name: tensor.contiguous() for name, tensor in plain.items()}
+    y, z = ssvd_linear_fwd(**strided, need_z=True)
+    expected, expected_z = ssvd_linear_fwd(**dense, need_z=True)
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(z, expected_z, rtol=1e-6, atol=1e-6)
+    params = ("weight", "U", "V", "core")
+    dy = case["dy"][:1].expand(11, -1)
+    got = ssvd_linear_bwd(dy, z.mT.contiguous().mT, *(strided[name] for name in params), True)
+    wanted = ssvd_linear_bwd(dy.contiguous(), z, *(dense[name] for name in params), True)
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+    composed = [compose(*(tensors[name] for name in params), F32) for tensors in (strided, dense)]
+    torch.testing.assert_close(*composed, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (3, 0), (2, 3), (2, 1, 3)])
+def test_leading_shapes_and_what_is_asked_for(lead):
+    case = inputs((1, 24, 20, 6), F32, F32)
+    params = [case[name] for name in ("weight", "U", "V", "core")]
+    x, dy = torch.randn(*lead, 24, device=DEVICE), torch.randn(*lead, 20, device=DEVICE)
+    y, z = ssvd_linear_fwd(x, *params, None, True)
+    assert y.shape == (*lead, 20) and z is not None and z.shape == (*lead, 6)
+    bare, nothing = ssvd_linear_fwd(x, *params, None, False)
+    assert nothing is None and torch.equal(bare, y)
+    dx, dcore = ssvd_linear_bwd(dy, z, *params, True)
+    assert dx is not None and dx.shape == x.shape and dcore is not None and dcore.shape == (6, 6)
+    assert bool(torch.isfinite(dcore).all()) and (x.numel() > 0 or not dcore.any())
+    assert ssvd_linear_bwd(dy, None, *params, False) == (None, None)
+    only_dx, none = ssvd_linear_bwd(dy, None, *params, True)
+    none_dx, only_dcore = ssvd_linear_bwd(dy, z, *params, False)
+    assert none is None and none_dx is None and torch.equal(only_dx, dx)
+    torch.testing.assert_close(only_dcore, dcore, rtol=1e-5, atol=1e-5)
+
+
+def test_refusals():
+    assert "float64" in str(unavailable_reason(DEVICE, torch.float64))
+    assert "meta" in str(unavailable_reason(torch.device("meta"), F32))
+
+
+@pytest.mark.parametrize(
+    ("setup", "words"),
+    [
+        ("", "TRITON_INTERPRET"),
+        ("import sys; sys.modules['triton'] = None", "triton cannot be imported"),
+        ("import triton; triton.__version__ = '3.5.1'", "older than 3.6"),
+    ],
+)
+def test_reason_on_a_cpu_that_cannot(setup, words):
+    """The package imports all the same, and says why."""
+    code = f"import torch\n{setup}\nfrom ssvd_kernels.ops.kernels import unavailable_reason as why\n"
+    code += "print(why(torch.device('cpu'), torch.float32))"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, timeout=120)
+    assert words in done.stdout, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "params"), DTYPES)
+@pytest.mark.parametrize("shape", [(4096, 1024, 1024, 409), (1000, 1024, 4096, 416), (256, 4096, 1024, 64)])
+def test_large_shapes(dtype, params, shape):
+    check_linear(inputs(shape, dtype, params))
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits():
+    """x of 70,000 x 32,768 elements: row offsets pass 2^31."""
+    T, d_in, d_out, k = 70_000, 32_768, 16, 8
+    case = inputs((2, d_in, d_out, k), BF16, BF16)
+    params = [case[name] for name in ("weight", "U", "V", "core")]
+    x = torch.zeros(T, d_in, dtype=BF16, device=DEVICE)
+    x[-2:] = case["x"]
+    y, z = ssvd_linear_fwd(x, *params, None, True)
+    expected, expected_z = ssvd_linear_fwd(case["x"], *params, None, True)
+    torch.testing.assert_close(y[-2:], expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(z[-2:], expected_z, rtol=2e-2, atol=2e-2)
+    assert not y[:-2].any() and not z[:-2].any()

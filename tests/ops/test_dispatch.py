@@ -1,0 +1,138 @@
+"""Bad arguments of the functions and the layer, and forced modes and backends that cannot serve: errors that say so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import linear_inputs
+from torch import nn
+
+import ssvd_kernels as sk
+from ssvd_kernels.ops import dispatch, extension
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [sk.cayley, sk.cayley_delta])
+@pytest.mark.parametrize(
+    ("theta", "k", "error", "match"),
+    [
+        (torch.zeros(5), 4, ValueError, r"theta.*\(5,\).*\(\.\.\., 6\).*k=4"),
+        (torch.zeros(6, 1), 4, ValueError, r"theta.*\(6, 1\).*\(\.\.\., 6\).*k=4"),
+        (torch.zeros(1), 1, ValueError, r"theta.*\(1,\).*\(\.\.\., 0\).*k=1"),
+        (torch.zeros(()), 2, ValueError, r"theta.*\(\).*\(\.\.\., 1\).*k=2"),
+        (torch.zeros(6, dtype=torch.int64), 4, TypeError, r"theta.*int64.*floating"),
+        (torch.zeros(6, dtype=torch.bool), 4, TypeError, r"theta.*bool.*floating"),
+        (torch.zeros(0), 0, ValueError, r"k=0.*whole number >= 1"),
+        (torch.zeros(6), -3, ValueError, r"k=-3.*whole number >= 1"),
+        (torch.zeros(6), 4.0, ValueError, r"k=4\.0.*whole number >= 1"),
+    ],
+    ids=str,
+)
+def test_cayley_refuses(function, theta, k, error, match):
+    with pytest.raises(error, match=match):
+        function(theta, k)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"x": torch.zeros(3, 5)}, ValueError, r"x has shape \(3, 5\).*\(\.\.\., 6\)"),
+        ({"x": torch.zeros(())}, ValueError, r"x has shape \(\).*\(\.\.\., 6\)"),
+        ({"x": torch.zeros(3, 6, dtype=torch.int64)}, TypeError, r"x has dtype torch\.int64.*floating"),
+        ({"x": torch.zeros(3, 6).double()}, ValueError, r"x has dtype torch\.float64 and weight torch\.float32"),
+        ({"x": torch.zeros(3, 6, device="meta")}, ValueError, r"on cpu and x on meta.*one device"),
+        ({"weight": torch.zeros(5)}, ValueError, r"weight has shape \(5,\).*\(d_out, d_in\)"),
+        ({"weight": torch.zeros(5, 6, dtype=torch.int8)}, (TypeError, ValueError), r"weight.*torch\.int8"),
+        ({"U": torch.zeros(4, 3)}, ValueError, r"U has shape \(4, 3\).*\(5, 3\)"),
+        ({"V": torch.zeros(6, 2)}, ValueError, r"V has shape \(6, 2\).*\(6, 3\)"),
+        ({"core": torch.zeros(3, 2)}, ValueError, r"core has shape \(3, 2\).*\(3, 3\)"),
+        ({"core": torch.zeros(3, 3, dtype=torch.int64)}, (TypeError, ValueError), r"core.*torch\.int64"),
+        ({"bias": torch.zeros(1)}, ValueError, r"bias has shape \(1,\).*\(5,\)"),
+        ({"weight": torch.zeros(5, 6, requires_grad=True)}, ValueError, r"weight requires a gradient.*frozen"),
+        ({"U": torch.zeros(5, 3, requires_grad=True)}, ValueError, r"U requires a gradient.*frozen"),
+        ({"mode": "fast"}, ValueError, r"mode='fast'.*'auto', 'composed', 'factored'"),
+        ({"mode": "merged"}, ValueError, r"mode='merged'.*'auto', 'composed', 'factored'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_ssvd_linear_refuses(change, error, match):
+    arguments = {key: value for key, value in linear_inputs((4, 6, 5, 3), torch.float32).items() if key != "dy"}
+    with pytest.raises(error, match=match):
+        sk.ssvd_linear(**{**arguments, **change})
+
+
+def test_layer_refuses_inputs_that_do_not_fit():
+    layer = sk.SSVDLinear.from_linear(nn.Linear(6, 5), sk.SSVDConfig(rank=3))
+    for training in (True, False):
+        layer.train(training)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                with pytest.raises((ValueError, RuntimeError), match=r"\(3, 5\)|3x5"):
+                    layer(torch.zeros(3, 5))
+                with pytest.raises((ValueError, RuntimeError), match=r"float64|Double|dtype"):
+                    layer(torch.zeros(3, 6, dtype=torch.float64))
+
+
+# -- forced modes and backends -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "eval"])
+def test_forced_mode_that_does_not_exist_raises(grad):
+    layer = sk.SSVDLinear.from_linear(nn.Linear(6, 5), sk.SSVDConfig(rank=3)).train(grad)
+    layer.mode = "compsoed"
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(ValueError, match=r"mode='compsoed'.*'auto', 'composed', 'factored'"),
+    ):
+        layer(torch.zeros(3, 6))
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "eval"])
+def test_forced_backend_that_cannot_serve_raises(grad):
+    layer = sk.SSVDLinear.from_linear(nn.Linear(6, 5, dtype=torch.float64), sk.SSVDConfig(rank=3)).train(grad)
+    x = torch.zeros(3, 6, dtype=torch.float64)
+    expected = layer(x).detach()
+    layer.eval().train(grad)  # drops what was cached
+    with (
+        torch.set_grad_enabled(grad),
+        sk.use_backend("triton"),
+        pytest.raises(RuntimeError, match=r"'triton' cannot serve (cayley|linear) on cpu in torch\.float64: \w+"),
+    ):
+        layer(x)
+    assert torch.equal(layer(x).detach(), expected)  # and the choice is free again
+
+
+def test_forced_extension_that_is_not_there_raises(monkeypatch):
+    monkeypatch.setattr(extension, "supports", lambda device: "_C was not built: no compiler")
+    theta = torch.zeros(3)
+    assert torch.equal(sk.cayley_delta(theta, 3), torch.zeros(3, 3))  # auto falls back
+    with (
+        sk.use_backend("ext"),
+        pytest.raises(RuntimeError, match=r"'ext' cannot serve cayley on cpu in torch\.float32: .*no compiler"),
+    ):
+        sk.cayley_delta(theta, 3)
+    with pytest.raises(ValueError, match=r"name='cuda' is unknown.*'auto', 'reference', 'ext', 'triton'"):
+        with sk.use_backend("cuda"):
+            pass
+    assert dispatch._forced == "auto"
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"SSVD_BACKEND": "gpu"}, r"SSVD_BACKEND='gpu' is unknown: allowed are 'auto', 'reference', 'ext', 'triton'"),
+        ({"SSVD_BACKEND": "ext", "SSVD_DISABLE_EXT": "1"}, "'ext' cannot serve cayley on cpu in torch.float32: SSVD_D"),
+    ],
+    ids=["unknown", "disabled"],
+)
+def test_backend_forced_by_the_environment_that_cannot_serve_raises(variables, expected):
+    program = "import torch, ssvd_kernels as sk; sk.cayley(torch.zeros(3), 3)"
+    environment = {**os.environ, **variables, "PYTHONPATH": str(Path(sk.__file__).parents[1])}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and expected in run.stderr

@@ -1,0 +1,132 @@
+"""Counted against the formulas: FLOPs and bytes of every path, and the bytes that autograd saves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from cases import LINEAR_SHAPES, linear_inputs
+from models import saved_for_backward, train_randomly
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import ssvd_kernels as sk
+from ssvd_kernels.ops import dispatch, flops, reference
+from ssvd_kernels.ops.weight_cache import Workspace
+
+MODES = ["composed", "factored"]
+aten = torch.ops.aten
+PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0}  # op -> arguments before the two factors
+
+
+class Counter(TorchDispatchMode):
+    """Numbers read and written by matrix products, and by everything else that is not a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = self.others = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in PRODUCTS:
+            self.products += sum(tensor.numel() for tensor in (*args[PRODUCTS[func] :], out))
+            self.others += sum(tensor.numel() for tensor in args[: PRODUCTS[func]])  # what is added
+        elif not func.is_view:
+            self.others += sum(t.numel() for t in (*args, out) if isinstance(t, Tensor))
+        return out
+
+
+@contextmanager
+def counted(flops: int, products: list[flops.Product], others: int) -> Iterator[None]:
+    with FlopCounterMode(display=False) as flop_counter, Counter() as counter:
+        yield
+    assert flop_counter.get_total_flops() == flops == flops.flops(products)
+    assert counter.products == sum(product.elements for product in products)
+    assert counter.others <= others
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["no workspace", "workspace"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", LINEAR_SHAPES[3:], ids=str)
+def test_a_layer_does_the_products_of_the_cost_model_and_copies_nothing(shape, mode, kept):
+    T, d_in, d_out, k = shape
+    inputs = linear_inputs(shape, torch.float32)
+    dy = inputs.pop("dy")
+    inputs["x"].requires_grad_()
+    inputs["core"].requires_grad_()
+    workspace = Workspace() if kept else None
+    compose = flops.compose_products(d_in, d_out, k) if mode == "composed" else []
+    compositions = len(compose) // 2 * (1 if kept else 2)
+    forward = compose + flops.forward_products(mode, T, d_in, d_out, k)
+    backward = ([] if kept else compose) + flops.backward_products(mode, T, d_in, d_out, k)
+    weight = d_in * d_out if mode == "composed" else 0  # read where W' is composed
+    own = 3 * T * d_out if mode == "factored" else 0  # y = base + update
+    with counted(flops.flops(forward), forward, weight + own + d_out):  # and the bias
+        y = sk.ssvd_linear(**inputs, mode=mode, workspace=workspace)
+    own = 3 * T * d_in if mode == "factored" else 0
+    with counted(flops.flops(backward), backward, (0 if kept else weight) + own):
+        torch.autograd.grad(y, [inputs["x"], inputs["core"]], dy)
+    both = flops.linear_flops(mode, T, d_in, d_out, k, True, compositions)
+    assert both == flops.flops(forward) + flops.flops(backward)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("need_x", "need_core"), [(True, False), (False, True), (False, False)])
+def test_only_the_needed_products_are_done(mode, need_x, need_core):
+    shape = T, d_in, d_out, k = (13, 64, 48, 31)
+    inputs = linear_inputs(shape, torch.float32)
+    dy = inputs.pop("dy")
+    leaves = [inputs[name].requires_grad_() for name, need in (("x", need_x), ("core", need_core)) if need]
+    compose = flops.compose_products(d_in, d_out, k) if mode == "composed" else []
+    forward = compose + flops.forward_products(mode, T, d_in, d_out, k, need_z=need_core)
+    with counted(flops.flops(forward), forward, 10**6):
+        y = sk.ssvd_linear(**inputs, mode=mode, workspace=Workspace())
+    if leaves:
+        backward = flops.backward_products(mode, T, d_in, d_out, k, need_dx=need_x, need_dcore=need_core)
+        with counted(flops.flops(backward), backward, 10**6):
+            torch.autograd.grad(y, leaves, dy)
+
+
+def test_the_formulas_are_those_of_the_published_cost_model():
+    """Square layer, per token, in units of 2 d^2: frozen 1 + 1; factored 1 + 2 rho + rho^2 each way and the core;
+    composed 1 + rho each way, besides 2 d k (d + k) once."""
+    d, k, T = 1024, 256, 4096
+    unit, rho = 2 * T * d * d, k / d
+    factored = flops.linear_flops("factored", T, d, d, k, True, 0)
+    assert factored == unit * (1 + 2 * rho + rho**2 + 1 + 2 * rho + 2 * rho**2)
+    composed = flops.linear_flops("composed", T, d, d, k, True, 1)
+    assert composed == unit * (2 + 2 * rho) + 2 * d * k * (d + k) + 2 * d * k * k
+    assert dispatch.linear_mode(torch.float32, T, (d, d), k, "auto", True, 1) == "composed"
+
+
+@pytest.mark.parametrize("k", [33, 64, 153])
+def test_the_cayley_twin_does_six_k_cubed(k):
+    """2 k^3 forward (less the divisions of the single pivots) and 4 k^3 backward, as the compiled op in its blocks."""
+    theta = torch.randn(1, k * (k - 1) // 2, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:
+        E = reference.cayley_delta_ref(theta, k)
+    assert 2 * k**3 - k**2 <= counter.get_total_flops() <= 2 * k**3
+    with FlopCounterMode(display=False) as counter:
+        reference.cayley_delta_backward_ref(torch.randn_like(E), E)
+    assert counter.get_total_flops() == 4 * k**3
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bf16 autocast"])
+@pytest.mark.parametrize("side", ["input", "both"])
+@pytest.mark.parametrize("mode", MODES)
+def test_saved_bytes_of_a_layer(mode, side, amp):
+    """T k numbers of x in the compute dtype, and matrices of the core's size; never anything weight-sized."""
+    T, d_in, d_out, k = 256, 48, 64, 12
+    config = sk.SSVDConfig(rank=k, side=side, **({"rank_out": k} if side == "both" else {}))
+    layer = train_randomly(sk.SSVDLinear.from_linear(nn.Linear(d_in, d_out), config))
+    layer.mode = mode
+    known = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    x = torch.randn(T, d_in)
+    with saved_for_backward(known) as saved, torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        y = layer(x)
+    of_x = T * k * (2 if amp else 4)
+    assert of_x <= sum(saved.values()) <= of_x + 6 * 4 * k * k
+    assert y.requires_grad and max(saved.values()) == of_x

@@ -1,0 +1,193 @@
+"""The SSVD linear op: every mode and backend against float64, derivatives, dispatch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import LINEAR_SHAPES, linear_inputs, naive_linear, relative_error
+from torch.autograd import gradcheck, gradgradcheck
+
+import ssvd_kernels as sk
+from ssvd_kernels.ops import dispatch
+from ssvd_kernels.ops import kernels as triton_backend
+from ssvd_kernels.ops.functional import ssvd_update
+
+CPU = torch.device("cpu")
+_WHY_NOT = triton_backend.unavailable_reason(CPU, torch.float32)
+HALF = [torch.float16, torch.bfloat16]
+
+
+def ours(inputs: dict, mode: str) -> dict[str, torch.Tensor]:
+    x, core, bias = (inputs[name].detach().clone().requires_grad_() for name in ("x", "core", "bias"))
+    y = sk.ssvd_linear(x, inputs["weight"], inputs["U"], inputs["V"], core, bias, mode=mode)
+    dx, dcore, dbias = torch.autograd.grad(y, [x, core, bias], inputs["dy"])
+    return {"y": y.detach(), "dx": dx, "dcore": dcore, "dbias": dbias}
+
+
+@pytest.mark.parametrize("mode", ["composed", "factored", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+@pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
+def test_errors_are_at_most_twice_those_of_plain_pytorch(mode, dtype, shape):
+    check_against_float64("reference", mode, dtype, shape)
+
+
+@pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT))
+@pytest.mark.parametrize("mode", ["composed", "factored"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_triton_through_the_public_function(mode, dtype):
+    check_against_float64("triton", mode, dtype, (40, 130, 67, 33))
+
+
+def check_against_float64(backend, mode, dtype, shape):
+    found, plain, exact = [], [], []
+    for seed in range(1 if min(shape) > 16 else 16):  # few numbers: over one draw the yardstick would be luck
+        inputs = linear_inputs(shape, dtype, seed=1000 * seed)
+        exact.append(naive_linear(inputs, torch.float64))
+        plain.append(naive_linear(inputs, dtype))
+        with sk.use_backend(backend):
+            found.append(ours(inputs, mode))
+    for name in exact[0]:
+        value, yardstick, truth = (torch.cat([r[name].flatten() for r in runs]) for runs in (found, plain, exact))
+        # in float64 the oracle is no better than what it judges
+        bound = 1e-13 if dtype == torch.float64 else max(2 * relative_error(yardstick, truth), torch.finfo(dtype).eps)
+        assert relative_error(value, truth) <= bound, name
+
+
+@pytest.mark.parametrize("mode", ["composed", "factored"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck_and_gradgradcheck(mode, bias):
+    inputs = linear_inputs((4, 6, 5, 3), torch.float64)
+    x, core, b = (inputs[name].requires_grad_() for name in ("x", "core", "bias"))
+
+    def op(x, core, b):
+        return sk.ssvd_linear(x, inputs["weight"], inputs["U"], inputs["V"], core, b if bias else None, mode=mode)
+
+    arguments = (x, core, b) if bias else (x, core, None)
+    assert gradcheck(op, arguments)
+    assert gradgradcheck(op, arguments)
+
+
+@pytest.mark.parametrize("shape", [(6,), (0, 6), (1, 6), (2, 3, 6), (2, 0, 6)])
+def test_update_alone_is_the_linear_op_over_a_zero_weight(shape):
+    inputs = linear_inputs((4, 6, 5, 3), torch.float64)
+    U, V, core = inputs["U"], inputs["V"], inputs["core"].requires_grad_()
+    x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    expected = sk.ssvd_linear(x, torch.zeros(5, 6, dtype=torch.float64), U, V, core, mode="factored")
+    update = ssvd_update(x, U, V, core)
+    torch.testing.assert_close(update, expected)
+    grads, references = (torch.autograd.grad(y.sin().sum(), [x, core]) for y in (update, expected))
+    torch.testing.assert_close(grads, references)
+    if x.numel():
+        assert gradcheck(lambda x, core: ssvd_update(x, U, V, core), (x, core))
+        assert gradgradcheck(lambda x, core: ssvd_update(x, U, V, core), (x, core))
+    with pytest.raises(ValueError, match=r"x has shape \(4, 7\): allowed is \(\.\.\., 6\)"):
+        ssvd_update(torch.randn(4, 7), U, V, core)
+
+
+@pytest.mark.parametrize("mode", ["composed", "factored", "auto"])
+@pytest.mark.parametrize("shape", [(6,), (0, 6), (1, 6), (2, 3, 6), (2, 0, 6), (2, 1, 3, 6)])
+def test_any_leading_shape(mode, shape):
+    inputs = linear_inputs((4, 6, 5, 3), torch.float64)
+    x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    core = inputs["core"].requires_grad_()
+    y = sk.ssvd_linear(x, inputs["weight"], inputs["U"], inputs["V"], core, inputs["bias"], mode=mode)
+    expected = F.linear(x, inputs["weight"] + inputs["U"] @ core @ inputs["V"].mT, inputs["bias"])
+    torch.testing.assert_close(y, expected)
+    grads, references = (torch.autograd.grad(out.sum(), [x, core]) for out in (y, expected))
+    torch.testing.assert_close(grads, references)
+
+
+@pytest.mark.parametrize("mode", ["composed", "factored"])
+def test_strided_and_expanded_inputs(mode):
+    inputs = linear_inputs((4, 6, 5, 3), torch.float64)
+    frozen = {name: inputs[name].mT.contiguous().mT for name in ("weight", "U", "V")}
+    for x in (torch.randn(6, 4, dtype=torch.float64).mT, torch.randn(1, 6, dtype=torch.float64).expand(4, 6)):
+        x, core = x.detach().requires_grad_(), inputs["core"].mT.detach().requires_grad_()
+        y = sk.ssvd_linear(x, core=core, bias=inputs["bias"], mode=mode, **frozen)
+        expected = F.linear(x, inputs["weight"] + inputs["U"] @ core @ inputs["V"].mT, inputs["bias"])
+        torch.testing.assert_close(y, expected)
+        dy = torch.randn(5, 4, dtype=torch.float64).mT
+        torch.testing.assert_close(torch.autograd.grad(y, [x, core], dy), torch.autograd.grad(expected, [x, core], dy))
+
+
+def test_autocast_takes_its_dtype_and_gradients_keep_theirs():
+    inputs = linear_inputs((8, 16, 12, 4), torch.float32)
+    x, core = inputs["x"].requires_grad_(), inputs["core"].requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = sk.ssvd_linear(x, inputs["weight"], inputs["U"], inputs["V"], core, inputs["bias"])
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad.dtype == core.grad.dtype == torch.float32
+
+
+def test_gradients_that_nobody_needs_are_not_computed(monkeypatch):
+    seen = []
+    original = dispatch.ssvd_linear_backward
+
+    def spy(dy, z, *rest):
+        seen.append((z is not None, rest[-2]))
+        return original(dy, z, *rest)
+
+    monkeypatch.setattr(dispatch, "ssvd_linear_backward", spy)
+    inputs = linear_inputs((4, 6, 5, 3), torch.float32)
+    frozen = (inputs["weight"], inputs["U"], inputs["V"])
+    sk.ssvd_linear(inputs["x"], *frozen, inputs["core"].requires_grad_()).sum().backward()
+    sk.ssvd_linear(inputs["x"].requires_grad_(), *frozen, inputs["core"].detach()).sum().backward()
+    assert seen == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize("mode", ["composed", "factored"])
+def test_nothing_weight_sized_is_saved(mode):
+    inputs = linear_inputs((8, 64, 96, 5), torch.float32)
+    frozen = [inputs[name] for name in ("weight", "U", "V")]
+    known = {tensor.data_ptr() for tensor in (*frozen, inputs["core"])}
+    saved = []
+    x, core = inputs["x"].requires_grad_(), inputs["core"].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        sk.ssvd_linear(x, *frozen, core, inputs["bias"], mode=mode)
+    extra = [tuple(tensor.shape) for tensor in saved if tensor.data_ptr() not in known]
+    assert extra == [(8, 5)]  # z = x V
+
+
+def test_auto_is_factored_in_half_precision_and_the_cheaper_mode_else():
+    square = (1024, 1024)
+    choose = dispatch.linear_mode
+    assert choose(torch.bfloat16, 4096, square, 409, "auto", True, 1) == "factored"
+    assert choose(torch.float32, 64, square, 409, "auto", True, 1) == "factored"
+    assert choose(torch.float32, 4096, square, 409, "auto", True, 2) == "composed"
+    assert choose(torch.float32, 64, square, 409, "auto", True, 0) == "composed"  # nothing to compose
+    assert choose(torch.float32, 64, square, 409, "composed", True, 2) == "composed"
+
+
+def test_forced_backend_that_cannot_serve_raises():
+    inputs = linear_inputs((4, 6, 5, 3), torch.float64)
+    arguments = [inputs[name] for name in ("x", "weight", "U", "V", "core")]
+    refusal = r"'triton' cannot serve linear on cpu in .*float64"
+    with sk.use_backend("triton"), pytest.raises(RuntimeError, match=refusal):
+        sk.ssvd_linear(*arguments)
+    with pytest.raises(ValueError, match="name='cuda' is unknown: allowed are 'auto'"), sk.use_backend("cuda"):
+        pass
+    assert set(dispatch.refusals("linear", CPU, torch.float64)) == {"triton", "reference"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.randn(4, 7)}, r"x has shape \(4, 7\): allowed is \(\.\.\., 6\)"),
+        ({"x": torch.zeros(4, 6, dtype=torch.int32)}, "x has dtype torch.int32"),
+        ({"x": torch.randn(4, 6).double()}, "x has dtype torch.float64 and weight torch.float32"),
+        ({"U": torch.randn(5)}, r"U \(5,\)"),
+        ({"V": torch.randn(5, 3)}, r"V has shape \(5, 3\): allowed is \(6, 3\)"),
+        ({"core": torch.randn(2, 2)}, r"core has shape \(2, 2\): allowed is \(3, 3\)"),
+        ({"bias": torch.randn(4)}, r"bias has shape \(4,\): allowed is \(5,\)"),
+        ({"weight": torch.randn(5, 6, requires_grad=True)}, "weight requires a gradient"),
+        ({"V": torch.randn(6, 3, device="meta")}, "V is on meta and x on cpu"),
+        ({"mode": "fast"}, "mode='fast' is unknown: allowed are 'auto', 'composed', 'factored'"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    inputs = {**linear_inputs((4, 6, 5, 3), torch.float32), **change}
+    inputs.pop("dy")
+    with pytest.raises((ValueError, TypeError), match=message):
+        sk.ssvd_linear(**inputs)
