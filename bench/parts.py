@@ -14,7 +14,7 @@ from bench.harness import Case, Passes, Run, Version
 from bench.layers import Factors
 from bench.versions import PEER_BOUND, chosen, held, in_float64, leaf, passes_of, twice
 from ssvd_kernels import SSVDConfig
-from ssvd_kernels.model import inject
+from ssvd_kernels.model.inject import install
 
 
 def decode_case(dtype: torch.dtype, d_in: int, d_out: int, k: int) -> Case:
@@ -106,7 +106,7 @@ def _injected(f: Factors, B: int) -> Fan:
     linears = {f"parts.{i}": part for i, part in enumerate(fan.parts)}
     known = f.factorization()
     found = {name: known._replace(U=known.U.clone(), sigma=known.sigma.clone(), V=known.V.clone()) for name in linears}
-    inject.install(fan, {name: (linear, SSVDConfig(rank=f.k)) for name, linear in linears.items()}, found)
+    install(fan, {name: (linear, SSVDConfig(rank=f.k)) for name, linear in linears.items()}, found)
     for layer in fan.parts:
         layers.adapted(layer, f)
     return fan

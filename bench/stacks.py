@@ -28,7 +28,7 @@ from bench.layers import Factors
 from bench.memory import saved_bytes
 from bench.versions import PEER_BOUND, chosen, held, leaf, trained, twice
 from ssvd_kernels.basis.factorize import Factorization
-from ssvd_kernels.model import inject
+from ssvd_kernels.model.inject import install
 from ssvd_kernels.ops import dispatch
 
 RATIO = 0.4
@@ -248,7 +248,7 @@ def ssvd_stack(architecture: Architecture, known: dict[tuple[int, ...], Factors]
     made = {shape: factors.factorization() for shape, factors in known.items()}
     found = {name: _own(made[shape]) for name, shape in shapes.items()}
     config = sk.SSVDConfig(rank=architecture.k)
-    inject.install(stack, {name: (linear, config) for name, linear in linears.items()}, found)
+    install(stack, {name: (linear, config) for name, linear in linears.items()}, found)
     for name, layer in sk.ssvd_layers(stack).items():
         layers.adapted(layer, known[shapes[name]])
     return stack

@@ -21,7 +21,9 @@ _HOMES = {
     "layers.spectralft": ["SpectralFTLinear"],
     "layers.quantized": ["SSVDQuantizedLinear"],
     "layers.base": ["adapted_layers"],
-    "model.inject": ["InjectReport", "inject", "merge", "remove", "ssvd_layers", "unmerge"],
+    "model.inject": ["InjectReport", "inject"],
+    "model.lookup": ["ssvd_layers"],
+    "model.merge": ["merge", "remove", "unmerge"],
     "adapters.file_format": ["AdapterError"],
     "adapters.save_load": ["load_adapter", "save_adapter"],
     "adapters.switching": [
@@ -97,7 +99,9 @@ if TYPE_CHECKING:
     from .layers.spectralft import SpectralFTLinear
     from .layers.ssvd import SSVDLinear
     from .model.check_training import TrainingReport, check_training
-    from .model.inject import InjectReport, inject, merge, remove, ssvd_layers, unmerge
+    from .model.inject import InjectReport, inject
+    from .model.lookup import ssvd_layers
+    from .model.merge import merge, remove, unmerge
     from .model.planner import RankPlan, plan
     from .ops.dispatch import use_backend
     from .ops.functional import cayley, cayley_delta, ssvd_linear

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..layers.base import AdaptedLinear
-from ..model.inject import unwrapped, whole_layers
+from ..model.lookup import unwrapped, whole_layers
 
 logger = logging.getLogger(__name__)
 

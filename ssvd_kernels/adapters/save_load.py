@@ -19,11 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..basis.batch import Plan, factorize_all
 from ..basis.factorize import BASIS, SAFE_GAP, Factorization, basis_error, fingerprint, match_signs
 from ..basis.linears import base_weight, check_adaptable
 from ..layers.base import AdaptedLinear, adapted_layers, check_own
 from ..layers.quantized import check_method
-from ..model.inject import Plan, check_not_ddp, factorize_all, install, require_layers, unwrapped
+from ..model.inject import install
+from ..model.lookup import check_not_ddp, require_layers, unwrapped
 from ..utils.fsdp import assign, gathered, is_sharded
 from ..utils.safetensors_io import digest, write_atomically
 from .file_format import FORMAT_VERSION, AdapterError, config_of, read_adapter, trained_shapes

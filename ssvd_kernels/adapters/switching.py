@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..layers.base import AdaptedLinear
 from ..layers.inactive import ParkedAdapter, ParkedAdapters
 from ..layers.ssvd import SSVDLinear
-from ..model.inject import check_not_ddp, require_layers
+from ..model.lookup import check_not_ddp, require_layers
 from .save_load import adapter_values
 
 

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from ..adapters.save_load import load_adapter, save_adapter
 from ..config import SSVDConfig
-from ..model.inject import inject, merge, remove, ssvd_layers, unmerge
+from ..model.inject import inject
+from ..model.lookup import ssvd_layers
+from ..model.merge import merge, remove, unmerge
 from ..ops import reference
 from ..ops.dispatch import refusals, use_backend
 from ..ops.functional import cayley_delta, ssvd_linear

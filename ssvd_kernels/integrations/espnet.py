@@ -30,6 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..basis.batch import factorize_all
 from ..basis.factorize import (
     BASIS,
     MATCH_TOLERANCE,
@@ -45,7 +46,8 @@ from ..basis.linears import check_linear
 from ..config import SSVDConfig, check_choice
 from ..layers.base import adapted_layers
 from ..layers.ssvd import SSVDLinear
-from ..model.inject import InjectReport, factorize_all, install, ssvd_layers
+from ..model.inject import InjectReport, install
+from ..model.lookup import ssvd_layers
 from ..model.targets import find_targets
 from ..ops.functional import flip_theta
 

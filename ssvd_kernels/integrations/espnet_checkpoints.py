@@ -30,7 +30,7 @@ from ..basis.factorize import MATCH_TOLERANCE, Factorization, fingerprint, sketc
 from ..config import SSVDConfig
 from ..layers.base import AdaptedLinear, adapted_layers
 from ..layers.ssvd import SSVDLinear
-from ..model.inject import ssvd_layers
+from ..model.lookup import ssvd_layers
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from ..basis.linears import is_quantized
 from ..config import PRESETS, Rotation, Side, SSVDConfig, check_names
 from ..layers.base import AdaptedLinear
 from ..layers.quantized import forget_quantization
-from ..model.inject import is_watched, unwatch_forwards, watch_forwards
+from ..model.rotations import is_watched, unwatch_forwards, watch_forwards
 from ..model.targets import tied_to, weight_holders
 from ..utils.versions import conflicts
 from .peft_layer import SSVDPeftLinear

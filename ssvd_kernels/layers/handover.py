@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..ops.weight_cache import SharedInputs
+from .input_sharing import SharedInputs
 
 
 class HandedRotations:

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
+from ssvd_kernels.basis import batch
 from ssvd_kernels.basis.factorize import Factorization, factorize, sketch
-from ssvd_kernels.model import inject as model_module
 from ssvd_kernels.utils import safetensors_io
 
 
@@ -166,7 +166,7 @@ def test_adapter_whose_basis_cannot_be_matched(adapter, monkeypatch, angle):
         U, V = found.U @ turn, found.V @ turn
         return found._replace(U=U, V=V, sketch=sketch(U, V))
 
-    monkeypatch.setattr(model_module, "factorize", mixed)
+    monkeypatch.setattr(batch, "factorize", mixed)
     for model in bases(adapter[0]):
         with refused(model, sk.AdapterError, r"singular vectors of up cannot be matched.*save_bases=True"):
             sk.load_adapter(model, adapter[1], progress=False)

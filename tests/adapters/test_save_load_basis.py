@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
+from ssvd_kernels.basis import batch
 from ssvd_kernels.basis.factorize import Factorization, factorize, sketch
-from ssvd_kernels.model import inject as model_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,7 +55,7 @@ def test_adapter_loads_on_a_base_factorised_otherwise(tmp_path, monkeypatch, oth
     sk.inject(net, config, progress=False)
     train_randomly(net, scale=0.5)
     sk.save_adapter(net, tmp_path / "a.safetensors")
-    monkeypatch.setattr(model_module, "factorize", OTHER_BASES[other])
+    monkeypatch.setattr(batch, "factorize", OTHER_BASES[other])
     fresh = copy.deepcopy(base)
     sk.inject(fresh, config, progress=False)
     pairs = list(zip(sk.ssvd_layers(fresh).values(), sk.ssvd_layers(net).values(), strict=True))
@@ -99,7 +99,7 @@ def test_basis_that_cannot_be_recomputed_is_stored_and_loads(tmp_path, monkeypat
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         stored = {key for key in file.keys() if key.endswith((".U", ".V"))}
     assert stored == {"first.U", "first.V"}  # that layer's, and no other's
-    monkeypatch.setattr(model_module, "factorize", other)
+    monkeypatch.setattr(batch, "factorize", other)
     for fresh in (copy.deepcopy(base), copy.deepcopy(base)):
         sk.load_adapter(fresh, tmp_path / "a.safetensors", progress=False)
         assert_computes(outputs(fresh), net)
@@ -120,7 +120,7 @@ def test_state_dict_carries_its_own_basis(tmp_path, monkeypatch, side):
     sk.inject(net, config, progress=False)
     train_randomly(net)
     torch.save(net.state_dict(), tmp_path / "state.pt")
-    monkeypatch.setattr(model_module, "factorize", flipped)
+    monkeypatch.setattr(batch, "factorize", flipped)
     fresh = copy.deepcopy(base)
     sk.inject(fresh, config, progress=False)
     outputs(fresh)
@@ -162,7 +162,7 @@ def test_resumed_training_is_bit_equal_to_uninterrupted_training(tmp_path, monke
     expected = steps(net, optimizer, range(4, 8))
     assert len(set(expected)) == 4
 
-    monkeypatch.setattr(model_module, "factorize", flipped)
+    monkeypatch.setattr(batch, "factorize", flipped)
     resumed, optimizer = start()
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     if by == "state dict":

@@ -15,7 +15,7 @@ from several import injected, values, with_adapters
 from torch import nn
 
 import ssvd_kernels as sk
-from ssvd_kernels.model import inject as model_module
+from ssvd_kernels.basis import batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,7 +55,7 @@ def test_file_that_means_other_signs_leaves_the_other_adapters_alone(
     options = {"side": side, "rotation": rotation, **({"rank_out": 3} if side == "both" else {})}
     net = with_adapters(base, "b", **options)
     before, present = outputs(net), values(net, "default")
-    monkeypatch.setattr(model_module, "factorize", flipped)
+    monkeypatch.setattr(batch, "factorize", flipped)
     other = injected(base, **options)
     train_randomly(other, 31)
     sk.save_adapter(other, tmp_path / "a", save_bases=save_bases)

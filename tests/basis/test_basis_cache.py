@@ -16,10 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ssvd_kernels as sk
-from ssvd_kernels.basis import cache
+from ssvd_kernels.basis import batch, cache
 from ssvd_kernels.basis.cache import load, store
 from ssvd_kernels.basis.factorize import Factorization, factorize
-from ssvd_kernels.model import inject as model_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,7 +49,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(name)
         return factorize(weight, k, name)
 
-    monkeypatch.setattr(model_module, "factorize", spy)
+    monkeypatch.setattr(batch, "factorize", spy)
     return names
 
 

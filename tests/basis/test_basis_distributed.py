@@ -11,8 +11,8 @@ from roundtrip import Net
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
+from ssvd_kernels.basis import batch
 from ssvd_kernels.basis.factorize import Factorization, factorize
-from ssvd_kernels.model import inject as model_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,11 +31,11 @@ def _factorised(act=factorize):
         names.append(name)
         return act(weight, k, name)
 
-    model_module.factorize = spy
+    batch.factorize = spy
     try:
         yield names
     finally:
-        model_module.factorize = factorize
+        batch.factorize = factorize
 
 
 def _inject(model: nn.Module, config: sk.SSVDConfig | None = None, **options) -> nn.Module:

@@ -15,7 +15,7 @@ from bench.harness import BACKWARD, FORWARD, WHOLE, Clock, Passes, Version, meas
 from bench.layers import Factors, Problem
 from bench.memory import saved_bytes, static_bytes
 from bench.records import machine
-from ssvd_kernels.model import inject
+from ssvd_kernels.model import rotations
 from ssvd_kernels.ops import reference
 
 CPU = torch.device("cpu")
@@ -206,8 +206,8 @@ def test_a_model_row_rotates_once_a_forward_and_steps_after_the_gate(monkeypatch
     version = next(v for v in case.build(CPU) if v.name == "ssvd")
     thetas = [t for t in version.held if t.ndim == 1 and t.requires_grad]
     before, calls = [theta.clone() for theta in thetas], []
-    original = inject.rotation_deltas
-    monkeypatch.setattr(inject, "rotation_deltas", lambda *args: calls.append(1) or original(*args))
+    original = rotations.rotation_deltas
+    monkeypatch.setattr(rotations, "rotation_deltas", lambda *args: calls.append(1) or original(*args))
     version.check()
     assert len(calls) == 1 and all(map(torch.equal, thetas, before))
     version.run()

@@ -35,10 +35,10 @@ from torch.utils.checkpoint import checkpoint
 
 import ssvd_kernels as sk
 from ssvd_kernels.adapters.file_format import read_adapter
+from ssvd_kernels.basis import batch
 from ssvd_kernels.basis.factorize import SKETCH_ROWS, Factorization
 from ssvd_kernels.layers.base import AdaptedLinear
 from ssvd_kernels.layers.quantized import adapt
-from ssvd_kernels.model import inject as model_module
 from ssvd_kernels.ops import kernels as triton_backend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -199,7 +199,7 @@ def test_adapters_come_back_where_singular_vectors_have_other_signs(tmp_path, mo
     base = Net(12, 16, 10)
     net = adapted(name, base)
     sk.save_adapter(net, tmp_path / "a")
-    monkeypatch.setattr(model_module, "factorize", flipped)
+    monkeypatch.setattr(batch, "factorize", flipped)
     fresh = copy.deepcopy(base)
     if by != "base":
         sk.inject(fresh, METHODS[name].config, progress=False)

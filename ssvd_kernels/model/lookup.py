@@ -1,0 +1,55 @@
+"""Finding adapted layers in a model, through wrappers, and refusing models that cannot be changed."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..layers.base import AdaptedLinear, adapted_layers, check_own
+from ..layers.ssvd import SSVDLinear
+
+
+def ssvd_layers(model: nn.Module) -> dict[str, SSVDLinear]:
+    """Name -> SSVDLinear for every layer of `model` that is adapted by SSVD (or SVFT)."""
+    return {name: layer for name, layer in adapted_layers(model).items() if isinstance(layer, SSVDLinear)}
+
+
+def require_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """`adapted_layers` of the model within wrappers; ValueError if there is none, or if PEFT put them there."""
+    layers = adapted_layers(unwrapped(model))
+    if not layers:
+        raise ValueError(f"model ({type(model).__name__}) has no SSVD layer: call inject() first")
+    check_own(layers)
+    return layers
+
+
+def whole_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """`require_layers`, or ValueError if FSDP2 has sharded one."""
+    layers = require_layers(model)
+    for name, layer in layers.items():
+        if layer.sharded:
+            raise ValueError(
+                f"{name} is sharded by FSDP2: save_adapter(), and load the adapter where the model is whole"
+            )
+    return layers
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within DistributedDataParallel's or torch.compile's wrapper: an adapter names its layers."""
+    if isinstance(model, DistributedDataParallel):
+        return unwrapped(model.module)
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else unwrapped(inner)
+
+
+def check_not_ddp(model: nn.Module) -> None:
+    """Raises ValueError for a model that DDP has looked over already: it would not see new parameters."""
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            "model is a DistributedDataParallel: inject, load or switch adapters first, then wrap the model"
+        )
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
