@@ -12,9 +12,9 @@ import torch
 pytest.importorskip("triton")
 
 from ssvd_kernels.ops.kernels import tuning
-from ssvd_kernels.ops.kernels.tile_sizes import Config
+from ssvd_kernels.ops.kernels.tile_sizes import TileConfig
 
-SLOW, FAST = Config(16, 16, 16, 4, 2), Config(32, 32, 32, 4, 2)
+SLOW, FAST = TileConfig(16, 16, 16, 4, 2), TileConfig(32, 32, 32, 4, 2)
 TABLE = (SLOW, FAST)
 
 
@@ -42,7 +42,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     tuning._choices.cache_clear()
 
 
-def choose(timed: list, tokens: int = 100, default: Config = SLOW) -> Config:
+def choose(timed: list, tokens: int = 100, default: TileConfig = SLOW) -> TileConfig:
     return tuning.tuned("linear half", (tokens, 64, 32), TABLE, default, FakeDevice(), timed.append)  # type: ignore[arg-type]
 
 

@@ -18,10 +18,9 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
+from kernel_cases import Case, cases
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from ssvd_kernels.ops.kernels.tile_sizes import Case, configs
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
@@ -61,8 +60,8 @@ def inspect(case: Case, arch: int) -> dict[str, object]:
 
 
 def main(arch: int, first: int, step: int, slow: bool, pattern: str) -> None:
-    cases = [case for case in configs() if (slow or not case.slow) and pattern in case.label]
-    for case in cases[first::step]:
+    chosen = [case for case in cases() if (slow or not case.slow) and pattern in case.label]
+    for case in chosen[first::step]:
         print(json.dumps(inspect(case, arch) | {"tensor_cores": case.tensor_cores}), flush=True)
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssvd_kernels.ops.kernels.launch import current_device
-from ssvd_kernels.ops.kernels.tile_sizes import CAYLEY, CAYLEY_LEAF, CAYLEY_PACK, Config, cayley_config
+from ssvd_kernels.ops.kernels.tile_sizes import CAYLEY, CAYLEY_LEAF, CAYLEY_PACK, TileConfig, cayley_config
 from ssvd_kernels.ops.kernels.tiles import accumulate
 from ssvd_kernels.ops.kernels.tuning import tuned
 
@@ -177,7 +177,7 @@ def _multiply_add(out: Tensor, beta: float, C: Tensor, alpha: float, A: Tensor, 
     """out = beta C + alpha A B for batches of matrices; out is C or overlaps nothing."""
     batch, M, N = out.shape
 
-    def launch(config: Config, out: Tensor) -> None:
+    def launch(config: TileConfig, out: Tensor) -> None:
         _cayley_product_kernel[(batch * triton.cdiv(M, config.rows) * triton.cdiv(N, config.cols),)](
             out, *out.stride()[:2], C, *C.stride()[:2], A, *A.stride(), B, *B.stride(), beta, alpha, M, N, A.shape[-1],
             BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth, PRECISION=precision,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssvd_kernels.ops.kernels.launch import aligned, current_device
-from ssvd_kernels.ops.kernels.tile_sizes import COMPOSE, COMPOSE_PRECISION, GROUP, Config, compose_config, table_key
+from ssvd_kernels.ops.kernels.tile_sizes import COMPOSE, COMPOSE_PRECISION, GROUP, TileConfig, compose_config, table_key
 from ssvd_kernels.ops.kernels.tiles import accumulate, cast, grouped_program, round_stochastically
 from ssvd_kernels.ops.kernels.tuning import tuned
 
@@ -73,7 +73,7 @@ def compose(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dty
     out = torch.empty((d_out, d_in), dtype=dtype, device=weight.device)
     key = table_key(dtype, (weight.dtype, V.dtype), dtype != torch.float16 and aligned(weight, P, V))
 
-    def launch(config: Config) -> None:
+    def launch(config: TileConfig) -> None:
         _compose_kernel[(triton.cdiv(d_out, config.rows) * triton.cdiv(d_in, config.cols),)](
             weight, *weight.stride(), P, *P.stride(), V, *V.stride(), out, *out.stride(), d_out, d_in, k,
             BLOCK_N=config.rows, BLOCK_D=config.cols, BLOCK_K=config.depth, GROUP_N=GROUP,

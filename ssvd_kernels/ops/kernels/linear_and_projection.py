@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssvd_kernels.ops.kernels.launch import aligned, current_device
-from ssvd_kernels.ops.kernels.tile_sizes import GROUP, LINEAR, Config, linear_config, table_key
+from ssvd_kernels.ops.kernels.tile_sizes import GROUP, LINEAR, TileConfig, linear_config, table_key
 from ssvd_kernels.ops.kernels.tiles import accumulate, cast, grouped_program
 from ssvd_kernels.ops.kernels.tuning import tuned
 
@@ -81,7 +81,7 @@ def concat(x: Tensor, composed: Tensor, V: Tensor, bias: Tensor | None) -> tuple
     y, z = x.new_empty((T, d_out)), x.new_empty((T, k))
     key = table_key(x.dtype, (composed.dtype, V.dtype), aligned(rows, composed, V))
 
-    def launch(config: Config) -> None:
+    def launch(config: TileConfig) -> None:
         columns = triton.cdiv(d_out, config.cols) + triton.cdiv(k, config.cols)
         _ssvd_linear_concat_kernel[(triton.cdiv(T, config.rows) * columns,)](
             rows, *rows.stride(), composed, *composed.stride(), V, *V.stride(),

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssvd_kernels.ops.kernels.launch import aligned, current_device
-from ssvd_kernels.ops.kernels.tile_sizes import CORE_GRAD, Config, core_grad_config, core_grad_splits, table_key
+from ssvd_kernels.ops.kernels.tile_sizes import CORE_GRAD, TileConfig, core_grad_config, core_grad_splits, table_key
 from ssvd_kernels.ops.kernels.tiles import accumulate
 from ssvd_kernels.ops.kernels.tuning import tuned
 
@@ -62,7 +62,7 @@ def core_grad(a: Tensor, b: Tensor) -> Tensor:
     kb = b.shape[1]
     key = table_key(dtype, (), aligned(a, b))
 
-    def launch(config: Config) -> Tensor:
+    def launch(config: TileConfig) -> Tensor:
         chunk, splits = core_grad_splits(config, T, ka, kb)
         out = torch.empty((splits, ka, kb), dtype=torch.float32, device=a.device)
         grid = (triton.cdiv(ka, config.rows) * triton.cdiv(kb, config.cols), splits)

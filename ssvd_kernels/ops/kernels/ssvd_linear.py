@@ -22,7 +22,7 @@ from ssvd_kernels.ops.kernels.split_k import core_grad
 from ssvd_kernels.ops.kernels.tile_sizes import (
     GROUP,
     LINEAR,
-    Config,
+    TileConfig,
     linear_config,
     one_pass_config,
     one_pass_rank,
@@ -172,7 +172,7 @@ def _products(x: Tensor, weight: Tensor, q: Tensor | None, U: Tensor | None, bia
         k = q.shape[1]
     key = table_key(x.dtype, (weight.dtype, U.dtype), aligned(x, weight, q, U))
 
-    def launch(config: Config) -> None:
+    def launch(config: TileConfig) -> None:
         _ssvd_linear_fwd_kernel[(triton.cdiv(T, config.rows) * triton.cdiv(d_out, config.cols),)](
             x, *x.stride(), weight, *weight.stride(), q, *q.stride(), U, *U.stride(),
             y if bias is None else bias, 0 if bias is None else bias.stride(0), y, *y.stride(), T, d_in, d_out, k,
@@ -187,7 +187,7 @@ def _products(x: Tensor, weight: Tensor, q: Tensor | None, U: Tensor | None, bia
 
 
 def _one_pass(
-    x: Tensor, weight: Tensor, V: Tensor, core: Tensor, U: Tensor, bias: Tensor | None, need_z: bool, config: Config
+    x: Tensor, weight: Tensor, V: Tensor, core: Tensor, U: Tensor, bias: Tensor | None, need_z: bool, config: TileConfig
 ) -> tuple[Tensor, Tensor | None]:
     (T, d_in), d_out, k = x.shape, weight.shape[0], core.shape[0]
     y = torch.empty((T, d_out), dtype=x.dtype, device=x.device)

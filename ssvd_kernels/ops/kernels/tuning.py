@@ -20,16 +20,21 @@ import torch
 import triton
 from torch import Tensor
 
-from ssvd_kernels.ops.kernels.tile_sizes import Config
+from ssvd_kernels.ops.kernels.tile_sizes import TileConfig
 
 logger = logging.getLogger(__name__)
-Launch = Callable[[Config], object]
+Launch = Callable[[TileConfig], object]
 VARIABLE = "SSVD_TUNING"
 
 
 def tuned(
-    kernel: str, shape: tuple[int, ...], table: tuple[Config, ...], default: Config, like: Tensor, launch: Launch
-) -> Config:
+    kernel: str,
+    shape: tuple[int, ...],
+    table: tuple[TileConfig, ...],
+    default: TileConfig,
+    like: Tensor,
+    launch: Launch,
+) -> TileConfig:
     """The configuration of `table` for `kernel` on `shape`: the measured one, else `default`.
 
     `launch(config)` runs the kernel on its own arguments, any number of times; `like` is a tensor on its device.

@@ -16,6 +16,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from kernel_cases import cases
+
 from ssvd_kernels.ops.kernels.tile_sizes import (
     CAYLEY,
     CAYLEY_LEAF,
@@ -24,7 +26,6 @@ from ssvd_kernels.ops.kernels.tile_sizes import (
     CORE_GRAD,
     LINEAR,
     ONE_PASS,
-    configs,
 )
 
 HELPER = Path(__file__).parents[2] / "support" / "triton_compile.py"
@@ -59,7 +60,7 @@ def faults(row: dict) -> list[str]:
 
 def check(arch: int, slow: bool) -> None:
     rows = compiled(arch, slow)
-    assert len(rows) == sum(slow or not case.slow for case in configs())
+    assert len(rows) == sum(slow or not case.slow for case in cases())
     bad = [
         f"sm_{arch} {row['label']}: {', '.join(faults(row))} ({row['reg']} registers)" for row in rows if faults(row)
     ]
@@ -86,7 +87,7 @@ def test_gate_refuses():
 
 
 def test_default_cases_cover_every_configuration():
-    covered = {(case.kernel, case.config) for case in configs() if not case.slow}
+    covered = {(case.kernel, case.config) for case in cases() if not case.slow}
     kernels = {"_ssvd_linear_fwd_kernel": LINEAR, "_ssvd_linear_one_pass_kernel": ONE_PASS}
     kernels["_ssvd_linear_concat_kernel"] = {key: LINEAR[key] for key in ("half", "half_odd")}
     kernels |= {"_compose_kernel": COMPOSE, "_core_grad_kernel": CORE_GRAD, "_cayley_product_kernel": CAYLEY}
