@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from ranks import started
+from processes import started
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton

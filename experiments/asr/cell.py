@@ -112,9 +112,9 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
         try:
             history = train(recognizer, training, recipe, runs, watch, until)
         except Diverged:
-            return _kept(folder, {"cell": asdict(cell), "diverged": True})
+            return _cached(folder, {"cell": asdict(cell), "diverged": True})
     if cell.measure == "memory":
-        return _kept(folder, {"cell": asdict(cell), "peak_bytes": memory.peak()})
+        return _cached(folder, {"cell": asdict(cell), "peak_bytes": memory.peak()})
     written = _written(applied) if cell.method != "zero-shot" else 0
     applied.merge()  # as a user would to transcribe: every method at the same speed
     names = ["validation"] if cell.measure == "validation" else ["test", *shift.source]
@@ -141,10 +141,10 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
         "machine": f"torch {torch.__version__}, {torch.get_num_threads()} threads",
         "finished": time.strftime("%Y-%m-%d"),
     }
-    return _kept(folder, result)
+    return _cached(folder, result)
 
 
-def _kept(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+def _cached(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     write_json(folder / RESULT, result)
     (folder / CHECKPOINT).unlink(missing_ok=True)  # of full fine-tuning: hundreds of megabytes
     return result

@@ -105,7 +105,7 @@ class Runner:
 
     def __call__(self, cells: Sequence[Cell], desc: str, alone: bool = False) -> dict[Cell, dict[str, Any]]:
         """The cells' results, those that are kept or could be computed in time. alone: each in a process of its own."""
-        found = {cell: result for cell in cells if (result := self._kept(cell)) is not None}
+        found = {cell: result for cell in cells if (result := self._cached(cell)) is not None}
         waiting = [cell for cell in dict.fromkeys(cells) if cell not in found]
         if not waiting:
             return found
@@ -158,7 +158,7 @@ class Runner:
     def late(self) -> bool:
         return self.until is not None and time.time() > self.until
 
-    def _kept(self, cell: Cell) -> dict[str, Any] | None:
+    def _cached(self, cell: Cell) -> dict[str, Any] | None:
         path = self.root / cell.key / RESULT
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..layers.base import AdaptedLinear
-from ..model.lookup import unwrapped, whole_layers
+from ..model.lookup import unsharded_layers, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def to_lora(
         raise ValueError(f"rank={rank}: allowed is a whole number >= 1, or None for the exact update")
     check_new(folder)
     model = unwrapped(model)
-    bar = tqdm(whole_layers(model).items(), desc="LoRA factors", unit="layer", disable=not progress)
+    bar = tqdm(unsharded_layers(model).items(), desc="LoRA factors", unit="layer", disable=not progress)
     pairs = {name: _lora_pair(name, layer, rank) for name, layer in bar}
     tensors = {}
     for name, pair in pairs.items():
@@ -224,7 +224,7 @@ def _target_modules(names: list[str], modules: Iterable[str]) -> list[str] | str
 
 def _merged_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the base model with W' in place of each adapted W."""
-    layers = whole_layers(model)
+    layers = unsharded_layers(model)
     prefixes = tuple(f"{name}." for name in layers)
     kept = {f"{name}.{key}" for name in layers for key in ("weight", "bias")}
     state = {key: value for key, value in model.state_dict().items() if key in kept or not key.startswith(prefixes)}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.base import AdaptedLinear
-from ..layers.inactive import ParkedAdapter, ParkedAdapters
+from ..layers.inactive import InactiveAdapter, InactiveAdapters
 from ..layers.ssvd import SSVDLinear
 from ..model.lookup import check_not_ddp, require_layers
 from .save_load import adapter_values
@@ -62,7 +62,7 @@ def add_adapter(model: nn.Module, name: str, path: str | os.PathLike[str] | None
         new = {key: nn.Parameter(made.detach().to(present[key])) for key, made in layer.new_adapter().items()}
         for key, value in values.get(layer_name, {}).items():
             new[key].data.copy_(value)
-        _park(layer, {**layer.inactive, name: ParkedAdapter(new)})
+        _park(layer, {**layer.inactive, name: InactiveAdapter(new)})
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
@@ -79,7 +79,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
         if name != layer.active_adapter:
             parked = layer.inactive
             entering = parked.pop(name)
-            parked[layer.active_adapter] = ParkedAdapter(layer.adapter())
+            parked[layer.active_adapter] = InactiveAdapter(layer.adapter())
             layer._parameters.update(entering.released())
             layer.active_adapter = name
             _park(layer, parked)
@@ -159,8 +159,8 @@ def _ready(model: nn.Module, *names: str) -> dict[str, AdaptedLinear]:
     return layers
 
 
-def _park(layer: AdaptedLinear, adapters: Mapping[str, ParkedAdapter]) -> None:
+def _park(layer: AdaptedLinear, adapters: Mapping[str, InactiveAdapter]) -> None:
     layer._modules.pop("parked", None)
     if adapters:
-        layer.add_module("parked", ParkedAdapters(layer.active_adapter, adapters).train(layer.training))
+        layer.add_module("parked", InactiveAdapters(layer.active_adapter, adapters).train(layer.training))
     layer._forget()

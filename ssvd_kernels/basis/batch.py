@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..config import Config
 from .cache import cache_folder, load, store
-from .distributed import Task, Tasks, several_ranks, share_out
+from .distributed import Task, Tasks, several_processes, share_out
 from .factorize import Factorization, factorize
 from .linears import base_weight
 from .truncated_svd import cost
@@ -34,7 +34,7 @@ def factorize_all(
         d_in, d_out = linear.in_features, linear.out_features
         k = config.triplets(d_in, d_out)
         tasks[name] = Task(partial(base_weight, linear, name), k, cost(d_out, d_in, k))
-    if share and several_ranks():
+    if share and several_processes():
         return share_out(tasks, partial(_factorize_each, folder=folder, progress=progress and dist.get_rank() == 0))
     return _factorize_each(tasks, folder, progress)
 

@@ -24,7 +24,7 @@ Tasks = Mapping[str, Task]
 Work = Callable[[Tasks], dict[str, Factorization]]
 
 
-def several_ranks() -> bool:
+def several_processes() -> bool:
     """Whether this process is one of several in torch.distributed's default group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 

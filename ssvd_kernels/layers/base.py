@@ -15,11 +15,11 @@ from ..basis.factorize import BASIS, BasisIdentity, Factorization, factorize, fi
 from ..basis.linears import check_linear
 from ..config import Config
 from ..ops import dispatch, reference
-from ..ops.weight_cache import Provenance, Workspace, capturing
+from ..ops.weight_cache import Provenance, WeightCache, capturing
 from ..utils.fsdp import assign, gathered, is_sharded
-from .handover import unseen_by_checkpoints
-from .inactive import ParkedAdapter, other_adapters
+from .inactive import InactiveAdapter, other_adapters
 from .merging import merged_weight
+from .precomputed import unseen_by_checkpoints
 
 Factors = tuple[Tensor, Tensor, Tensor]  # U (d_out, r), V (d_in, r), core (r, r)
 
@@ -56,7 +56,7 @@ class AdaptedLinear(nn.Module):
         self.register_buffer("_merged_weight", None, persistent=False)
         self.training = linear.training
         self._cache: tuple[Provenance, Factors] | None = None
-        self._workspace = Workspace()
+        self._weight_cache = WeightCache()
 
     @staticmethod
     def _weight_of(linear: nn.Linear) -> Tensor:
@@ -167,7 +167,7 @@ class AdaptedLinear(nn.Module):
         return parameter
 
     @property
-    def inactive(self) -> dict[str, ParkedAdapter]:
+    def inactive(self) -> dict[str, InactiveAdapter]:
         """The adapters that are not in use, by name: the layer's submodule `parked`, which is there if they are."""
         return dict(self._modules.get("parked") or {})  # type: ignore[arg-type]
 
@@ -287,13 +287,13 @@ class AdaptedLinear(nn.Module):
         factors = self._cache[1]
         if capturing(factors[-1]):
             for made in (factor for factor in factors if not isinstance(factor, nn.Parameter)):
-                self._workspace.pin(made)
+                self._weight_cache.pin(made)
         return factors
 
     def _cached_weight(self) -> Tensor:
         factors, dtype = self._cached_factors(), self.base_weight.dtype
         with torch.inference_mode(False), torch.no_grad():
-            return self._workspace.composed(self.base_weight, *factors, dtype, reference.compose_ref, "nearest")
+            return self._weight_cache.composed(self.base_weight, *factors, dtype, reference.compose_ref, "nearest")
 
     def has_cache(self) -> bool:
         """Whether the next forward can use kept factors or a kept weight (then it needs no rotation)."""
@@ -301,7 +301,7 @@ class AdaptedLinear(nn.Module):
 
     def _forget(self) -> None:
         self._cache = None
-        self._workspace.forget()
+        self._weight_cache.forget()
 
     def _as_if_merged(self, x: Tensor) -> bool:
         """Whether a kept W' serves x: in float32 and float64, where composing loses nothing and T does not matter."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 TRAINED = ("theta", "theta_out", "delta_sigma")  # an adapter's Parameters, by their names in an SSVDLinear
 
 
-class ParkedAdapter(nn.ParameterDict):
+class InactiveAdapter(nn.ParameterDict):
     """One adapter's Parameters, frozen for now; `trainable` names those that required a gradient."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -24,13 +24,13 @@ class ParkedAdapter(nn.ParameterDict):
         return {key: parameter.requires_grad_(key in self.trainable) for key, parameter in self.items()}
 
 
-class ParkedAdapters(nn.ModuleDict):
-    """Name -> ParkedAdapter, sorted by name, so that the order of parameters does not depend on what was used before.
+class InactiveAdapters(nn.ModuleDict):
+    """Name -> InactiveAdapter, sorted by name, so that the order of parameters does not depend on what was used before.
 
     The layer has the adapter in use under its plain keys, "theta" and so on: the state dict must tell which one it is.
     """
 
-    def __init__(self, in_use: str, adapters: Mapping[str, ParkedAdapter]) -> None:
+    def __init__(self, in_use: str, adapters: Mapping[str, InactiveAdapter]) -> None:
         super().__init__(dict(sorted(adapters.items())))
         self.in_use = in_use
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.weight_cache import Workspace
+from ..ops.weight_cache import WeightCache
 
 
 class _Reading:
@@ -17,7 +17,7 @@ class _Reading:
     def __init__(self, x: Tensor) -> None:
         self.x = weakref.ref(x)
         self.of_x, self.of_z = x.shape[-1] * x.element_size(), 0
-        self.readers: list[Workspace] = []
+        self.readers: list[WeightCache] = []
 
 
 class SharedInputs:
@@ -27,22 +27,22 @@ class SharedInputs:
         self._latest: dict[int, _Reading] = {}  # by id, which is used again once an x is gone
         self._readings: list[_Reading] = []
 
-    def note(self, x: Tensor, workspace: Workspace, k: int, dtype: torch.dtype) -> None:
+    def note(self, x: Tensor, weight_cache: WeightCache, k: int, dtype: torch.dtype) -> None:
         """A layer of rank k that computes in `dtype` reads x."""
         reading = self._latest.get(id(x))
         if reading is None or reading.x() is not x:
             reading = self._latest[id(x)] = _Reading(x)
             self._readings.append(reading)
-        reading.readers.append(workspace)
+        reading.readers.append(weight_cache)
         reading.of_z += k * dtype.itemsize
-        workspace.inputs = self
+        weight_cache.inputs = self
 
-    def choices(self) -> dict[Workspace, bool]:
+    def choices(self) -> dict[WeightCache, bool]:
         """Whether each layer should keep x: where it is no larger than the z of all who read it."""
-        found: dict[Workspace, bool] = {}
+        found: dict[WeightCache, bool] = {}
         for reading in self._readings:
-            for workspace in reading.readers:
-                found[workspace] = found.get(workspace, True) and reading.of_x <= reading.of_z
+            for weight_cache in reading.readers:
+                found[weight_cache] = found.get(weight_cache, True) and reading.of_x <= reading.of_z
         return found
 
 
@@ -55,15 +55,15 @@ class InputSharing:
 
     def __init__(self) -> None:
         self._running: SharedInputs | None = None
-        self._choices: dict[Workspace, bool] = {}
+        self._choices: dict[WeightCache, bool] = {}
         self._graphs: list[weakref.ref[SharedInputs]] = []
 
     def begin(self) -> SharedInputs:
         """At the start of a forward."""
         self._graphs = [graph for graph in self._graphs if graph() is not None]
         if not self._graphs:
-            for workspace, save_input in self._choices.items():
-                workspace.save_input = save_input
+            for weight_cache, save_input in self._choices.items():
+                weight_cache.save_input = save_input
         self._running = SharedInputs()
         return self._running
 
@@ -74,8 +74,8 @@ class InputSharing:
         if inputs is not None and choices:
             self._choices = choices
             self._graphs.append(weakref.ref(inputs))
-            for workspace in choices:
-                workspace.inputs = None
+            for weight_cache in choices:
+                weight_cache.inputs = None
 
     def __getstate__(self) -> dict[str, Any]:
         return InputSharing().__dict__  # a copy has layers of its own

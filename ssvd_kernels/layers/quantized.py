@@ -118,7 +118,7 @@ class SSVDQuantizedLinear(SSVDLinear):
         """((x V) core^T) U^T (..., d_out), in x's dtype or autocast's."""
         if self.mode not in ("auto", "factored"):
             raise ValueError(f"mode={self.mode!r} cannot serve a quantised layer: allowed are 'auto' and 'factored'")
-        return ssvd_update(x, self.U, self.V, self._core_for(x), workspace=self._workspace)
+        return ssvd_update(x, self.U, self.V, self._core_for(x), weight_cache=self._weight_cache)
 
     def composed_for_merge(
         self, name: str = "weight", rounding: str = "nearest", unload: bool = False, dtype: torch.dtype | None = None

@@ -13,8 +13,8 @@ from ..config import SSVDConfig
 from ..ops import reference
 from ..ops.functional import compute_dtype, flip_theta, rotation_delta, ssvd_linear, theta_length
 from .base import AdaptedLinear, Factors
-from .handover import HandedRotations, unseen_by_checkpoints
 from .inactive import TRAINED
+from .precomputed import PrecomputedRotation, unseen_by_checkpoints
 
 
 class SSVDLinear(AdaptedLinear):
@@ -56,7 +56,7 @@ class SSVDLinear(AdaptedLinear):
         made = self.new_adapter()
         for name in TRAINED:
             self.register_parameter(name, made.get(name))
-        self._handed: HandedRotations | None = None
+        self._precomputed: PrecomputedRotation | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: SSVDConfig) -> SSVDLinear:
@@ -65,9 +65,9 @@ class SSVDLinear(AdaptedLinear):
 
     def core(self) -> Tensor:
         """M (k, k) with W' = W + U M V^T, in float32 at least; exactly zero before training."""
-        handed = self._handed
-        if handed is not None:
-            E, E_out = handed.E, handed.E_out
+        precomputed = self._precomputed
+        if precomputed is not None:
+            E, E_out = precomputed.E, precomputed.E_out
         else:
             with unseen_by_checkpoints():
                 E, E_out = rotation_delta(self.theta, self.k_in, self.rotation, self.band), None
@@ -87,34 +87,34 @@ class SSVDLinear(AdaptedLinear):
     orthonormal_factors = update_factors
 
     def _effective_weight(self) -> Tensor:
-        handed = self._handed
-        if handed is None or not self.in_use or self._may_cache():
+        precomputed = self._precomputed
+        if precomputed is None or not self.in_use or self._may_cache():
             return super()._effective_weight()
-        if handed.weight is None or (torch.is_grad_enabled() and not handed.weight.requires_grad):
-            handed.weight = self.compose()
-        return handed.weight
+        if precomputed.weight is None or (torch.is_grad_enabled() and not precomputed.weight.requires_grad):
+            precomputed.weight = self.compose()
+        return precomputed.weight
 
     def _adapted(self, x: Tensor) -> Tensor:
         core, frozen = self._core_for(x), (self.base_weight, self.U, self.V)
-        workspace = None if self.sharded else self._workspace  # which would keep W' whole
-        return ssvd_linear(x, *frozen, core, self.bias, self.mode, workspace=workspace)
+        weight_cache = None if self.sharded else self._weight_cache  # which would keep W' whole
+        return ssvd_linear(x, *frozen, core, self.bias, self.mode, weight_cache=weight_cache)
 
     def _core_for(self, x: Tensor) -> Tensor:
         """The core for a call on x, which the root is told of as one that reads x."""
         if self._may_cache():
             return self._cached_factors()[-1]
         self._cache = None
-        inputs = None if self._handed is None else self._handed.inputs
+        inputs = None if self._precomputed is None else self._precomputed.inputs
         if inputs is not None and not self.sharded and torch.is_grad_enabled():
-            inputs.note(x, self._workspace, self.k, compute_dtype(x))
+            inputs.note(x, self._weight_cache, self.k, compute_dtype(x))
         return self.core()
 
     def _forget(self) -> None:
         super()._forget()
-        self._handed = None
+        self._precomputed = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_handed": None}
+        return {**super().__getstate__(), "_precomputed": None}
 
     # -- adapters ----------------------------------------------------------------------------------------------
 

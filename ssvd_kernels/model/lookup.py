@@ -23,7 +23,7 @@ def require_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     return layers
 
 
-def whole_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+def unsharded_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """`require_layers`, or ValueError if FSDP2 has sharded one."""
     layers = require_layers(model)
     for name, layer in layers.items():

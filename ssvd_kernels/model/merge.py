@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..layers.quantized import SSVDQuantizedLinear, forget_quantization
-from .lookup import replace_module, require_layers, unwrapped, whole_layers
+from .lookup import replace_module, require_layers, unsharded_layers, unwrapped
 from .rotations import unwatch_forwards, watched_roots
 
 
@@ -24,7 +24,7 @@ def merge(model: nn.Module, unload: bool = False, *, rounding: str = "nearest") 
     or `rounding` is unknown, and for a quantised base unless unload=True. Warns if a half-precision W' loses the update
     to rounding.
     """
-    layers = whole_layers(model)
+    layers = unsharded_layers(model)
     quantized = [layer for layer in layers.values() if isinstance(layer, SSVDQuantizedLinear)]
     for layer in quantized:
         layer.unloaded_dtype = getattr(model, "dtype", None)  # transformers' models have one; quantised layers took any
@@ -46,7 +46,7 @@ def unmerge(model: nn.Module) -> None:
 
 def remove(model: nn.Module) -> None:
     """Puts the original nn.Linear modules back, weights bit for bit, and makes trainable what was so before inject."""
-    _take_out(model, {name: layer.original() for name, layer in whole_layers(model).items()})
+    _take_out(model, {name: layer.original() for name, layer in unsharded_layers(model).items()})
 
 
 def _take_out(model: nn.Module, replacements: Mapping[str, nn.Linear]) -> None:

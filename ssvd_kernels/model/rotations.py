@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..layers.base import AdaptedLinear
-from ..layers.handover import HandedRotations
 from ..layers.input_sharing import InputSharing
+from ..layers.precomputed import PrecomputedRotation
 from ..layers.quantized import prevent_repacking
 from ..layers.ssvd import SSVDLinear
 from ..ops.functional import rotation_deltas
@@ -29,14 +29,14 @@ def watch_forwards(root: nn.Module, trainable_before: Iterable[str] = ()) -> Non
     """From now on one batched call computes the rotations of all SSVD layers at the start of each forward of `root`."""
     prevent_repacking(root)
     root.__dict__["_ssvd_root"] = _Root(list(trainable_before))
-    root.register_forward_pre_hook(_hand_out_rotations)
+    root.register_forward_pre_hook(_precompute_rotations)
     root.register_forward_hook(_end_of_forward, always_call=True)
 
 
 def unwatch_forwards(root: nn.Module) -> list[str]:
     """Undoes `watch_forwards` and returns its `trainable_before`."""
     for hooks in (root._forward_pre_hooks, root._forward_hooks):
-        for key in [key for key, hook in hooks.items() if hook in (_hand_out_rotations, _end_of_forward)]:
+        for key in [key for key, hook in hooks.items() if hook in (_precompute_rotations, _end_of_forward)]:
             del hooks[key]
             root._forward_hooks_always_called.pop(key, None)
     found: _Root = root.__dict__.pop("_ssvd_root")
@@ -52,7 +52,7 @@ def watched_roots(model: nn.Module) -> Iterator[nn.Module]:
     return filter(is_watched, model.modules())
 
 
-def _hand_out_rotations(root: nn.Module, args: Any) -> None:
+def _precompute_rotations(root: nn.Module, args: Any) -> None:
     """Forward pre-hook of the root: one batched rotation for all SSVD layers, which use it until the forward ends.
 
     A layer that runs outside of it (alone, or recomputed by a checkpoint during backward) computes its own.
@@ -72,14 +72,14 @@ def _hand_out_rotations(root: nn.Module, args: Any) -> None:
     # compiled, the partitioner chooses what is saved
     inputs = None if torch.compiler.is_compiling() else _sharing(root).begin()
     for layer, E in zip(layers, deltas):
-        layer._handed = HandedRotations(E, E_out.get(id(layer)), inputs)
+        layer._precomputed = PrecomputedRotation(E, E_out.get(id(layer)), inputs)
 
 
 def _end_of_forward(root: nn.Module, args: Any, output: Any) -> None:
     if not torch.compiler.is_compiling():
         _sharing(root).end()
     for layer in _rotating(root):
-        layer._handed = None
+        layer._precomputed = None
 
 
 def _rotating(root: nn.Module) -> Iterator[SSVDLinear]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference
-from .weight_cache import Workspace
+from .weight_cache import WeightCache
 
 
 class CayleyDeltaFunction(torch.autograd.Function):
@@ -55,16 +55,16 @@ class SSVDLinearFunction(torch.autograd.Function):
         mode: str,
         dtype: torch.dtype,
         saves: str,
-        workspace: Workspace | None,
+        weight_cache: WeightCache | None,
     ) -> tuple[Tensor, Tensor | None]:
-        return dispatch.ssvd_linear(x.to(dtype), weight, U, V, core, bias, mode, saves == "z", workspace)
+        return dispatch.ssvd_linear(x.to(dtype), weight, U, V, core, bias, mode, saves == "z", weight_cache)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor | None]) -> None:
-        x, weight, U, V, core, bias, ctx.mode, ctx.dtype, ctx.saves, ctx.workspace = inputs
+        x, weight, U, V, core, bias, ctx.mode, ctx.dtype, ctx.saves, ctx.weight_cache = inputs
         ctx.set_materialize_grads(False)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.inputs = None if ctx.workspace is None else ctx.workspace.inputs
+        ctx.inputs = None if ctx.weight_cache is None else ctx.weight_cache.inputs
         ctx.save_for_backward({"z": output[1], "x": x, "": None}[ctx.saves], weight, U, V, core)
 
     @staticmethod
@@ -82,7 +82,7 @@ class SSVDLinearFunction(torch.autograd.Function):
                 z = None if z is None else z[..., : len(core)]
                 dx, dcore = reference.ssvd_linear_backward_ref(dy, z, weight, U, V, core, None, need_dx)
             else:
-                rest = (ctx.mode, need_dx, ctx.workspace)
+                rest = (ctx.mode, need_dx, ctx.weight_cache)
                 dx, dcore = dispatch.ssvd_linear_backward(dy, z, weight, U, V, core, *rest)
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if need_dbias else None
         if dz is not None and need_dx:

@@ -21,7 +21,7 @@ from . import kernels as triton_backend
 from .cuda_graphs import replayed
 from .flops import linear_flops
 from .kernels.tile_sizes import CONCAT_MAX_D
-from .weight_cache import Compose, Workspace, padded
+from .weight_cache import Compose, WeightCache, padded
 
 BACKENDS = ("auto", "reference", "ext", "triton")
 MODES = ("auto", "composed", "factored")
@@ -154,22 +154,22 @@ def ssvd_linear(
     bias: Tensor | None,
     mode: str,
     need_z: bool,
-    workspace: Workspace | None,
+    weight_cache: WeightCache | None,
 ) -> tuple[Tensor, Tensor | None]:
     """(y, z = x V if needed); arguments and formula as `reference.ssvd_linear_ref`.
 
-    z may have columns of zeros beyond its k: see `Workspace.operand`.
+    z may have columns of zeros beyond its k: see `WeightCache.operand`.
     """
     if weight is None:  # the base product is made elsewhere
         return reference.ssvd_linear_ref(x, None, U, V, core, None, None, need_z)
     if mode == "composed":
-        composed = _composed(x, weight, U, V, core, workspace)
+        composed = _composed(x, weight, U, V, core, weight_cache)
         if need_z and _concatenated(x, weight):
             return _kernels().concat(x, composed, padded(V.to(x.dtype)), bias)
         y, _ = reference.ssvd_linear_ref(x, weight, U, V, core, bias, composed, False)
         return y, project(x, V) if need_z else None
     if backend_for("linear", x.device, x.dtype) == "triton":
-        return _kernels().ssvd_linear_fwd(x, weight, *_padded(x.dtype, U, V, core, workspace), bias, need_z)
+        return _kernels().ssvd_linear_fwd(x, weight, *_padded(x.dtype, U, V, core, weight_cache), bias, need_z)
     return reference.ssvd_linear_ref(x, weight, U, V, core, bias, None, need_z)
 
 
@@ -182,14 +182,14 @@ def ssvd_linear_backward(
     core: Tensor,
     mode: str,
     need_dx: bool,
-    workspace: Workspace | None,
+    weight_cache: WeightCache | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dcore), None where not needed; arguments and formula as `reference.ssvd_linear_backward_ref`."""
     k = core.shape[0]
     if weight is None:
         z = None if z is None else z[..., :k]
         return reference.ssvd_linear_backward_ref(dy, z, None, U, V, core, None, need_dx)
-    composed = _composed(dy, weight, U, V, core, workspace) if mode == "composed" and need_dx else None
+    composed = _composed(dy, weight, U, V, core, weight_cache) if mode == "composed" and need_dx else None
     if backend_for("linear", dy.device, dy.dtype) != "triton":
         z = None if z is None else z[..., :k]
         return reference.ssvd_linear_backward_ref(dy, z, weight, U, V, core, composed, need_dx)
@@ -200,7 +200,7 @@ def ssvd_linear_backward(
         dx = None if composed is None else dy @ composed
         dcore = None if z is None else _kernels().core_gradient(dy, z, padded(U.to(dy.dtype)))
     else:
-        operands = _padded(dy.dtype, U, V, core, workspace)
+        operands = _padded(dy.dtype, U, V, core, weight_cache)
         dx, dcore = _kernels().ssvd_linear_bwd(dy, z, weight, *operands, need_dx)
     return dx, None if dcore is None else dcore[:k, :k].to(core.dtype)
 
@@ -240,23 +240,25 @@ def _kernels() -> Any:
 
 
 def _padded(
-    dtype: torch.dtype, U: Tensor, V: Tensor, core: Tensor, workspace: Workspace | None
+    dtype: torch.dtype, U: Tensor, V: Tensor, core: Tensor, weight_cache: WeightCache | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """U and V in `dtype`, and core, all `padded` for the Triton kernels; U and V are kept in the workspace."""
-    if workspace is None:
+    """U and V in `dtype`, and core, all `padded` for the Triton kernels; U and V are kept in the weight_cache."""
+    if weight_cache is None:
         return padded(U.to(dtype)), padded(V.to(dtype)), padded(core, both=True)
-    return workspace.operand("U", U, dtype), workspace.operand("V", V, dtype), padded(core, both=True)
+    return weight_cache.operand("U", U, dtype), weight_cache.operand("V", V, dtype), padded(core, both=True)
 
 
-def _composed(x: Tensor, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, workspace: Workspace | None) -> Tensor:
+def _composed(
+    x: Tensor, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, weight_cache: WeightCache | None
+) -> Tensor:
     def by_kernel(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dtype) -> Tensor:
         return _kernels().compose(weight, *_padded(dtype, U, V, core, None), dtype)  # W' is kept, not its factors
 
     on_triton = backend_for("linear", x.device, x.dtype) == "triton"
     make: Compose = by_kernel if on_triton else reference.compose_operand_ref
-    if workspace is None:
+    if weight_cache is None:
         return make(weight, U, V, core, x.dtype)
-    return workspace.composed(weight, U, V, core, x.dtype, make, "operand")
+    return weight_cache.composed(weight, U, V, core, x.dtype, make, "operand")
 
 
 @contextmanager

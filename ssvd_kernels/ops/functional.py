@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import dispatch, reference
 from .autograd import CayleyDeltaFunction, SSVDLinearFunction
-from .weight_cache import Workspace
+from .weight_cache import WeightCache
 
 
 def cayley_delta(theta: Tensor, k: int) -> Tensor:
@@ -92,7 +92,7 @@ def ssvd_linear(
     bias: Tensor | None = None,
     mode: str = "auto",
     *,
-    workspace: Workspace | None = None,
+    weight_cache: WeightCache | None = None,
 ) -> Tensor:
     """y = x W'^T + b with W' = weight + U core V^T, i.e. y = x weight^T + ((x V) core^T) U^T + b.
 
@@ -100,7 +100,7 @@ def ssvd_linear(
     Arithmetic is in x's dtype (autocast's, where that is on) with products accumulated in float32 at least.
     mode: "composed" builds W' once and multiplies once, "factored" never builds it, "auto" takes the cheaper one, in
     half precision among those that lose no update to rounding (see `dispatch.linear_mode`).
-    workspace: keeps a composed W' from forward to backward and until core changes (`SSVDLinear` has one each).
+    weight_cache: keeps a composed W' from forward to backward and until core changes (`SSVDLinear` has one each).
     Gradients reach x, core and bias; weight, U and V are frozen and must not require them. Twice differentiable.
     Raises ValueError naming the argument for shapes, dtypes or devices that do not fit or an unknown mode.
     Source: SSVD, arXiv 2509.02830, eq. 8-13, written as an update of the frozen weight.
@@ -110,39 +110,39 @@ def ssvd_linear(
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise ValueError(f"x has dtype {x.dtype} and weight {weight.dtype}: allowed is one dtype, or autocast")
     if torch.compiler.is_compiling():
-        workspace = None
-    saves = _saves(core, workspace)
+        weight_cache = None
+    saves = _saves(core, weight_cache)
     backward = saves != "" or (torch.is_grad_enabled() and x.requires_grad)
     # not whether W' is there already: the mode, and with it the last bit, must not depend on what went before
-    compositions = 2 if workspace is None and backward else 1
+    compositions = 2 if weight_cache is None and backward else 1
     T, fused = x.numel() // x.shape[-1], dispatch.backend_for("linear", x.device, dtype) == "triton"
     if fused and not torch.compiler.is_compiling() and dispatch.vmapped(x, core):
         raise RuntimeError(dispatch.NO_VMAP)
     chosen = dispatch.linear_mode(dtype, T, weight.shape, core.shape[0], mode, backward, compositions, fused)
     with torch.autocast(x.device.type, enabled=False):
-        y, _ = SSVDLinearFunction.apply(x, weight, U, V, core, bias, chosen, dtype, saves, workspace)
+        y, _ = SSVDLinearFunction.apply(x, weight, U, V, core, bias, chosen, dtype, saves, weight_cache)
     return y
 
 
-def ssvd_update(x: Tensor, U: Tensor, V: Tensor, core: Tensor, *, workspace: Workspace | None = None) -> Tensor:
+def ssvd_update(x: Tensor, U: Tensor, V: Tensor, core: Tensor, *, weight_cache: WeightCache | None = None) -> Tensor:
     """((x V) core^T) U^T: what U core V^T adds to a base product that somebody else makes, e.g. of a quantised weight.
 
     x (..., d_in), U (d_out, k), V (d_in, k), core (k, k) -> (..., d_out). The rest is as in `ssvd_linear`.
     """
     _check_linear(x, None, U, V, core, None)
     if torch.compiler.is_compiling():
-        workspace = None
-    rest = ("factored", compute_dtype(x), _saves(core, workspace), workspace)
+        weight_cache = None
+    rest = ("factored", compute_dtype(x), _saves(core, weight_cache), weight_cache)
     with torch.autocast(x.device.type, enabled=False):
         y, _ = SSVDLinearFunction.apply(x, None, U, V, core, None, *rest)
     return y
 
 
-def _saves(core: Tensor, workspace: Workspace | None) -> str:
+def _saves(core: Tensor, weight_cache: WeightCache | None) -> str:
     """What the backward needs of x: "" nothing, "x" itself, or "z" = x V."""
     if not (torch.is_grad_enabled() and core.requires_grad):
         return ""
-    return "x" if workspace is not None and workspace.save_input else "z"
+    return "x" if weight_cache is not None and weight_cache.save_input else "z"
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

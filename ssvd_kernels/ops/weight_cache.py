@@ -1,6 +1,6 @@
 """What a layer keeps between calls to save time and memory: its composed weight, and what its backward needs of x.
 
-None of it is state. Dropping a workspace costs a composition; results never depend on it.
+None of it is state. Dropping a weight_cache costs a composition; results never depend on it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ALIGNMENT = 16  # columns
 Compose = Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]
 
 
-class _Kept(NamedTuple):
+class _Cached(NamedTuple):
     key: tuple  # rounding, dtype and the frozen tensors
     factors: tuple[Tensor, Tensor]  # U and V, whose addresses are in the key: nothing else may get them meanwhile
     core: Tensor
@@ -47,13 +47,13 @@ def _versions(parameters: Iterable[Tensor | None]) -> list[tuple[int, int]]:
     return [(tensor.data_ptr(), tensor._version) for tensor in parameters if tensor is not None]
 
 
-class Workspace:
+class WeightCache:
     """One layer's. `save_input`: the backward keeps x itself, which other layers read too, instead of z = x V."""
 
     def __init__(self) -> None:
         self.save_input = False
         self.inputs: object | None = None  # what the running forward's layers read, kept alive for its backward
-        self._kept: _Kept | None = None
+        self._cached: _Cached | None = None
         self._operands: dict[str, tuple[tuple, Tensor]] = {}
         self._in_graphs: dict[int, Tensor] = {}
 
@@ -86,21 +86,21 @@ class Workspace:
         kept = self._find(key, core)
         if kept is not None:
             return self.pin(kept.weight)
-        kept = _Kept(key, (U, V), core.detach(), core._version, make(weight, U, V, core.detach(), dtype))
+        kept = _Cached(key, (U, V), core.detach(), core._version, make(weight, U, V, core.detach(), dtype))
         if core.requires_grad or not capturing(core):  # in a graph: for the backward that follows there
-            self._kept = kept  # at once: replicas of a layer may share a workspace between threads
+            self._cached = kept  # at once: replicas of a layer may share a weight_cache between threads
         return kept.weight
 
     def forget(self) -> None:
         """Frees W' and the operands, but for what CUDA graphs read."""
-        self._kept = None
+        self._cached = None
         self._operands = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return Workspace().__dict__
+        return WeightCache().__dict__
 
-    def _find(self, key: tuple, core: Tensor) -> _Kept | None:
-        kept = self._kept
+    def _find(self, key: tuple, core: Tensor) -> _Cached | None:
+        kept = self._cached
         if kept is None or kept.key != key or kept.version != kept.core._version:
             return None
         same = kept.core.data_ptr() == core.data_ptr() and kept.version == core._version

@@ -126,7 +126,7 @@ def test_peft_layers_have_the_numbers_planned(method, share):
 
 
 def test_a_peft_config_means_the_planned_layers_alone():
-    """The name "0" is also how that of "1.0" ends; further arguments are handed on, planned ones are refused."""
+    """The name "0" is also how that of "1.0" ends; further arguments are precomputed on, planned ones are refused."""
     peft = pytest.importorskip("peft")
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
     plan = sk.plan(model, budget=16, method="lora", exclude=r"1\.0")

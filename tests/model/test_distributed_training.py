@@ -16,7 +16,7 @@ import torch.distributed as dist
 from bounds import DRAWS, assert_within, twice_of_draws
 from cases import relative_error
 from models import Stack, assert_all_within, gradients, inject, references, train_randomly
-from ranks import SIZE
+from processes import SIZE
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -230,7 +230,7 @@ def _sharded_eval_between(rank: int, wrap: Wrap) -> tuple[Tensor, list[bool]]:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     model = wrap(_model())
     outputs, layers = _eval_between(rank, SIZE, model), sk.ssvd_layers(model).values()
-    return outputs, [layer._cache is None and layer._workspace._kept is None for layer in layers]
+    return outputs, [layer._cache is None and layer._weight_cache._cached is None for layer in layers]
 
 
 @pytest.mark.parametrize("wrap", SHARDED)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import inject, plain_twin, train_randomly
+from models import inject, plain_copy, train_randomly
 from speech_models import adapted, inputs
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ WAYS = [
 
 def check(model: nn.Module, base: nn.Module, features: Tensor, ways: list[dict]) -> None:
     """Every way of generating gives what plain layers that hold W' give, and after remove() what the base gives."""
-    twin = plain_twin(model).eval()
+    twin = plain_copy(model).eval()
     with torch.no_grad():
         expected = [twin.generate(features, **way) for way in ways]
         assert all(tokens.shape[1] > 2 for tokens in expected)

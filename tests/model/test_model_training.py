@@ -9,7 +9,7 @@ import pytest
 import torch
 from bounds import assert_within, twice
 from cases import relative_error
-from models import counted, gradients, inject, loss_of, plain_twin, references, train_randomly
+from models import counted, gradients, inject, loss_of, plain_copy, references, train_randomly
 from speech_models import MODELS, adapted, inputs, run, whisper
 from torch import Tensor
 
@@ -111,7 +111,7 @@ def test_dropped_layers_get_no_gradient_and_the_others_do(monkeypatch):
 @pytest.mark.parametrize("name", ["whisper", "wav2vec2", "wavlm"])
 def test_autocast_trains_and_evaluates(name, dtype):
     model = adapted(name).eval()
-    twin = plain_twin(model)
+    twin = plain_copy(model)
 
     def passes(network: torch.nn.Module) -> tuple[Tensor, Tensor]:
         """(output, all gradients), scaled for float16."""
@@ -145,8 +145,8 @@ def test_half_precision_model_with_a_float32_adapter(name, dtype):
     def run_in(network: torch.nn.Module, dtype: torch.dtype) -> Tensor:
         return network(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs(model).items()})[0]
 
-    exact = run_in(plain_twin(copy.deepcopy(model).double()), torch.float64).detach()
-    plain = run_in(plain_twin(model), dtype).detach()
+    exact = run_in(plain_copy(copy.deepcopy(model).double()), torch.float64).detach()
+    plain = run_in(plain_copy(model), dtype).detach()
     output = run_in(model, dtype)
     assert output.dtype == dtype
     assert_within(output, plain, exact)

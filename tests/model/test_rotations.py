@@ -8,7 +8,7 @@ import pytest
 import torch
 from bounds import assert_within
 from cases import relative_error
-from models import assert_equal_gradients, counted, plain_twin, references, step
+from models import assert_equal_gradients, counted, plain_copy, references, step
 from speech_models import adapted, inputs, loss_gradients, loss_of, run
 from torch import nn
 
@@ -104,7 +104,7 @@ def test_generate_is_the_same_after_merging_and_follows_theta():
     features = inputs(model)["input_features"]
     options = {"max_new_tokens": 8, "do_sample": False}
     with torch.no_grad():
-        expected = plain_twin(model).generate(features, **options)
+        expected = plain_copy(model).generate(features, **options)
         ours = model.generate(features, **options)
         sk.merge(model)
         merged = model.generate(features, **options)
@@ -115,7 +115,7 @@ def test_generate_is_the_same_after_merging_and_follows_theta():
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.data.mul_(-3)
     with torch.no_grad():
-        assert torch.equal(model.generate(features, **options), plain_twin(model).generate(features, **options))
+        assert torch.equal(model.generate(features, **options), plain_copy(model).generate(features, **options))
 
 
 def test_deepcopy_of_an_injected_model_trains_on_its_own(monkeypatch):

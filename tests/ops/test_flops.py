@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ssvd_kernels as sk
 from ssvd_kernels.ops import dispatch, flops, reference
-from ssvd_kernels.ops.weight_cache import Workspace
+from ssvd_kernels.ops.weight_cache import WeightCache
 
 MODES = ["composed", "factored"]
 aten = torch.ops.aten
@@ -48,7 +48,7 @@ def counted(flops: int, products: list[flops.Product], others: int) -> Iterator[
     assert counter.others <= others
 
 
-@pytest.mark.parametrize("kept", [False, True], ids=["no workspace", "workspace"])
+@pytest.mark.parametrize("kept", [False, True], ids=["no weight_cache", "weight_cache"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", LINEAR_SHAPES[3:], ids=str)
 def test_a_layer_does_the_products_of_the_cost_model_and_copies_nothing(shape, mode, kept):
@@ -57,7 +57,7 @@ def test_a_layer_does_the_products_of_the_cost_model_and_copies_nothing(shape, m
     dy = inputs.pop("dy")
     inputs["x"].requires_grad_()
     inputs["core"].requires_grad_()
-    workspace = Workspace() if kept else None
+    weight_cache = WeightCache() if kept else None
     compose = flops.compose_products(d_in, d_out, k) if mode == "composed" else []
     compositions = len(compose) // 2 * (1 if kept else 2)
     forward = compose + flops.forward_products(mode, T, d_in, d_out, k)
@@ -65,7 +65,7 @@ def test_a_layer_does_the_products_of_the_cost_model_and_copies_nothing(shape, m
     weight = d_in * d_out if mode == "composed" else 0  # read where W' is composed
     own = 3 * T * d_out if mode == "factored" else 0  # y = base + update
     with counted(flops.flops(forward), forward, weight + own + d_out):  # and the bias
-        y = sk.ssvd_linear(**inputs, mode=mode, workspace=workspace)
+        y = sk.ssvd_linear(**inputs, mode=mode, weight_cache=weight_cache)
     own = 3 * T * d_in if mode == "factored" else 0
     with counted(flops.flops(backward), backward, (0 if kept else weight) + own):
         torch.autograd.grad(y, [inputs["x"], inputs["core"]], dy)
@@ -83,7 +83,7 @@ def test_only_the_needed_products_are_done(mode, need_x, need_core):
     compose = flops.compose_products(d_in, d_out, k) if mode == "composed" else []
     forward = compose + flops.forward_products(mode, T, d_in, d_out, k, need_z=need_core)
     with counted(flops.flops(forward), forward, 10**6):
-        y = sk.ssvd_linear(**inputs, mode=mode, workspace=Workspace())
+        y = sk.ssvd_linear(**inputs, mode=mode, weight_cache=WeightCache())
     if leaves:
         backward = flops.backward_products(mode, T, d_in, d_out, k, need_dx=need_x, need_dcore=need_core)
         with counted(flops.flops(backward), backward, 10**6):

@@ -103,7 +103,7 @@ def assert_all_within(ours: dict[str, Tensor], plain: dict[str, Tensor], exact: 
         assert (error := relative_error(ours[name], value)) <= bound, f"{name}: error {error:.2e}, bound {bound:.2e}"
 
 
-def plain_twin(model: nn.Module) -> nn.Module:
+def plain_copy(model: nn.Module) -> nn.Module:
     """The same model with nn.Linear layers that hold W', by float64 arithmetic of the tests' own."""
     twin, exact = copy.deepcopy(model), plain(model, torch.float64)
     names = list(sk.ssvd_layers(twin))

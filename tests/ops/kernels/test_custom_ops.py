@@ -20,7 +20,7 @@ from ssvd_kernels.ops.kernels.compose import compose
 from ssvd_kernels.ops.kernels.linear_and_projection import concat
 from ssvd_kernels.ops.kernels.ssvd_linear import core_gradient
 from ssvd_kernels.ops.kernels.tile_sizes import LINEAR
-from ssvd_kernels.ops.weight_cache import Workspace, padded
+from ssvd_kernels.ops.weight_cache import WeightCache, padded
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -118,18 +118,20 @@ def test_a_layer_of_an_odd_rank(dtype, base, mode, T):
 
 def test_the_padded_operands_are_made_once_and_dropped_with_the_rest():
     layer = sk.SSVDLinear.from_linear(nn.Linear(D, 64, device=DEVICE), sk.SSVDConfig(rank=K))
-    workspace = layer._workspace
+    weight_cache = layer._weight_cache
     layer.mode = "factored"
     x = torch.randn(5, D, device=DEVICE)
     layer(x)
-    first = dict(workspace._operands)
+    first = dict(weight_cache._operands)
     assert {name: kept[1].shape[1] for name, kept in first.items()} == {"U": 32, "V": 32}
     layer(x)
-    assert all(workspace._operands[name][1] is kept[1] for name, kept in first.items())
+    assert all(weight_cache._operands[name][1] is kept[1] for name, kept in first.items())
     layer.flip_basis(torch.full((K,), -1.0))
-    assert workspace._operands == {}
+    assert weight_cache._operands == {}
     layer(x)
-    assert torch.equal(workspace._operands["V"][1][:, :K], layer.V) and not workspace._operands["V"][1][:, K:].any()
+    assert (
+        torch.equal(weight_cache._operands["V"][1][:, :K], layer.V) and not weight_cache._operands["V"][1][:, K:].any()
+    )
 
 
 def test_padding_changes_no_shape_that_a_user_sees():
@@ -138,7 +140,7 @@ def test_padding_changes_no_shape_that_a_user_sees():
     dy = inputs.pop("dy")
     leaves = [inputs[name].requires_grad_() for name in ("x", "core", "bias")]
     for mode in ("composed", "factored"):
-        y = sk.ssvd_linear(**inputs, mode=mode, workspace=Workspace())
+        y = sk.ssvd_linear(**inputs, mode=mode, weight_cache=WeightCache())
         got = torch.autograd.grad(y, leaves, dy, create_graph=True)
         for value, name in zip(got, ("dx", "dcore", "dbias"), strict=True):
             assert value.shape == exact[name].shape and relative_error(value.cpu(), exact[name]) <= 1e-5

@@ -19,7 +19,7 @@ SIZE = 2
 SECONDS = 180  # for any one function, on a loaded machine
 
 
-class Ranks:
+class Processes:
     """`run(function, *args)` returns [function(rank, *args) for each rank], or raises with a rank's traceback."""
 
     def __init__(self, connections: list[Connection]) -> None:
@@ -38,7 +38,7 @@ class Ranks:
 
 
 @contextmanager
-def started(store: Path) -> Iterator[Ranks]:
+def started(store: Path) -> Iterator[Processes]:
     """The processes; `store` is a file that they make, by which they find each other (no port is agreed upon)."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(SIZE)]
@@ -48,7 +48,7 @@ def started(store: Path) -> Iterator[Ranks]:
     for process in processes:
         process.start()
     try:
-        yield Ranks([pipe[0] for pipe in pipes])
+        yield Processes([pipe[0] for pipe in pipes])
     finally:
         for pipe in pipes:
             pipe[0].send(None)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .input_sharing import SharedInputs
 
 
-class HandedRotations:
+class PrecomputedRotation:
     """Rotations that the root module computed for one layer in its batched call, and the weight composed from them."""
 
     def __init__(self, E: Tensor, E_out: Tensor | None, inputs: SharedInputs | None) -> None:
