@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,8 +23,29 @@ class AdapterError(ValueError):
     """An adapter file that cannot be used: damaged, of another format, or made for another base model."""
 
 
-def read_adapter(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """(layer name -> description, tensors) of a file that is whole, unaltered and of this version."""
+class AdapterFile(NamedTuple):
+    """An adapter file that was read and found complete and unaltered."""
+
+    path: Path
+    layers: dict[str, dict[str, Any]]  # name -> description
+    tensors: dict[str, Tensor]
+
+    def trained(self, name: str) -> dict[str, Tensor]:
+        """What was trained of the layer `name`, by the names of its Parameters."""
+        return {key: self.tensors[f"{name}.{key}"] for key in trained_shapes(self.layers[name])}
+
+    def basis(self, name: str) -> tuple[Tensor, ...] | None:
+        """U, sigma and V of the layer, where the file stores them."""
+        found = [self.tensors.get(f"{name}.{key}") for key in BASIS]
+        return None if found[0] is None else tuple(tensor for tensor in found if tensor is not None)
+
+    def sketch(self, name: str) -> Tensor:
+        """Sketch (6, k) of the basis that the layer's values refer to."""
+        return self.tensors[f"{name}.sketch"]
+
+
+def read_adapter(path: Path) -> AdapterFile:
+    """The file at `path`; AdapterError unless it is complete, unaltered and of this version."""
     if not path.is_file():
         raise FileNotFoundError(f"path={str(path)!r}: no such adapter file")
     try:
@@ -63,7 +84,7 @@ def read_adapter(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tenso
             raise AdapterError(f"{path}: {key} has dtype {value.dtype}: allowed are floating-point dtypes")
         if not bool(torch.isfinite(value).all()):
             raise AdapterError(f"{path}: {key} holds NaN or infinity")
-    return layers, tensors
+    return AdapterFile(path, layers, tensors)
 
 
 def _check_description(path: Path, name: str, layer: dict[str, Any]) -> None:

@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from ..model.inject import install
 from ..model.lookup import check_not_ddp, require_layers, unwrapped
 from ..utils.fsdp import assign, gathered, is_sharded
 from ..utils.safetensors_io import digest, write_atomically
-from .file_format import FORMAT_VERSION, AdapterError, config_of, read_adapter, trained_shapes
+from .file_format import FORMAT_VERSION, AdapterError, AdapterFile, config_of, read_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -98,196 +99,202 @@ def load_adapter(
 ) -> list[str]:
     """Loads an adapter into `model` and returns the names of its layers. cache_dir and share are as in `inject`.
 
-    A model without SSVD layers is injected as the file says (other parameters frozen); one with SSVD layers must have
-    the same ones, and of several adapters the one in use is replaced. Raises FileNotFoundError, or AdapterError for a
-    file that is damaged, altered, of another version, for another base model, whose basis cannot be matched, or whose
-    precision would be lost; the model is then unchanged.
+    A model without SSVD layers is injected as the file says (other parameters are frozen). A model with SSVD layers
+    must have the same ones; of several adapters the active one is replaced. Raises FileNotFoundError, or AdapterError
+    for a file that is damaged, altered, of another version, for another base model, whose basis cannot be matched, or
+    whose precision would be lost; the model is then unchanged.
     """
-    path = Path(path)
-    described, tensors = read_adapter(path)
+    file = read_adapter(Path(path))
     if not adapted_layers(model):
         check_not_ddp(model)
     model = unwrapped(model)
-    present = adapted_layers(model)
-    check_own(present)
-    found: dict[str, Factorization] = {}
-    if any(layer.inactive for layer in present.values()):  # whose bases belong to other adapters, too
-        for name, values in adapter_values(present, path).items():
-            _copy(values, present[name])
-        return list(described)
-    if present:
-        _check_present(path, present, described)
-    else:
-        plan = _plan(path, model, described)
-        for name, (linear, _) in plan.items():
-            if f"{name}.U" not in tensors:
-                _check_fingerprint(path, name, described[name], fingerprint(base_weight(linear, name)))
-        missing = {name: entry for name, entry in plan.items() if f"{name}.U" not in tensors}
-        found = {**factorize_all(missing, progress, cache_dir, share), **_stored_bases(path, plan, described, tensors)}
-    signs = {}
-    for name in described:
-        dtype = (
-            present[name].first_trained.dtype
-            if present
-            else torch.promote_types(plan[name][0].weight.dtype, torch.float32)
-        )
-        _check_precision(path, name, described[name], tensors, dtype)
-        identity = present[name].basis if present else found[name]
-        if f"{name}.U" in tensors:
-            if present:
-                _check_base(path, name, described[name], gathered(present[name].base_weight), tensors)
-            continue
-        _check_fingerprint(path, name, described[name], identity.fingerprint)
-        remedy = "save the adapter with save_bases=True"
-        signs[name] = _matched_signs(path, name, tensors, identity.sketch, remedy)
-    if not present:
+    layers = adapted_layers(model)
+    check_own(layers)
+    if not layers:
+        plan = _plan(file, model)
+        found = _factorizations(file, plan, progress, cache_dir, share)
+        changes = {name: _change(file, name, found[name].sketch) for name in plan}
         install(model, plan, found)
-        present = adapted_layers(model)
-    for name in described:
-        _fill(present[name], name, tensors, signs.get(name))
-    return list(described)
+        layers = adapted_layers(model)
+    elif any(layer.inactive for layer in layers.values()):  # their bases belong to other adapters, too
+        changes = {name: _Change(values) for name, values in adapter_values(layers, file).items()}
+    else:
+        changes = _changes_of_present(file, layers)
+    for name, change in changes.items():
+        change.apply(layers[name])
+    return list(file.layers)
 
 
-def _fill(layer: AdaptedLinear, name: str, tensors: dict[str, Tensor], signs: Tensor | None) -> None:
-    if signs is None:
-        layer.set_basis(*(tensors[f"{name}.{key}"] for key in BASIS))
-    elif bool((signs < 0).any()):
-        layer.flip_basis(signs)
-    _copy({key: tensors[f"{name}.{key}"] for key in layer.adapter()}, layer)
+class _Change(NamedTuple):
+    """What a file changes in one layer, checked already."""
 
+    values: dict[str, Tensor]  # of the trained Parameters
+    signs: Tensor | None = None  # by which the pairs (u_i, v_i) of its basis flip
+    basis: tuple[Tensor, ...] | None = None  # which replaces the layer's
 
-def _copy(values: dict[str, Tensor], layer: AdaptedLinear) -> None:
-    with torch.no_grad():
+    @torch.no_grad()
+    def apply(self, layer: AdaptedLinear) -> None:
+        if self.basis is not None:
+            layer.set_basis(*self.basis)
+        elif self.signs is not None and bool((self.signs < 0).any()):
+            layer.flip_basis(self.signs)
         for key, parameter in layer.adapter().items():
-            assign(parameter, values[key])
-    layer._forget()
+            assign(parameter, self.values[key])
+        layer._forget()
 
 
-def adapter_values(layers: dict[str, AdaptedLinear], path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
-    """Layer name -> what was trained, from an adapter file, in terms of the bases that `layers` hold.
+def adapter_values(layers: Mapping[str, AdaptedLinear], file: AdapterFile) -> dict[str, dict[str, Tensor]]:
+    """Layer name -> trained values of the file, expressed in the bases that `layers` hold.
 
     Where the file means another sign of a singular pair, these values change instead of the basis.
     Raises as `load_adapter` does, and AdapterError where the file's basis is another one altogether.
     """
-    path = Path(path)
-    described, tensors = read_adapter(path)
-    _check_present(path, layers, described)
+    _check_same_layers(file, layers)
+    remedy = "the adapters of one model share its bases, so load this one into a model of its own"
     values = {}
     for name, layer in layers.items():
-        _check_precision(path, name, described[name], tensors, layer.first_trained.dtype)
-        if f"{name}.U" in tensors:
-            _check_base(path, name, described[name], gathered(layer.base_weight), tensors)
-        else:
-            _check_fingerprint(path, name, described[name], layer.basis.fingerprint)
-        remedy = "the adapters of one model share its bases, so load this one into a model of its own"
-        signs = _matched_signs(path, name, tensors, layer.basis.sketch, remedy)
-        values[name] = layer.flipped({key: tensors[f"{name}.{key}"] for key in layer.adapter()}, signs)
+        _check_base(file, name, layer)
+        values[name] = layer.flipped(file.trained(name), _matched_signs(file, name, layer.basis.sketch, remedy))
     return values
 
 
-def _matched_signs(path: Path, name: str, tensors: dict[str, Tensor], sketch: Tensor, remedy: str) -> Tensor:
-    signs = match_signs(tensors[f"{name}.sketch"], sketch)
-    if signs is None:
-        raise AdapterError(
-            f"{path}: the singular vectors of {name} cannot be matched with those that were adapted, although the "
-            f"base weight is the same: {remedy}"
-        )
-    return signs
+def _changes_of_present(file: AdapterFile, layers: Mapping[str, AdaptedLinear]) -> dict[str, _Change]:
+    _check_same_layers(file, layers)
+    for name, layer in layers.items():
+        _check_base(file, name, layer)
+    return {name: _change(file, name, layer.basis.sketch, file.basis(name)) for name, layer in layers.items()}
 
 
-def _check_present(path: Path, present: dict[str, AdaptedLinear], described: dict[str, dict[str, Any]]) -> None:
-    if set(present) != set(described):
-        differing = sorted(set(present) ^ set(described))
-        raise AdapterError(
-            f"{path} adapts {len(described)} layers and the model has {len(present)} SSVD layers; they differ, e.g. in "
-            f"{differing[0]!r}: inject the model as for the adapter, or load into the base model"
-        )
-    for name, layer in present.items():
-        if not layer.basis.fingerprint:
-            raise AdapterError(f"{name} has no singular vectors yet: load the pretrained weights before {path}")
-        if layer.merged:
-            raise AdapterError(f"{name} is merged: unmerge before loading {path}")
-        if layer.sharded and not is_sharded(layer.first_trained):  # what is written now would not reach the shards
-            raise AdapterError(f"FSDP2 left {name} whole after a forward: reshard() the model before loading {path}")
-        mine = layer.description()
-        theirs = {key: described[name].get(key) for key in mine}
-        if mine != theirs:
-            raise AdapterError(f"{path} was saved for {name} as {theirs}, but the model has {mine}")
+def _change(file: AdapterFile, name: str, sketch: Tensor, basis: tuple[Tensor, ...] | None = None) -> _Change:
+    """For a layer whose basis has this sketch, unless `basis` replaces it."""
+    if basis is not None:
+        return _Change(file.trained(name), basis=basis)
+    signs = _matched_signs(file, name, sketch, "save the adapter with save_bases=True")
+    return _Change(file.trained(name), signs)
 
 
-def _plan(path: Path, model: nn.Module, described: dict[str, dict[str, Any]]) -> Plan:
+def _plan(file: AdapterFile, model: nn.Module) -> Plan:
+    """What to adapt in a base model, whose layers and dtypes fit the file."""
     modules = dict(model.named_modules())
     plan = {}
-    for name, layer in described.items():
+    for name, layer in file.layers.items():
         linear = modules.get(name)
         if linear is None:
             raise AdapterError(
-                f"{path} adapts {name!r}, which {type(model).__name__} does not have: another base model?"
+                f"{file.path} adapts {name!r}, which {type(model).__name__} does not have: another base model?"
             )
         try:
             check_adaptable(linear, name)
             assert isinstance(linear, nn.Linear)
             shape = [linear.out_features, linear.in_features]
             if shape != layer["shape"]:
-                raise AdapterError(f"{path} was saved for {name} of shape {layer['shape']}, but the model has {shape}")
+                raise AdapterError(
+                    f"{file.path} was saved for {name} of shape {layer['shape']}, but the model has {shape}"
+                )
             config = config_of(layer)
             check_method(linear, config, name)
             config.triplets(linear.in_features, linear.out_features)
         except (TypeError, ValueError) as error:
-            raise error if isinstance(error, AdapterError) else AdapterError(f"{path}: {name}: {error}") from None
+            raise error if isinstance(error, AdapterError) else AdapterError(f"{file.path}: {name}: {error}") from None
+        _check_precision(file, name, torch.promote_types(linear.weight.dtype, torch.float32))
         plan[name] = (linear, config)
     return plan
 
 
-def _check_precision(
-    path: Path, name: str, layer: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype
-) -> None:
+def _factorizations(
+    file: AdapterFile, plan: Plan, progress: bool, cache_dir: str | os.PathLike[str] | None, share: bool
+) -> dict[str, Factorization]:
+    """Of each planned layer the basis that the file stores, or else that of its weight, which must be the file's."""
+    stored, missing = {}, {}
+    for name, (linear, config) in plan.items():
+        weight, basis = base_weight(linear, name), file.basis(name)
+        if basis is None:
+            _check_fingerprint(file, name, fingerprint(weight))
+            missing[name] = linear, config
+            continue
+        _check_rounding(file, name, weight)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        # copies: the file's tensors are views of a mapped file, and aligned as the file is
+        U, sigma, V = (tensor.to(weight.device, wide, copy=True) for tensor in basis)
+        stored[name] = Factorization(U, sigma, V, fingerprint(weight), 0.0, file.sketch(name).clone())
+    return {**factorize_all(missing, progress, cache_dir, share), **stored}
+
+
+# -- checks: an AdapterError, or nothing -----------------------------------------------------------------------------
+
+
+def _matched_signs(file: AdapterFile, name: str, sketch: Tensor, remedy: str) -> Tensor:
+    signs = match_signs(file.sketch(name), sketch)
+    if signs is None:
+        raise AdapterError(
+            f"{file.path}: the singular vectors of {name} cannot be matched with those that were adapted, although the "
+            f"base weight is the same: {remedy}"
+        )
+    return signs
+
+
+def _check_same_layers(file: AdapterFile, layers: Mapping[str, AdaptedLinear]) -> None:
+    if set(layers) != set(file.layers):
+        differing = sorted(set(layers) ^ set(file.layers))
+        raise AdapterError(
+            f"{file.path} adapts {len(file.layers)} layers and the model has {len(layers)} SSVD layers; they differ, "
+            f"e.g. in {differing[0]!r}: inject the model as for the adapter, or load into the base model"
+        )
+    for name, layer in layers.items():
+        if not layer.basis.fingerprint:
+            raise AdapterError(f"{name} has no singular vectors yet: load the pretrained weights before {file.path}")
+        if layer.merged:
+            raise AdapterError(f"{name} is merged: unmerge before loading {file.path}")
+        if layer.sharded and not is_sharded(layer.first_trained):  # what is written now would not reach the shards
+            raise AdapterError(
+                f"FSDP2 left {name} unsharded after a forward: reshard() the model before loading {file.path}"
+            )
+        mine = layer.description()
+        theirs = {key: file.layers[name].get(key) for key in mine}
+        if mine != theirs:
+            raise AdapterError(f"{file.path} was saved for {name} as {theirs}, but the model has {mine}")
+        _check_precision(file, name, layer.first_trained.dtype)
+
+
+def _check_precision(file: AdapterFile, name: str, dtype: torch.dtype) -> None:
     """Refuses to round what was trained: theta in the file may not be wider than the layer's."""
-    for key in trained_shapes(layer):
-        value = tensors[f"{name}.{key}"]
+    for key, value in file.trained(name).items():
         if torch.promote_types(value.dtype, dtype) != dtype:
             raise AdapterError(
-                f"{path}: {name}.{key} is {value.dtype} and the model's is {dtype}, which would lose precision: "
+                f"{file.path}: {name}.{key} is {value.dtype} and the model's is {dtype}, which would lose precision: "
                 f"load the adapter before casting the model, or cast the model to {value.dtype}"
             )
 
 
-def _check_fingerprint(path: Path, name: str, described: dict[str, Any], found: str) -> None:
-    if described["fingerprint"] != found:
+def _check_base(file: AdapterFile, name: str, layer: AdaptedLinear) -> None:
+    if file.basis(name) is None:
+        _check_fingerprint(file, name, layer.basis.fingerprint)
+    else:
+        _check_rounding(file, name, gathered(layer.base_weight))
+
+
+def _check_fingerprint(file: AdapterFile, name: str, found: str) -> None:
+    if file.layers[name]["fingerprint"] != found:
         raise AdapterError(
-            f"{path} was trained on another base model: the weight of {name} differs. If yours is a half-precision "
-            "copy of that base, load the adapter before casting, or save it with save_bases=True; a quantised base is "
-            "a base of its own"
+            f"{file.path} was trained on another base model: the weight of {name} differs. If yours is a "
+            "half-precision copy of that base, load the adapter before casting, or save it with save_bases=True; a "
+            "quantised base is a base of its own"
         )
 
 
-def _check_base(path: Path, name: str, described: dict[str, Any], weight: Tensor, tensors: dict[str, Tensor]) -> None:
-    """For an adapter with its own bases: the base is the same weight, or a rounding of it."""
-    if described["fingerprint"] == fingerprint(weight):
+def _check_rounding(file: AdapterFile, name: str, weight: Tensor) -> None:
+    """For an adapter that stores its bases: the base is the same weight, or a rounding of it."""
+    basis = file.basis(name)
+    assert basis is not None
+    if file.layers[name]["fingerprint"] == fingerprint(weight):
         return
-    error = basis_error(weight, *(tensors[f"{name}.{key}"] for key in BASIS))
+    error = basis_error(weight, *basis)
     W = weight.detach().float()
     roundings = [dtype for dtype in (torch.float16, torch.bfloat16) if torch.equal(W, W.to(dtype).float())]
-    allowed = max((torch.finfo(dtype).eps / 2 for dtype in roundings), default=0.0)
-    if not error <= allowed:
+    bound = max((torch.finfo(dtype).eps / 2 for dtype in roundings), default=0.0)
+    if not error <= bound:
         raise AdapterError(
-            f"{path} was trained on another base model: U^T W V of {name} differs from the singular values by "
-            f"{error:.2g} of ||W|| (allowed is {allowed:.2g}, the rounding of a half-precision copy)"
+            f"{file.path} was trained on another base model: U^T W V of {name} differs from the singular values by "
+            f"{error:.2g} of ||W||; rounding to half precision explains at most {bound:.2g}"
         )
-    logger.warning("%s: the base weight of %s is a rounding of the one that was adapted", path, name)
-
-
-def _stored_bases(
-    path: Path, plan: Plan, described: dict[str, dict[str, Any]], tensors: dict[str, Tensor]
-) -> dict[str, Factorization]:
-    stored = {}
-    for name, (linear, _) in plan.items():
-        if f"{name}.U" not in tensors:
-            continue
-        weight = base_weight(linear, name)
-        _check_base(path, name, described[name], weight, tensors)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        # copies: the file's tensors are views of a mapped file, and aligned as the file is
-        U, sigma, V = (tensors[f"{name}.{key}"].to(weight.device, wide, copy=True) for key in BASIS)
-        stored[name] = Factorization(U, sigma, V, fingerprint(weight), 0.0, tensors[f"{name}.sketch"].clone())
-    return stored
+    logger.warning("%s: the base weight of %s is a rounding of the one that was adapted", file.path, name)

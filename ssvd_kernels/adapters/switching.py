@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from ..layers.base import AdaptedLinear
 from ..layers.inactive import InactiveAdapter, InactiveAdapters
 from ..layers.ssvd import SSVDLinear
 from ..model.lookup import check_not_ddp, require_layers
+from .file_format import read_adapter
 from .save_load import adapter_values
 
 
@@ -56,7 +58,7 @@ def add_adapter(model: nn.Module, name: str, path: str | os.PathLike[str] | None
         )
     if name in taken:
         raise ValueError(f"name={name!r} is taken: the model has the adapters {', '.join(map(repr, taken))}")
-    values = {} if path is None else adapter_values(layers, path)
+    values = {} if path is None else adapter_values(layers, read_adapter(Path(path)))
     for layer_name, layer in layers.items():
         present = layer.adapter()
         new = {key: nn.Parameter(made.detach().to(present[key])) for key, made in layer.new_adapter().items()}

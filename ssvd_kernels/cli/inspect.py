@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.file_format import FORMAT_VERSION, read_adapter, trained_shapes
+from ..adapters.file_format import FORMAT_VERSION, AdapterFile, read_adapter
 from ..adapters.save_load import load_adapter
 from ..layers.base import adapted_layers
 from ..layers.ssvd import SSVDLinear
@@ -39,7 +39,7 @@ COLUMNS = {  # key of a layer's description -> heading
 
 
 def run(args: argparse.Namespace) -> int:
-    found = describe(*read_adapter(args.adapter))
+    found = describe(read_adapter(args.adapter))
     if args.base is not None:
         model = load_base(args.base)
         load_adapter(model, args.adapter, progress=sys.stderr.isatty())
@@ -53,15 +53,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(layers: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
+def describe(file: AdapterFile) -> list[dict[str, Any]]:
     """What the file alone tells of each layer; sizes relative to sigma where it stores the basis."""
     found = []
-    for name, layer in layers.items():
-        trained = {key: tensors[f"{name}.{key}"] for key in trained_shapes(layer)}
+    for name, layer in file.layers.items():
+        trained = file.trained(name)
         thetas = {key: layer[k] for key, k in (("theta", "k"), ("theta_out", "k_out")) if key in trained}
         turns = [_turn(trained[key], k, layer["rotation"], layer.get("band")) for key, k in thetas.items()]
         shift = trained.get("delta_sigma")
-        sigma = tensors.get(f"{name}.sigma")
+        sigma = file.tensors.get(f"{name}.sigma")
         found.append(
             {
                 "name": name,

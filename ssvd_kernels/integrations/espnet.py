@@ -151,42 +151,51 @@ class ESPnetSSVDLinear(SSVDLinear):
     def _with_basis(self, state_dict: Any, prefix: str) -> Any:
         """`state_dict` with the U, sigma and V that belong to its weight and theta; ValueError if there are none."""
         given = self._given(state_dict, prefix)
-        weight, identity = given.get("weight"), state_dict.get(prefix + _IDENTITY)
         own = dict(self.named_parameters())
         if any(tensor.shape != own[name].shape for name, tensor in given.items()):
             return state_dict  # torch says so
         present = [name for name in _TRAINED if prefix + name in state_dict]
         if present and len(present) < len(_TRAINED):
             raise ValueError(f"the state dict has {present[0]}, but not all of {', '.join(_TRAINED)}")
-        if identity is not None and not identity[:-1].any():
-            identity = None  # of a layer without a weight
+        basis = self._resolve_basis(given, prefix[:-1])
+        if basis is None:
+            return state_dict  # the model's own, or without this layer
+        values = {**basis, **self._aligned_thetas(given, state_dict.get(prefix + _IDENTITY), basis)}
+        return {**state_dict, **{prefix + name: tensor for name, tensor in values.items()}}
+
+    def _resolve_basis(self, given: dict[str, Tensor], name: str) -> dict[str, Tensor] | None:
+        """The basis of the weight that is loaded: the state dict's, this layer's, or a new one; None without weight."""
+        weight, stored = given.get("weight"), {key: given[key] for key in BASIS if key in given}
         base = self.base_weight if weight is None else weight.to(self.base_weight.device, self.base_weight.dtype)
-        if all(name in given for name in BASIS) and bool(given["U"].any()):
-            U, sigma, V = (given[name] for name in BASIS)
-            _check_basis(base, U, sigma, V)
-        elif self.factorized:
+        if len(stored) == len(BASIS) and bool(stored["U"].any()):
+            _check_basis(base, **stored)
+            return stored
+        if self.factorized:
             if not torch.equal(base, self.base_weight):
                 raise ValueError(
                     "the base weight differs from the one that was factorised: load base weights once, before training"
                 )
-            U, sigma, V = self.U, self.sigma, self.V
-        elif weight is not None:
-            found = factorize(base, self.k)
-            logger.info("SSVD: factorised %s (%d x %d, k = %d)", prefix[:-1], *base.shape, self.k)
-            self.basis = BasisIdentity(found.fingerprint, found.gap, found.sketch)
-            U, sigma, V = found.U, found.sigma, found.V
-        elif any(name in given for name in _TRAINED):
-            raise ValueError("the state dict has a trained theta, but no base weight was loaded: load that first")
-        else:
-            return state_dict  # the model's own, or without this layer
-        values = dict(zip(BASIS, (U, sigma, V)))
-        if identity is not None:
-            signs = self._match(identity, sketch(U, V))
-            thetas = [name for name in given if name.rpartition(".")[2] == "theta"]  # parked ones, too
-            values |= {name: flip_theta(given[name], signs, self.rotation) for name in thetas}
-        elif any(name in given for name in _TRAINED):
-            raise ValueError("the state dict has theta, but no sketch of the singular vectors that it rotates")
-        return {**state_dict, **{prefix + name: tensor for name, tensor in values.items()}}
+            return {key: getattr(self, key) for key in BASIS}
+        if weight is None:
+            if any(key in given for key in _TRAINED):
+                raise ValueError("the state dict has a trained theta, but no base weight was loaded: load that first")
+            return None
+        found = factorize(base, self.k)
+        logger.info("SSVD: factorised %s (%d x %d, k = %d)", name, *base.shape, self.k)
+        self.basis = BasisIdentity(found.fingerprint, found.gap, found.sketch)
+        return {key: getattr(found, key) for key in BASIS}
+
+    def _aligned_thetas(
+        self, given: dict[str, Tensor], identity: Tensor | None, basis: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The thetas of the state dict, inactive adapters' too, with the signs that they need in `basis`."""
+        if identity is None or not identity[:-1].any():  # none, or of a layer without a weight
+            if any(key in given for key in _TRAINED):
+                raise ValueError("the state dict has theta, but no sketch of the singular vectors that it rotates")
+            return {}
+        signs = self._match(identity, sketch(basis["U"], basis["V"]))
+        thetas = [key for key in given if key.rpartition(".")[2] == "theta"]
+        return {key: flip_theta(given[key], signs, self.rotation) for key in thetas}
 
     def _given(self, state_dict: Any, prefix: str) -> dict[str, Tensor]:
         """What comes from outside: ESPnet updates the model's own state dict with a file's and loads the result."""

@@ -267,7 +267,7 @@ def test_files_of_ssvd_are_as_they_always_were_and_others_cannot_be_taken_for_th
     for name, method in METHODS.items():
         net = adapted(name, Net(12, 16, 10))
         sk.save_adapter(net, tmp_path / "a")
-        for layer in read_adapter(tmp_path / "a")[0].values():
+        for layer in read_adapter(tmp_path / "a").layers.values():
             if name == "SpectralFT":
                 assert not known <= set(layer) and layer["method"] == name
             elif "SVFT" in name:
