@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from bounds import assert_within, twice
 from cases import relative_error
 from models import Stack, inject, train_randomly
 from torch import Tensor, nn
@@ -117,8 +118,7 @@ def test_training_has_at_most_twice_plain_pytorchs_error(row, mode):
     dtypes = {"y": row.compute, "dx": row.x, "dtheta": row.theta, "ddelta_sigma": row.theta}
     for name, dtype in dtypes.items():
         assert ours[name].dtype == dtype, name
-        bound = max(2 * relative_error(plain[name], exact[name]), torch.finfo(dtype).eps)
-        assert relative_error(ours[name], exact[name]) <= bound, name
+        assert relative_error(ours[name], exact[name]) <= twice(plain[name], exact[name], dtype), name
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -126,8 +126,7 @@ def test_training_has_at_most_twice_plain_pytorchs_error(row, mode):
 def test_merged_equals_unmerged(row, rounding):
     """Each within twice the error of PyTorch's own product with W', and so is what is kept between calls in eval."""
     case = Case(row)
-    layer, exact = case.layer.eval(), case.plain(torch.float64, torch.float64)["y"]
-    bound = max(2 * relative_error(case.plain_merged(), exact), torch.finfo(row.compute).eps)
+    layer, plain, exact = case.layer.eval(), case.plain_merged(), case.plain(torch.float64, torch.float64)["y"]
     with torch.no_grad(), row.context():
         unmerged = [layer(case.x), layer(case.x)]
         layer.merge(rounding=rounding)
@@ -136,7 +135,7 @@ def test_merged_equals_unmerged(row, rounding):
         assert torch.equal(layer(case.x), unmerged[0])
     for y in (*unmerged, merged):
         assert y.dtype == row.compute
-        assert relative_error(y, exact) <= bound
+        assert_within(y, plain, exact)
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.base == BF16], ids=str)
@@ -183,7 +182,7 @@ def test_stochastic_rounding_keeps_small_updates_in_a_merged_bf16_weight(large, 
             assert bool(caplog.text) == (abs(gain - 1) > 0.02)
             error[rounding] = relative_error(F.linear(x, large.weight, large.bias), exact)
             large.unmerge()
-    assert error["stochastic"] <= 1.4 * error["nearest"]  # the price
+    assert error["stochastic"] <= 1.4 * error["nearest"]  # the price: 2**0.5 of W', less as y is rounded, too
 
 
 def test_merging_a_model_passes_the_rounding_on():
