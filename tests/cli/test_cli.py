@@ -241,7 +241,7 @@ def test_inspect_with_the_base_or_the_bases_tells_more(capsys, files):
             if len(arguments) > 1:
                 W = layer.base_weight
                 plain, exact = ((Wp - W.to(Wp)).norm() / W.to(Wp).norm() for Wp in effective(W, layer))
-                changes.append((torch.tensor(entry["relative_update"]).double(), plain, exact))
+                changes.append((torch.tensor(entry["relative_update"], dtype=torch.float64), plain, exact))
         if changes:
             assert_within(*map(torch.stack, zip(*changes)))
     status, out, _ = call(capsys, "inspect", *arguments)
