@@ -303,9 +303,8 @@ def test_average_is_the_mean_of_theta_and_stays_orthogonal(base, side):
         for key, k in (("theta", layer.k_in), ("theta_out", layer.k_out)):
             if key in layer.adapter():
                 G = sk.cayley(layer.adapter()[key].detach().double(), k)
-                assert (
-                    G.T @ G - torch.eye(k)
-                ).abs().max() < 1e-14  # 45 eps of float64, for a solve and sums of at most 5 products
+                # 45 eps of float64, for a solve and sums of at most 5 products
+                assert (G.T @ G - torch.eye(k)).abs().max() < 1e-14
 
 
 @pytest.mark.parametrize("weights", [{}, {"b": 0}, {"b": -1.0, "default": 2}, {"b": float("nan")}])
