@@ -1,4 +1,4 @@
-"""The README and the guide name things that exist."""
+"""The documentation names files, tests and functions that exist."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ import pytest
 import ssvd_kernels as sk
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "docs/guide.md", "docs/methods.md", "CONTRIBUTING.md", "bench/results/README.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/backends.md",
+    "docs/guide.md",
+    "docs/methods.md",
+    "docs/results.md",
+    "bench/results/README.md",
+    "experiments/asr/results/README.md",
+    "experiments/speaker/results/README.md",
+]
 TABLE = re.findall(r"\]\((tests/[\w/]+\.py)#(\w+)\)", (ROOT / "README.md").read_text())
 
 
