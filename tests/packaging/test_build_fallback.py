@@ -20,8 +20,8 @@ torch.version.cuda, e.CUDA_HOME = "13.0", os.environ["CUDA_HOME"]
 NO_NINJA = "e.is_ninja_available = lambda: False\n"
 OP = """
 import torch
-from ssvd_kernels import _ext, reference
-assert _ext.available() and "site" in _ext.__file__
+from ssvd_kernels.ops import extension, reference
+assert extension.available() and "site" in extension.__file__
 theta = torch.randn(2, 10, dtype=torch.float64)
 assert torch.allclose(torch.ops.ssvd_kernels.cayley_delta(theta, 5), reference.cayley_delta_ref(theta, 5))
 """

@@ -1,7 +1,7 @@
 """What an earlier version of the package wrote, in tests/adapters/saved, and how it was made.
 
-`python tests/support/saved_models.py write` writes the folder anew: only when the formats change on purpose, since the tests
-show that today's code reads what the version named in tests/adapters/saved/README.md left on users' disks.
+`python tests/support/saved_models.py write` writes the folder anew: only when the formats change on purpose, since the
+tests show that today's code reads what the version named in its README.md left on users' disks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compiles kernels for GPUs that need not be here and prints what the machine code uses, one JSON line a case.
 
-python triton_compile.py ARCH FIRST STEP [slow] [FILTER]: every STEP-th of the cases from FIRST on; without `slow` only
-those of the default run. A process of its own, because the tests run the kernels in Triton's interpreter.
+python triton_compile.py ARCH FIRST STEP all|sample [FILTER]: every STEP-th of the cases from FIRST on. A process of its
+own, because the tests run the kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
-from kernel_cases import Case, cases
+from kernel_cases import Case, cases, sample
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -59,13 +59,11 @@ def inspect(case: Case, arch: int) -> dict[str, object]:
     return {"label": case.label, "arch": arch, **used, "shared": compiled.metadata.shared, **count}
 
 
-def main(arch: int, first: int, step: int, slow: bool, pattern: str) -> None:
-    chosen = [case for case in cases() if (slow or not case.slow) and pattern in case.label]
+def main(arch: int, first: int, step: int, which: str, pattern: str = "") -> None:
+    chosen = [case for case in {"all": cases, "sample": sample}[which]() if pattern in case.label]
     for case in chosen[first::step]:
         print(json.dumps(inspect(case, arch) | {"tensor_cores": case.tensor_cores}), flush=True)
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[4:]
-    rest = [a for a in arguments if a != "slow"]
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), "slow" in arguments, rest[0] if rest else "")
+    main(*map(int, sys.argv[1:4]), *sys.argv[4:])

@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from kernel_cases import cases
+from kernel_cases import cases, sample
 
 from ssvd_kernels.ops.kernels.tile_sizes import (
     CAYLEY,
@@ -32,14 +32,14 @@ HELPER = Path(__file__).parents[2] / "support" / "triton_compile.py"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
 
-def compiled(arch: int, slow: bool, workers: int = 2) -> list[dict]:
+def compiled(arch: int, which: str, workers: int = 2) -> list[dict]:
     """What every case uses, one dictionary a case, by `workers` processes."""
     root = str(HELPER.parents[2])
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
 
     def part(first: int) -> str:
-        command = [sys.executable, str(HELPER), str(arch), str(first), str(workers), *(["slow"] if slow else [])]
+        command = [sys.executable, str(HELPER), str(arch), str(first), str(workers), which]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=3000)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
@@ -58,24 +58,24 @@ def faults(row: dict) -> list[str]:
     return found
 
 
-def check(arch: int, slow: bool) -> None:
-    rows = compiled(arch, slow)
-    assert len(rows) == sum(slow or not case.slow for case in cases())
+def check(arch: int, which: str, count: int) -> None:
+    rows = compiled(arch, which)
+    assert len(rows) == count
     bad = [
         f"sm_{arch} {row['label']}: {', '.join(faults(row))} ({row['reg']} registers)" for row in rows if faults(row)
     ]
     assert not bad, "\n".join(bad)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-def test_configurations_compile_within_limits(arch):
-    check(arch, slow=False)
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_a_sample_compiles_within_limits(arch):
+    check(arch, "sample", len(sample()))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90])
-def test_all_signatures_compile_within_limits(arch):
-    check(arch, slow=True)
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_every_configuration_compiles_within_limits(arch):
+    check(arch, "all", len(cases()))
 
 
 def test_gate_refuses():
@@ -86,8 +86,8 @@ def test_gate_refuses():
     assert all(faults(good | bad) for bad in ({"STL": 1}, {"stack": 8}, {"shared": 170 * 1024}, {"HMMA": 0}))
 
 
-def test_default_cases_cover_every_configuration():
-    covered = {(case.kernel, case.config) for case in cases() if not case.slow}
+def test_cases_cover_every_configuration():
+    covered = {(case.kernel, case.config) for case in cases()}
     kernels = {"_ssvd_linear_fwd_kernel": LINEAR, "_ssvd_linear_one_pass_kernel": ONE_PASS}
     kernels["_ssvd_linear_concat_kernel"] = {key: LINEAR[key] for key in ("half", "half_odd")}
     kernels |= {"_compose_kernel": COMPOSE, "_core_grad_kernel": CORE_GRAD, "_cayley_product_kernel": CAYLEY}
