@@ -205,7 +205,7 @@ def test_cache_dir_that_is_a_file(tmp_path):
 
 RACE = """
 import sys, torch
-from ssvd_kernels.factor_cache import load, store
+from ssvd_kernels.basis.cache import load, store
 from ssvd_kernels.basis.factorize import factorize
 weight = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
 expected = factorize(weight, 8)
