@@ -13,10 +13,10 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from bounds import DRAWS, assert_within, twice_of_draws
+from bounds import assert_within
 from cases import relative_error
-from models import assert_all_within, passes, references
-from plain import PlainLinear, core, effective
+from models import assert_all_within, assert_right, passes, references
+from plain import effective
 from roundtrip import (
     Net,
     assert_computes,
@@ -130,28 +130,6 @@ def test_output_and_gradients_against_float64(name, mode, shape, dtype):
     layer = layer_of(name, shape, dtype)
     layer.mode = mode
     assert_right(layer)
-
-
-def assert_right(layer: AdaptedLinear, wrapped: Callable[[nn.Module], nn.Module] = lambda net: net) -> None:
-    """Output and gradients of one draw, by the bounds of several."""
-    net, dtype = nn.Sequential(layer), layer.base_weight.dtype
-    draws = [[torch.randn(40, d).to(dtype) for d in (layer.in_features, layer.out_features)] for _ in range(DRAWS)]
-    formulas = [nn.Sequential(Formula(layer.base_weight, layer.bias, [layer], of)) for of in (dtype, F64)]
-    pairs = [[passes(formula, *draw) for formula in formulas] for draw in draws]
-    for name, value in passes(wrapped(net), *draws[0]).items():
-        bound = twice_of_draws((plain[name], exact[name]) for plain, exact in pairs)
-        assert relative_error(value, pairs[0][1][name]) <= bound, name
-
-
-class Formula(PlainLinear):
-    """y = x W^T + ((x V) core^T) U^T + b where there is a core: in half precision it rounds otherwise than x W'^T."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        (layer,), (values,) = self.adapters, self.values
-        if isinstance(layer, sk.SpectralFTLinear):
-            return super().forward(x)
-        V, M, U = (factor.to(self.dtype) for factor in (layer.V.detach(), core(layer, dict(values)), layer.U.detach()))
-        return F.linear(x, self.base_weight.to(self.dtype), self.bias) + x @ V @ M.mT @ U.mT
 
 
 @pytest.mark.skipif(

@@ -9,14 +9,16 @@ from typing import TypeVar
 
 import pytest
 import torch
-from bounds import twice, twice_of_draws
+import torch.nn.functional as F
+from bounds import DRAWS, twice, twice_of_draws
 from cases import relative_error
-from plain import plain
+from plain import PlainLinear, core, plain
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import ssvd_kernels as sk
+from ssvd_kernels.layers.base import AdaptedLinear
 from ssvd_kernels.ops import dispatch
 
 RANK = 5
@@ -135,6 +137,34 @@ def passes(network: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     y = network(x)
     grads = torch.autograd.grad(y, [x, *trained], dy.to(y.dtype), materialize_grads=True)
     return {"y": y.detach(), **dict(zip(("x", *names), grads, strict=True))}
+
+
+class Formula(PlainLinear):
+    """y = x W^T + ((x V) core^T) U^T + b where there is a core: in half precision it rounds otherwise than x W'^T."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (layer,), (values,) = self.adapters, self.values
+        if isinstance(layer, sk.SpectralFTLinear):
+            return super().forward(x)
+        V, M, U = (factor.to(self.dtype) for factor in (layer.V.detach(), core(layer, dict(values)), layer.U.detach()))
+        return F.linear(x, self.base_weight.to(self.dtype), self.bias) + x @ V @ M.mT @ U.mT
+
+
+def assert_right(
+    layer: AdaptedLinear,
+    wrapped: Callable[[nn.Module], nn.Module] = lambda net: net,
+    tokens: int = 40,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Output and gradients of a layer that computes in `dtype`, for one draw by the bounds of several."""
+    net, W, dtype = nn.Sequential(layer), layer.base_weight, dtype or layer.base_weight.dtype
+    sizes = [(tokens, layer.in_features), (tokens, layer.out_features)]
+    draws = [[torch.randn(size, device=W.device).to(dtype) for size in sizes] for _ in range(DRAWS)]
+    formulas = [nn.Sequential(Formula(W, layer.bias, [layer], of)) for of in (dtype, torch.float64)]
+    pairs = [[passes(formula, *draw) for formula in formulas] for draw in draws]
+    for name, value in passes(wrapped(net), *draws[0]).items():
+        bound = twice_of_draws((plain[name], exact[name]) for plain, exact in pairs)
+        assert relative_error(value, pairs[0][1][name]) <= bound, name
 
 
 @contextmanager

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 
 pytest.importorskip("triton")
 
 import torch
+from bounds import DRAWS, assert_within, twice_of_draws
 from cases import linear_inputs, naive_linear, relative_error
-from models import assert_close_gradients, gradients, train_randomly
+from models import assert_all_within, assert_right, train_randomly
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
@@ -95,25 +94,23 @@ def passes(layer: sk.SSVDLinear, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach(), "dx": dx, "dtheta": dtheta, "dsigma": dsigma}
 
 
+class Autocast(nn.Sequential):
+    """To the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(DEVICE.type, x.dtype):
+            return super().forward(x)
+
+
 @pytest.mark.parametrize("T", [3, 48, 200])
 @pytest.mark.parametrize("mode", ["composed", "factored"])
 @pytest.mark.parametrize(("dtype", "base"), [(F32, F32), (F16, F16), (BF16, BF16), (BF16, F32)])
 def test_a_layer_of_an_odd_rank(dtype, base, mode, T):
-    """Its operands are padded; the error is at most twice that of the same layer in plain PyTorch."""
+    """Its operands are padded."""
     linear = nn.Linear(D, 64, dtype=base, device=DEVICE)
     layer = train_randomly(sk.SSVDLinear.from_linear(linear, sk.SSVDConfig(rank=K)))
     layer.mode = mode
-    x, dy = (torch.randn(T, n, device=DEVICE).to(dtype) for n in (D, 64))
-    exact = copy.deepcopy(layer).double()
-    with sk.use_backend("reference"):
-        want = passes(exact, x.double(), dy.double())
-    with torch.autocast(DEVICE.type, dtype, enabled=dtype != base):
-        ours = passes(layer, x, dy)
-        with sk.use_backend("reference"):
-            plain = passes(copy.deepcopy(layer), x, dy)
-    for name, value in want.items():
-        allowed = max(2 * relative_error(plain[name], value), torch.finfo(dtype).eps / 4)
-        assert relative_error(ours[name], value) <= allowed, name
+    assert_right(layer, Autocast if dtype != base else lambda net: net, T, dtype)
 
 
 def test_the_padded_operands_are_made_once_and_dropped_with_the_rest():
@@ -136,14 +133,16 @@ def test_the_padded_operands_are_made_once_and_dropped_with_the_rest():
 
 def test_padding_changes_no_shape_that_a_user_sees():
     inputs = {name: t.to(DEVICE) for name, t in linear_inputs((13, 48, 40, K), F32).items()}
-    exact = naive_linear({name: t.cpu() for name, t in inputs.items()}, torch.float64)
+    names = ("dx", "dcore", "dbias")
+    plain, exact = (naive_linear({name: t.cpu() for name, t in inputs.items()}, of) for of in (F32, torch.float64))
+    plain, exact = ({name: results[name] for name in names} for results in (plain, exact))
     dy = inputs.pop("dy")
     leaves = [inputs[name].requires_grad_() for name in ("x", "core", "bias")]
     for mode in ("composed", "factored"):
         y = sk.ssvd_linear(**inputs, mode=mode, weight_cache=WeightCache())
         got = torch.autograd.grad(y, leaves, dy, create_graph=True)
-        for value, name in zip(got, ("dx", "dcore", "dbias"), strict=True):
-            assert value.shape == exact[name].shape and relative_error(value.cpu(), exact[name]) <= 1e-5
+        assert [value.shape for value in got] == [value.shape for value in exact.values()]
+        assert_all_within({name: value.cpu() for name, value in zip(names, got, strict=True)}, plain, exact)
         second = torch.autograd.grad(got[1].square().sum(), leaves[:1])[0]
         assert second.shape == inputs["x"].shape and bool(second.abs().max() > 0)
 
@@ -153,16 +152,22 @@ def test_padding_changes_no_shape_that_a_user_sees():
 @pytest.mark.parametrize("transposed", [False, True])
 def test_concat(dtype, shape, transposed):
     T, d_in, d_out, k = shape
-    case = linear_inputs((max(T, 1), d_in, d_out, k), dtype)
-    x, W, V, b = (case[name].to(DEVICE) for name in ("x", "weight", "V", "bias"))
-    x, W = x[:T].view(1, T, d_in), W.mT.contiguous().mT if transposed else W
-    y, z = concat(x, W, V, b)
+
+    def operands(draw: int) -> list[Tensor]:
+        case = linear_inputs((max(T, 1), d_in, d_out, k), dtype, seed=1000 * draw)
+        x, W, V, b = (case[name].to(DEVICE) for name in ("x", "weight", "V", "bias"))
+        return [x[:T].view(1, T, d_in), W.mT.contiguous().mT if transposed else W, V, b]
+
+    def products(x: Tensor, W: Tensor, V: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.nn.functional.linear(x, W, b), x @ V
+
+    draws = [operands(draw) for draw in range(DRAWS if T == 1 else 1)]
+    plain = [products(*draw) for draw in draws]
+    exact = [products(*(tensor.double() for tensor in draw)) for draw in draws]
+    y, z = concat(*draws[0])
     assert y.shape == (1, T, d_out) and z.shape == (1, T, k)
-    exact = [x.double() @ W.double().mT + b.double(), x.double() @ V.double()]
-    plain = [torch.nn.functional.linear(x, W, b), x @ V]
-    for ours, theirs, value in zip((y, z), plain, exact, strict=True):
-        bound = max(2 * relative_error(theirs, value), torch.finfo(dtype).eps / 4)
-        assert relative_error(ours, value) <= bound
+    for value, theirs, truths in zip((y, z), zip(*plain), zip(*exact), strict=True):
+        assert relative_error(value, truths[0]) <= twice_of_draws(zip(theirs, truths))
 
 
 @pytest.mark.parametrize("config", [c for table in ("half", "half_odd") for c in LINEAR[table]], ids=str)
@@ -171,8 +176,8 @@ def test_every_concat_configuration(config, monkeypatch):
     case = linear_inputs((config.rows + 3, 70, config.cols + 5, 19), F32)
     x, W, V = (case[name].to(DEVICE) for name in ("x", "weight", "V"))
     y, z = concat(x, W, V, None)
-    torch.testing.assert_close(y, x @ W.mT, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(z, x @ V, rtol=1e-4, atol=1e-5)
+    assert_within(y, x @ W.mT, x.double() @ W.double().mT)
+    assert_within(z, x @ V, x.double() @ V.double())
 
 
 def test_large_layers_are_left_to_the_library(monkeypatch):
@@ -211,21 +216,16 @@ def test_compiled_graphs_call_the_kernels(mode, dtype, monkeypatch):
         sk.SSVDLinear.from_linear(nn.Linear(D, 64, dtype=dtype, device=DEVICE), sk.SSVDConfig(rank=K))
     )
     layer.mode = mode
-    x = torch.randn(7, D, device=DEVICE).to(dtype).requires_grad_()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     calls = []
     names = ["ssvd_linear_fwd", "ssvd_linear_bwd", "core_gradient"]
     for home, name in [*((custom_ops._linear, name) for name in names), (custom_ops._concat, "concat")]:
         original = getattr(home, name)
         monkeypatch.setattr(home, name, lambda *args, o=original, n=name: calls.append(n) or o(*args))
-    found = []
-    for module in (layer, compiled):
-        calls.clear()
-        module(x).float().square().mean().backward()
-        found.append(gradients(layer))
     composed = ["concat", "concat"] if dtype == BF16 else ["core_gradient"]
+    for wrapped in (lambda net: net, lambda net: torch.compile(net, fullgraph=True, backend="aot_eager")):
+        calls.clear()
+        assert_right(layer, wrapped, tokens=7)
     assert calls == (names[:2] if mode == "factored" else composed)
-    assert_close_gradients(found[1], found[0], 1e-6 if dtype == F32 else 2e-2)
 
 
 def test_the_operators_are_well_formed():
