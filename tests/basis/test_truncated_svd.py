@@ -7,8 +7,9 @@ import copy
 import numpy as np
 import pytest
 import torch
+from bounds import twice
 from cases import relative_error
-from roundtrip import SIDES, Net, outputs, train_randomly
+from roundtrip import SIDES, Net, assert_computes, outputs, train_randomly
 from torch import Tensor
 
 import ssvd_kernels as sk
@@ -20,6 +21,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPES = [(160, 160), (300, 160), (160, 300), (1100, 40), (40, 1100), (7, 1), (1, 7), (1, 1)]
 EPS = torch.finfo(torch.float64).eps
+
+
+def _walk(*shape: int) -> float:
+    """Relative to the largest: so many roundings add up like a random walk; four of its standard deviations at most."""
+    return 4 * max(shape) ** 0.5 * EPS
 
 
 def _weight(d_out: int, d_in: int, sigma: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,11 +77,11 @@ def test_as_accurate_as_the_svd(shape, spectrum):
         following = sigma[k] if k < len(sigma) else 0.0
         with_the_rest = EPS * sigma[0] ** 2 / (sigma[k - 1] ** 2 - following**2)
         assert with_the_rest <= EPS / MIN_SQUARED_GAP
-        assert _vector_errors(fast, U, V).max() <= 2 * _vector_errors(slow, U, V).max() + with_the_rest + 100 * EPS
-        assert ((fast[1] - slow[1]).abs() / slow[1]).max() <= 1e-12
-        assert (fast[3] - slow[3]).abs() <= 1e-9 * slow[1][0]
+        assert _vector_errors(fast, U, V).max() <= 2 * _vector_errors(slow, U, V).max() + with_the_rest + _walk(*shape)
+        assert (fast[1] - sigma[:k]).abs().max() <= _walk(*shape) * sigma[0]
+        assert abs(fast[3] ** 2 - following**2) <= _walk(*shape) * sigma[0] ** 2  # the Gram matrix has the squares
         for basis in (fast[0], fast[2]):
-            assert (basis.mT @ basis - torch.eye(k)).abs().max() <= 1e-13
+            assert (basis.mT @ basis - torch.eye(k)).abs().max() <= _walk(*shape)
 
 
 def test_jacobi_step_makes_up_for_the_squares():
@@ -106,10 +112,10 @@ def test_the_svd_serves_where_squares_would_lose(spectrum):
     assert by_gram(W, k) is None and by_gram(W.mT, k) is None
     U, S, V, following = top_triplets(W, k)
     expected = torch.linalg.svdvals(W)
-    assert (S - expected[:k]).abs().max() <= 1e-14 * max(1.0, float(expected[0]))
-    assert abs(float(following - expected[k])) <= 1e-14
-    assert (U.mT @ U - torch.eye(k)).abs().max() <= 1e-13 and (V.mT @ V - torch.eye(k)).abs().max() <= 1e-13
-    assert (W @ V - U * S).abs().max() <= 1e-13
+    bound, scale = _walk(60, 40), float(expected[0])
+    assert (S - expected[:k]).abs().max() <= bound * scale and abs(float(following - expected[k])) <= bound * scale
+    assert (U.mT @ U - torch.eye(k)).abs().max() <= bound and (V.mT @ V - torch.eye(k)).abs().max() <= bound
+    assert (W @ V - U * S).abs().max() <= bound * scale
 
 
 def test_full_rank_falls_back_only_where_the_last_singular_value_is_small():
@@ -124,8 +130,13 @@ def test_narrow_weights_are_factorised_in_float64(dtype):
     W = _weight(96, 64, _noise_like(64), dtype)[0]
     found, exact = factorize(W, 24), by_svd(W, 24)
     assert found.U.dtype == found.sigma.dtype == found.V.dtype == torch.float32
-    product = (exact[0] * exact[1]) @ exact[2].mT
-    assert relative_error((found.U.double() * found.sigma.double()) @ found.V.double().mT, product) <= 1e-7
+
+    def product(U: Tensor, sigma: Tensor, V: Tensor) -> Tensor:
+        return (U.double() * sigma.double()) @ V.double().mT
+
+    plain = [factor.float() for factor in exact[:3]]
+    bound = twice(product(*plain), product(*exact[:3]), torch.float32)
+    assert relative_error(product(found.U, found.sigma, found.V), product(*exact[:3])) <= bound
 
 
 def test_gap_is_that_of_the_svd():
@@ -134,7 +145,7 @@ def test_gap_is_that_of_the_svd():
         for k in (5, 40):
             S = torch.cat([torch.linalg.svdvals(W), torch.zeros(1, dtype=torch.float64)])[: k + 1]
             gap = float(((S[:-1] - S[1:]) / S[0].clamp(min=1e-300)).min())
-            assert abs(factorize(W, k).gap - gap) <= 1e-3 * SAFE_GAP
+            assert abs(factorize(W, k).gap - gap) <= 1e-3 * SAFE_GAP  # of what is decided by it
 
 
 # -- reloading ---------------------------------------------------------------------------------------------------------
@@ -173,10 +184,8 @@ def test_adapter_reloads_with_another_driver_and_thread_count(tmp_path, monkeypa
     sk.inject(net, sk.SSVDConfig(ratio=0.4, side=side), progress=False)
     train_randomly(net, scale=0.5)
     sk.save_adapter(net, tmp_path / "a.safetensors")
-    expected = outputs(net)
     monkeypatch.setattr(factorize_module, "top_triplets", driver)
     two_threads()
     sk.load_adapter(base, tmp_path / "a.safetensors", progress=False)
     torch.set_num_threads(1)
-    for ours, theirs in zip(outputs(base), expected, strict=True):
-        assert relative_error(ours, theirs) <= 1e-6
+    assert_computes(outputs(base), net)
