@@ -7,7 +7,8 @@ LOCK   ?= constraints.txt
 EXTRAS := triton,demo,test,bench,lint,peft,quant,export,espnet
 JOBS   ?= $(shell nproc)
 ARGS   ?=
-PYTEST := $(PY) -m pytest -rs --durations=10
+# One thread a process: with one process a core, more threads only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -rs --durations=10
 
 .PHONY: help setup lock matrix data demo asr speaker test test-speed test-slow test-all lint bench gpu clean
 
@@ -66,13 +67,13 @@ speaker: $(READY)
 # Real speech and weights are fetched where there is a network; without them the tests that need them are skipped by name.
 test: $(READY)
 	-$(PY) -m experiments.asr.fetch --all
-	$(PYTEST) -n $(JOBS) --dist worksteal -m "not slow and not gpu and not timing" $(ARGS)
+	$(PYTEST) -n $(JOBS) --dist loadgroup -m "not slow and not gpu and not timing" $(ARGS)
 
 test-speed: $(READY)
 	$(PYTEST) -m "timing and not gpu" $(ARGS)
 
 test-slow: $(READY)
-	$(PYTEST) -n $(JOBS) --dist worksteal -m "slow and not gpu and not timing" $(ARGS)
+	$(PYTEST) -n $(JOBS) --dist loadgroup -m "slow and not gpu and not timing" $(ARGS)
 
 test-all: test test-speed test-slow
 

@@ -14,7 +14,7 @@ import ssvd_kernels as sk
 from ssvd_kernels.basis import batch
 from ssvd_kernels.basis.factorize import Factorization, factorize
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("processes")]
 
 
 def _net(seed: int = 0) -> nn.Module:

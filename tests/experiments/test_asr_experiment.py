@@ -272,6 +272,7 @@ def command(tmp_path: Path) -> list[str]:
     return [*own, *chosen, *keeping, "--tuned", places["tuned.csv"], "--workers", "1"]
 
 
+@pytest.mark.slow
 def test_an_own_manifest_is_tuned_and_compared_and_nothing_is_done_twice(
     command, tmp_path, monkeypatch, capsys
 ) -> None:
@@ -328,7 +329,7 @@ def test_other_speech_under_the_same_name_is_not_the_same_cell(command, tmp_path
     assert "1 clips of more than 2 s are left out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_failing_cell_does_not_stop_the_others(command, tmp_path, capsys, workers) -> None:
     """A folder that holds something else where a cell is to be kept."""
     command = [*command, "--methods", "ssvd", "--workers", workers]

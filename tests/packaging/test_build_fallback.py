@@ -13,6 +13,8 @@ import pytest
 from test_packaging import USE, install, run, setup_info, state
 from torch.utils import cpp_extension
 
+pytestmark = pytest.mark.xdist_group("wheels")
+
 CUDA_TORCH = """
 import os, torch, torch.utils.cpp_extension as e
 torch.version.cuda, e.CUDA_HOME = "13.0", os.environ["CUDA_HOME"]
@@ -76,7 +78,9 @@ def extension_line(site: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("nvcc", "says"), [("fails", NVCC_SAYS), ("works", CUDA_LINKER_SAYS)], ids=["no compile", "no link"]
+    ("nvcc", "says"),
+    [pytest.param("fails", NVCC_SAYS, marks=pytest.mark.slow), ("works", CUDA_LINKER_SAYS)],
+    ids=["no compile", "no link"],
 )
 def test_without_cuda_it_is_cpp(tmp_path, nvcc, says):
     site = install(tmp_path, "auto", CUDA_TORCH, **tools(tmp_path / "tools", nvcc, "lacks CUDA libraries"))
@@ -94,9 +98,9 @@ def test_without_cuda_it_is_cpp(tmp_path, nvcc, says):
     ("cxx", "says", "ninja"),
     [
         ("cannot compile", COMPILER_SAYS, True),
-        ("cannot compile", COMPILER_SAYS, False),
+        pytest.param("cannot compile", COMPILER_SAYS, False, marks=pytest.mark.slow),
         ("cannot link", LINKER_SAYS, True),
-        ("cannot link", LINKER_SAYS, False),
+        pytest.param("cannot link", LINKER_SAYS, False, marks=pytest.mark.slow),
     ],
     ids=["no compile", "no compile, no ninja", "no link", "no link, no ninja"],
 )

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("wheels")  # which are built once a worker
+
 ROOT = Path(__file__).parents[2]
 SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"]
 SUITE_ONLY = ("TRITON_INTERPRET", "PYTHONPATH", "SSVD_BUILD", "SSVD_DISABLE_EXT")
