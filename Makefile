@@ -1,4 +1,4 @@
-# Everything is set up in its own virtual environment (VENV); PYTHON names the interpreter that makes it.
+# Everything is installed in a separate virtual environment (VENV), created by the interpreter PYTHON.
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
@@ -13,23 +13,24 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -rs --durations=10
 .PHONY: help setup lock matrix data demo asr speaker test test-speed test-slow test-all lint bench gpu clean
 
 help:
-	@echo "make setup      virtual environment with the versions of $(LOCK), this package with its C++ op"
-	@echo "make data       obtain all models and speech beforehand (the other targets obtain what they need)"
-	@echo "make demo       fine-tune the real Whisper tiny.en on child-like speech   (options: ARGS='--help')"
-	@echo "make asr        SSVD and its relatives under domain shift, methods x budgets x seeds      (options: ARGS='--help')"
-	@echo "make speaker    speaker verification with SpectralFT, SSVD and LoRA                     (options: ARGS='--help')"
-	@echo "make test       the test suite, on JOBS=$(JOBS) cores"
-	@echo "make test-speed the tests that measure time, one at a time"
-	@echo "make test-slow  the slow sweeps; test-all: all three"
-	@echo "make matrix     the tests with other versions of torch, transformers and PEFT, and with the lowest ones"
-	@echo "make lock       write the newest versions that fit together to $(LOCK)"
-	@echo "make lint       ruff and mypy"
-	@echo "make bench      microbenchmarks                                           (options: ARGS='--help')"
-	@echo "make gpu        on a CUDA machine with its own torch, triton, nvcc, pytest: PART=check, sanitize, bench, model or asr"
+	@echo "make setup      create a virtual environment with the versions in $(LOCK) and build this package with its C++ op"
+	@echo "make data       download all models and speech in advance (other targets download what they need)"
+	@echo "make demo       fine-tune the real Whisper tiny.en on child-like speech (options: ARGS='--help')"
+	@echo "make asr        compare SSVD with related methods under domain shift (options: ARGS='--help')"
+	@echo "make speaker    speaker verification with SpectralFT, SSVD and LoRA (options: ARGS='--help')"
+	@echo "make test       run the test suite on JOBS=$(JOBS) cores"
+	@echo "make test-speed run the timing tests, one at a time"
+	@echo "make test-slow  run the slow sweeps"
+	@echo "make test-all   run all three"
+	@echo "make matrix     run the tests with other versions of torch, transformers and PEFT, and with the lowest supported"
+	@echo "make lock       write the newest compatible versions to $(LOCK)"
+	@echo "make lint       run ruff and mypy"
+	@echo "make bench      run the microbenchmarks (options: ARGS='--help')"
+	@echo "make gpu        on a CUDA machine with torch, triton, nvcc and pytest: PART=check, sanitize, bench, model or asr"
 
 setup: $(READY)
 
-# No build isolation: the extension is compiled against the torch that it will run with.
+# No build isolation: the extension must be compiled against the torch that it will run with.
 $(READY): pyproject.toml setup.py $(LOCK) $(wildcard csrc/*)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -c $(LOCK) -U pip
@@ -39,8 +40,8 @@ $(READY): pyproject.toml setup.py $(LOCK) $(wildcard csrc/*)
 	$(PY) -m ssvd_kernels info
 	touch $@
 
-# One file for every Python from 3.10 on, without local versions, so that any index can serve it. TORCH is the version
-# that the CPU build is taken of; uv refreshes the rest.
+# One file for every Python from 3.10 on, without local versions, so that any index can serve it. TORCH pins the version
+# of the CPU build; uv updates the rest.
 TORCH  ?= 2.13.0
 lock:
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -57,14 +58,14 @@ data: $(READY)
 demo: $(READY)
 	$(PY) -m experiments.asr.demo $(ARGS)
 
-# Goes on where it was stopped; --help tells of the grids and of tuning.
+# Resumes where it was stopped; --help describes the grids and the tuning.
 asr: $(READY)
 	$(PY) -m experiments.asr.experiment $(ARGS)
 
 speaker: $(READY)
 	$(PY) -m experiments.speaker.run $(ARGS)
 
-# Real speech and weights are fetched where there is a network; without them the tests that need them are skipped by name.
+# Downloads real speech and weights if there is a network; without them, the tests that need them are reported as skipped.
 test: $(READY)
 	-$(PY) -m experiments.asr.fetch --all
 	$(PYTEST) -n $(JOBS) --dist loadgroup -m "not slow and not gpu and not timing" $(ARGS)
@@ -82,12 +83,12 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# Draws the figures of what it measured; --list and --help print and stop.
+# Also draws the figures; --list and --help only print.
 bench: $(READY)
 	$(PY) -m bench.run $(ARGS)
 
-# Uses the machine's own Python and nothing from the network. OUT names the folder of logs and CSV files, PART what to
-# do: check, sanitize, bench, model or asr (see bench/gpu.sh), each in under 9 minutes.
+# Uses the machine's own Python and no network. OUT is the folder for logs and CSV files. PART is the step to run: check,
+# sanitize, bench, model or asr (see bench/gpu.sh); each takes less than 9 minutes.
 OUT ?= bench/results
 PART ?= check
 gpu:

@@ -1,9 +1,9 @@
-"""Fine-tuning on several processes, by DDP or FSDP2; nothing but torch and this package is needed, not even a GPU:
+"""Fine-tuning on several processes with DDP or FSDP2. Needs only torch and this package, no GPU:
 
     torchrun --nproc-per-node 2 examples/several_processes.py            # DDP
     torchrun --nproc-per-node 2 examples/several_processes.py --fsdp
 
-The order matters: inject (the ranks share the factorisation out), then wrap, then make the optimizer.
+The order matters: inject (the processes share the factorisation), then wrap the model, then create the optimizer.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import ssvd_kernels as sk
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fsdp", action="store_true", help="shard the model by FSDP2 instead of copying it (DDP)")
+    parser.add_argument("--fsdp", action="store_true", help="shard the model with FSDP2 instead of replicating it (DDP)")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--accumulate", type=int, default=2, help="micro-batches a step")
+    parser.add_argument("--accumulate", type=int, default=2, help="micro-batches per step")
     parser.add_argument("--out", default="adapter.safetensors")
     options = parser.parse_args()
 
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    train(options)  # a function of its own, so that the wrapper is gone before the process group:
-    dist.destroy_process_group()  # DDP's end, if it comes last, waits for gloo's thread, which waits for Python's lock
+    train(options)  # a separate function, so that the DDP wrapper is deleted before the process group: otherwise its
+    dist.destroy_process_group()  # destructor can hold the GIL while it waits for gloo's thread, which needs the GIL
 
 
 def train(options: argparse.Namespace) -> None:
@@ -40,7 +40,7 @@ def train(options: argparse.Namespace) -> None:
     if cuda:
         torch.cuda.set_device(device)
 
-    torch.manual_seed(0)  # every rank starts from the same base model, as from one checkpoint
+    torch.manual_seed(0)  # every process starts from the same base model, as from one checkpoint
     layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).to(device)
     report = sk.inject(model, sk.SSVDConfig(ratio=0.4, targets=["linear1", "linear2"]))
@@ -61,7 +61,7 @@ def train(options: argparse.Namespace) -> None:
             if options.fsdp:
                 wrapped.set_requires_gradient_sync(last)
             with nullcontext() if options.fsdp or last else wrapped.no_sync():
-                generator = torch.Generator().manual_seed(ranks * micro + rank)  # each rank has its part of the data
+                generator = torch.Generator().manual_seed(ranks * micro + rank)  # each process has its part of the data
                 x = torch.randn(8, 16, 64, generator=generator).to(device)
                 loss = (wrapped(x) - x.flip(1)).square().mean() / options.accumulate
                 loss.backward()
@@ -72,7 +72,7 @@ def train(options: argparse.Namespace) -> None:
         if rank == 0:
             print(f"step {step}: loss {total.item() / ranks:.4f}")
 
-    if options.fsdp or rank == 0:  # what FSDP2 has sharded is gathered, so that every rank must call
+    if options.fsdp or rank == 0:  # FSDP2's shards are gathered, so every process must call
         sk.save_adapter(wrapped, options.out)
 
 

@@ -1,9 +1,9 @@
-"""Fine-tuning on several processes with Hugging Face accelerate, on the CPU or, by its own launcher, on GPUs:
+"""Fine-tuning on several processes with Hugging Face accelerate, on the CPU or, with its launcher, on GPUs:
 
     torchrun --nproc-per-node 2 examples/with_accelerate.py
     accelerate launch --multi_gpu --mixed_precision bf16 examples/with_accelerate.py
 
-Accelerator() comes first, so that the ranks share the factorisation out; inject comes before prepare.
+Create the Accelerator first, so that the processes share the factorisation, and inject before prepare.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--out", default="adapter.safetensors")
     options = parser.parse_args()
 
-    # without a GPU, accelerate has to be told that two processes belong together
+    # without a GPU, accelerate must be told that the two processes belong together
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), gradient_accumulation_steps=2)
     set_seed(0)
     layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
@@ -50,7 +50,7 @@ def main() -> None:
 
     if accelerator.is_main_process:
         sk.save_adapter(accelerator.unwrap_model(wrapped), options.out)
-    # the wrapper goes before the process group: DDP's end, if it comes last, can wait for gloo's thread for ever
+    # delete the wrapper before the process group: otherwise DDP's destructor can wait for gloo's thread forever
     wrapped, optimizer = accelerator.free_memory(wrapped, optimizer)
     accelerator.end_training()
 
