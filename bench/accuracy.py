@@ -1,6 +1,6 @@
 """Accuracy of the Cayley op and of merging, as Markdown: `python -m bench.accuracy > bench/results/NAME.md`.
 
-The largest errors against float64 (one torch.linalg.solve a matrix) over RANKS and KAPPAS; see the README's table.
+The largest errors against float64 (one torch.linalg.solve a matrix) over RANKS and KAPPAS; see docs/results.md.
 """
 
 from __future__ import annotations

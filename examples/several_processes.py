@@ -22,7 +22,7 @@ import ssvd_kernels as sk
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fsdp", action="store_true", help="shard the model with FSDP2 instead of replicating it (DDP)")
+    parser.add_argument("--fsdp", action="store_true", help="shard the model with FSDP2, not replicate it with DDP")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--accumulate", type=int, default=2, help="micro-batches per step")
     parser.add_argument("--out", default="adapter.safetensors")

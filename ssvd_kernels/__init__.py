@@ -1,10 +1,10 @@
-"""SSVD: fine-tuning by rotating and shifting a weight's top singular triplets, with fused kernels.
+"""SSVD: parameter-efficient fine-tuning by rotating a weight's top singular vectors and shifting its singular values.
 
     import ssvd_kernels as sk
     report = sk.inject(model, sk.SSVDConfig(ratio=0.4, targets="whisper"))
 
-Importing this package needs neither triton, nor the compiled extension, nor a GPU; names are loaded on first use, so
-that `python -m ssvd_kernels info` can say what is missing even where torch is.
+Importing this package requires neither Triton, nor the compiled extension, nor a GPU. Names are loaded on first use, so
+`python -m ssvd_kernels info` can report what is missing even without torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Command line: python -m ssvd_kernels info | selftest | plan | inspect | merge | convert
 
-Exit status: 0 done; 1 a check failed (an adapter that is damaged or made for another base model, a failed self-test);
-2 a command that cannot be run as it was given (an unknown option, a missing file, a folder that exists already).
+Exit status: 0 done; 1 a check failed (a damaged adapter, an adapter for another base model, a failed self-test);
+2 the command cannot be run as given (an unknown option, a missing file, an output folder that already exists).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What to adapt, how much, on which side and with which rotation."""
+"""Configurations: which layers to adapt, at what rank, on which side and with which rotation."""
 
 from __future__ import annotations
 

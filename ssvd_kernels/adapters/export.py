@@ -1,6 +1,6 @@
-"""What was trained in the formats of others: a LoRA adapter for plain PEFT, and a plain transformers model.
+"""Exports a trained model to other formats: a LoRA adapter for plain PEFT, or a plain transformers model.
 
-Both write a folder that appears whole or not at all, leave the model as it is, and need this package no more.
+Both write a folder atomically, leave the model unchanged, and can be used without this package.
 """
 
 from __future__ import annotations

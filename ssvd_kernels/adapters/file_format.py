@@ -1,4 +1,4 @@
-"""The file format of an adapter, and reading one: what is damaged, altered or foreign gets no further than here."""
+"""The adapter file format and its reader, which rejects damaged, altered and foreign files."""
 
 from __future__ import annotations
 

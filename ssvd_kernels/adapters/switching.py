@@ -1,8 +1,9 @@
 """Several named adapters on one injected model: add, set, delete, disable, average.
 
-The one that `inject` makes is called "default". All adapters of a model have its layers, ranks, side and rotation: the
-bases U, sigma and V belong to the base model, and an adapter is theta and delta_sigma alone (of SpectralFT, A and B).
-One is in use, as `layer.theta` and so on; the others are parked, frozen, under "parked.NAME." in the state dict.
+The adapter that `inject` creates is called "default". All adapters of a model share its layers, ranks, side and
+rotation: the bases U, sigma and V belong to the base model, and an adapter is only theta and delta_sigma (for
+SpectralFT, A and B). The active adapter is `layer.theta` and so on; inactive adapters are frozen and stored under
+"parked.NAME." in the state dict.
 
     sk.add_adapter(model, "child", "child.safetensors")
     sk.set_adapter(model, "child")

@@ -1,4 +1,4 @@
-"""Factorising many layers: from a cache, shared out over processes, with a progress bar."""
+"""Factorises many layers: reads from the cache, shares the work over processes, shows a progress bar."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Factorisations on disk, so that a weight is factorised once: one safetensors file for each weight and rank.
+"""Disk cache of factorisations: one safetensors file per weight and rank, so that each weight is factorised once.
 
-An entry is named by what it was made from: a hash of the weight, the rank, the dtype and VERSION. It is written
-atomically, so processes may share a folder, and checked by a digest when read: a damaged one is made anew. Any file may
-be deleted at any time.
+A file is named by its inputs: a hash of the weight, the rank, the dtype and VERSION. Files are written atomically, so
+processes can share a folder. A digest is checked on reading; a damaged file is recomputed. Any file may be deleted at
+any time.
 """
 
 from __future__ import annotations

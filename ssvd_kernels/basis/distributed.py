@@ -1,4 +1,4 @@
-"""The ranks of torch.distributed: factorisations shared out over them."""
+"""Shares the factorisations among the processes of torch.distributed."""
 
 from __future__ import annotations
 

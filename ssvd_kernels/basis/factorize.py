@@ -1,8 +1,8 @@
-"""Top-k SVD of a frozen weight, with what identifies its basis again: a fingerprint, a gap and a sketch.
+"""Truncated SVD of a frozen weight, with data that identifies its basis: a fingerprint, a gap and a sketch.
 
-float32 factorisations by different drivers, thread counts or orientations differ by 1e-4 to 3e-4 and in signs;
-float64 ones agree to about 5e-13 up to signs. So: factorise in float64, store float32, and keep a sketch by which
-a later factorisation of the same weight is compared and its signs are repaired.
+float32 factorisations by different drivers, thread counts or orientations differ by 1e-4 to 3e-4 and in signs; float64
+ones agree to about 5e-13 up to signs. We therefore factorise in float64, store float32, and keep a sketch. A later
+factorisation of the same weight is compared with the sketch, and its signs are repaired.
 """
 
 from __future__ import annotations

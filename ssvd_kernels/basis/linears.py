@@ -1,6 +1,6 @@
-"""What can be adapted: plain linear layers, and those that bitsandbytes or torchao quantised.
+"""The layers that can be adapted: plain linear layers, and those quantised by bitsandbytes or torchao.
 
-Nothing here imports a quantising library: whoever has one of its layers has imported it.
+This module does not import a quantisation library: code that has such a layer has already imported its library.
 """
 
 from __future__ import annotations

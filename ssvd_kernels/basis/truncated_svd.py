@@ -1,9 +1,9 @@
-"""Top-k singular triplets of a float64 matrix, at a fraction of an SVD's cost wherever that loses nothing.
+"""Truncated SVD of a float64 matrix, at a fraction of the cost of a full SVD wherever that loses no accuracy.
 
-The eigenvectors of the smaller Gram matrix are singular vectors, found from squared singular values: rounding moves
-them by eps sigma_1^2 / (sigma_i^2 - sigma_j^2), an SVD by eps sigma_1 / (sigma_i - sigma_j). One step of one-sided
-Jacobi takes the difference back among the top k, since it sees their products U^T U directly. It cannot see how the
-top k mix with later vectors; where that, or the step itself, is too large, the SVD is computed.
+The eigenvectors of the smaller Gram matrix are singular vectors, but they are computed from squared singular values:
+rounding perturbs them by eps sigma_1^2 / (sigma_i^2 - sigma_j^2), an SVD by eps sigma_1 / (sigma_i - sigma_j). One step
+of one-sided Jacobi removes the difference among the top k, because it works on the products U^T U directly. It cannot
+detect how the top k mix with later vectors. Where that mixing or the step itself is too large, a full SVD is computed.
 """
 
 from __future__ import annotations

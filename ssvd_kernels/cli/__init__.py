@@ -1,4 +1,4 @@
-"""The commands of `python -m ssvd_kernels`, a module each with `run(args) -> exit code`. Imported when called for."""
+"""The commands of `python -m ssvd_kernels`, one module each with `run(args) -> exit code`, imported on demand."""
 
 
 class UsageError(Exception):

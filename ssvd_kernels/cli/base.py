@@ -1,4 +1,4 @@
-"""Loading the base model of an adapter."""
+"""Loads the base model of an adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""convert: checkpoints of ESPnet's own SSVD adapter to adapters of this package, and back."""
+"""convert: converts checkpoints of ESPnet's own SSVD adapter to adapters of this package, and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""info: what is built and installed, and why something is not available. Needs neither torch nor triton."""
+"""info: what is built and installed, and why something is unavailable. Requires neither torch nor Triton."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""inspect: what an adapter file holds, and whether it fits a base model."""
+"""inspect: what an adapter file contains, and whether it fits a base model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""merge: a base model and its adapter as a plain transformers folder, a LoRA adapter, or a CTranslate2 folder."""
+"""merge: writes a base model with its adapter as a transformers folder, a LoRA adapter, or a CTranslate2 folder."""
 
 from __future__ import annotations
 

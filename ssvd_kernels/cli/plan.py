@@ -1,4 +1,4 @@
-"""plan: the ranks that a budget of trainable numbers allows in a model."""
+"""plan: the ranks that a budget of trainable parameters allows for a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""selftest: whether the installed package computes on this machine what it should. Everything is held to float64."""
+"""selftest: checks that the installed package computes correct results on this machine, against float64."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""SSVD inside other frameworks: one module each, imported on demand."""
+"""SSVD in other frameworks: one module each, imported on demand."""

@@ -1,14 +1,14 @@
-"""Checkpoints of ESPnet's own SSVD adapter to adapters of this package, and back.
+"""Converts checkpoints of ESPnet's own SSVD adapter to adapters of this package, and back.
 
-Per layer such a checkpoint holds weight (the base weight W, or W' if it was saved after eval()), bias, K_vec, s, gate,
-u, v, s_pre, svd_initialized and K_triu_idx. With K from K_vec, G = I - 2K ("linear") or the Cayley transform, and
-D = diag(s_pre + sigmoid(gate) s on the first k):
+For each layer, such a checkpoint contains weight (the base weight W, or W' if it was saved after eval()), bias, K_vec,
+s, gate, u, v, s_pre, svd_initialized and K_triu_idx. With K from K_vec, G = I - 2K ("linear") or the Cayley transform,
+and D = diag(s_pre + sigmoid(gate) s on the first k):
 
     d_out >= d_in   W = u diag(s_pre) v        W' = u D G v      our side "input",  U = u, V = v^T
     d_out <  d_in   W = (u diag(s_pre) v)^T    W' = (u D G v)^T  our side "output", U = v^T, V = u
 
-Neither the map nor whether weight is W or W' is in the file: the map is the caller's to give, the other is found by
-comparing. The singular vectors are carried along: computed anew they would differ, and theta would mean another update.
+The file records neither the map nor whether weight is W or W'. The caller specifies the map; W or W' is determined by
+comparison. The singular vectors are copied: recomputed ones would differ, and theta would describe a different update.
 """
 
 from __future__ import annotations

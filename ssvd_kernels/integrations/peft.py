@@ -1,9 +1,9 @@
-"""SSVD as a method of PEFT. Importing this module registers it:
+"""SSVD as a PEFT method. Importing this module registers it:
 
     import ssvd_kernels.integrations.peft as ssvd_peft
     model = peft.get_peft_model(model, ssvd_peft.SSVDPeftConfig(ratio=0.4))
 
-A process that loads a saved adapter needs the import, too, or PEFT raises KeyError: 'SSVD'. The model card and
+A process that loads a saved adapter needs the import, too; otherwise PEFT raises KeyError: 'SSVD'. The model card and
 adapter_config.json say so.
 """
 

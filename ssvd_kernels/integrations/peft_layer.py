@@ -1,4 +1,4 @@
-"""The layer that PEFT puts in an nn.Linear's place: named SSVD adapters over one base weight."""
+"""The layer with which PEFT replaces an nn.Linear: named SSVD adapters over one base weight."""
 
 from __future__ import annotations
 

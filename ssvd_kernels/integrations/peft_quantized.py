@@ -1,4 +1,4 @@
-"""The layer that PEFT puts in the place of a linear layer that bitsandbytes or torchao quantised."""
+"""The layer with which PEFT replaces a linear layer quantised by bitsandbytes or torchao."""
 
 from __future__ import annotations
 

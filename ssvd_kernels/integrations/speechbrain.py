@@ -2,8 +2,8 @@
 
     AdaptedModel(model, SSVDAdapter, target_layers=["*.q_proj"], adapter_kwargs={"ratio": 0.4})
 
-AdaptedModel saves what requires a gradient and nothing else, and loads with strict=False. What identifies the basis
-that theta refers to therefore travels with it, and loading repairs signs and refuses anything else, as `load_adapter`.
+AdaptedModel saves only what requires a gradient, and loads with strict=False. The data that identifies theta's basis is
+therefore saved along with it. Like `load_adapter`, loading repairs signs and rejects any other mismatch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adapters of one layer that wait while another one is in use (see adapters/switching.py)."""
+"""The inactive adapters of a layer (see adapters/switching.py)."""
 
 from __future__ import annotations
 

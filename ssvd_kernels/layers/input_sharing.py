@@ -1,4 +1,4 @@
-"""Which layers read one and the same input, so that the backward keeps that input instead of a z = x V each."""
+"""Tracks which layers read the same input, so that the backward saves that input once instead of every z = x V."""
 
 from __future__ import annotations
 

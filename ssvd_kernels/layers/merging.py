@@ -1,4 +1,4 @@
-"""W' as a merged layer stores it: composed in float32 at least, rounded once, and checked."""
+"""The weight W' of a merged layer: composed in at least float32, rounded once, and checked."""
 
 from __future__ import annotations
 

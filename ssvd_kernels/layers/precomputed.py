@@ -1,4 +1,4 @@
-"""What the root module hands to each layer at the start of a forward, and how its absence is kept from checkpoints."""
+"""Rotations precomputed by the root module at the start of a forward, and checkpointing that is independent of them."""
 
 from __future__ import annotations
 

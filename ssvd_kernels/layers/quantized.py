@@ -1,7 +1,7 @@
 """Quantised base layers: bitsandbytes' Linear4bit and Linear8bitLt, and nn.Linear with a torchao weight.
 
-Their library goes on making the base product. SSVD factorises the dequantised weight and adds its update in factored
-form, so that the quantised numbers are never rewritten.
+The quantisation library still computes the base product. SSVD factorises the dequantised weight and adds its update in
+factored form, so the quantised weight is never modified.
 """
 
 from __future__ import annotations

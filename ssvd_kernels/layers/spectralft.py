@@ -1,4 +1,4 @@
-"""SpectralFTLinear: a frozen nn.Linear whose top singular vectors change by low-rank matrices."""
+"""SpectralFTLinear: a frozen nn.Linear with low-rank updates of its top singular vectors."""
 
 from __future__ import annotations
 

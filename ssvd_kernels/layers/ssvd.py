@@ -1,4 +1,4 @@
-"""SSVDLinear: a frozen nn.Linear whose top singular triplets are rotated and shifted."""
+"""SSVDLinear: a frozen nn.Linear with its top singular vectors rotated and its top singular values shifted."""
 
 from __future__ import annotations
 

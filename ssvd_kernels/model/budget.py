@@ -1,4 +1,4 @@
-"""How many numbers each method trains in a layer, and what ranks it can have there."""
+"""The number of trainable parameters of each method in a layer, and the ranks that are possible there."""
 
 from __future__ import annotations
 

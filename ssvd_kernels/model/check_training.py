@@ -1,4 +1,4 @@
-"""Do the adapted layers train? Which of them a loss reaches, and which it silently does not."""
+"""Reports which adapted layers a loss reaches, and which it silently does not."""
 
 from __future__ import annotations
 

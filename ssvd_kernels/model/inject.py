@@ -1,4 +1,4 @@
-"""Adapting a whole model in place."""
+"""Adapts a whole model in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding adapted layers in a model, through wrappers, and refusing models that cannot be changed."""
+"""Finds adapted layers in a model, also through wrappers, and refuses models that cannot be changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merging a whole model, undoing it, and taking the adapted layers out."""
+"""Merges and unmerges a whole model, and removes its adapted layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rank each layer gets, so that a method trains no more numbers than a budget allows."""
+"""Chooses the rank of each layer so that a method stays within a budget of trainable parameters."""
 
 from __future__ import annotations
 

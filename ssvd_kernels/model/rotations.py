@@ -1,4 +1,4 @@
-"""The root's hooks: one batched computation of all rotations at the start of each forward."""
+"""Hooks on the root module that compute all rotations in one batch at the start of each forward."""
 
 from __future__ import annotations
 

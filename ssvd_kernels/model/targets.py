@@ -1,4 +1,4 @@
-"""Which modules of a model a configuration means."""
+"""Finds the modules of a model that a configuration targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One autograd Function per op: they know the algebra, never the backend."""
+"""One autograd Function per op. These define the gradients and are independent of the backend."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The Cayley op as one CUDA graph per bucket (batch, rank, pass): SSVD_CUDA_GRAPHS=1.
+"""Runs the Cayley op as one CUDA graph per bucket (batch size, rank, pass): SSVD_CUDA_GRAPHS=1.
 
-The op is some fifty small launches; where the host, not the GPU, is what a step waits for, one replay takes their
-place. A bucket keeps its inputs, result and scratch on the device, about four matrices (B, k, k), which is why it has
-to be asked for. Inside a graph of the user's own, and under torch.compile, the op is called as it is.
+The op consists of some fifty small launches. Where a step is limited by the host and not by the GPU, one graph replay
+replaces them. Each bucket keeps its inputs, result and scratch memory on the device, about four matrices (B, k, k), so
+graphs are opt-in. Inside a user's own graph, and under torch.compile, the op is called directly.
 """
 
 from __future__ import annotations

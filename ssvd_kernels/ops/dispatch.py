@@ -1,7 +1,7 @@
-"""Chooses backend and mode for each op, and can say why a backend was refused.
+"""Chooses the backend and mode of each op, and reports why a backend was refused.
 
 A fallback changes speed, never mathematics. A backend forced by SSVD_BACKEND or `use_backend`, or a mode forced by
-`mode=`, that cannot serve raises.
+`mode=`, raises an error if it does not support the inputs.
 """
 
 from __future__ import annotations

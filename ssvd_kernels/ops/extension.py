@@ -1,6 +1,6 @@
-"""Loads the optional C++/CUDA extension `_C` on first use, once, and keeps the reason when it cannot be used.
+"""Loads the optional C++/CUDA extension `_C` once, on first use, and records the reason if it cannot be used.
 
-Importing this module imports neither torch nor `_C`. SSVD_DISABLE_EXT=1 keeps `_C` from being loaded.
+Importing this module imports neither torch nor `_C`. SSVD_DISABLE_EXT=1 prevents loading `_C`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the linear op costs: the matrix products of each mode, and the FLOPs and bytes that follow from them.
+"""The cost of the linear op: the matrix products of each mode, and the resulting FLOPs and bytes.
 
-One list serves the dispatcher, the benchmark's roofline floors and the tests, which compare it with counted products.
+The dispatcher, the roofline floors of the benchmark, and the tests, which compare it with counted products, all use it.
 """
 
 from __future__ import annotations

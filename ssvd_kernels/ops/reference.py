@@ -1,15 +1,14 @@
-"""Plain PyTorch twins of every op: the mathematics, written once, for any device, dtype and thread count.
+"""Reference implementation of every op in plain PyTorch, for any device, dtype and thread count.
 
-Convention (used by the whole package; other packages use its inverse, so check before you mix them).
+Convention (used by the whole package; other packages use its inverse, so check before combining them).
     theta (m,), m = k(k-1)/2, packs a skew-symmetric K row by row over the strict upper triangle:
     K[i, j] = +theta for i < j and K[j, i] = -theta.
     Cayley transform  G = (I - K)(I + K)^-1  (orthogonal),  E = G - I = -2 K (I + K)^-1.
     Adapted weight    W' = W + U core V^T,  core = diag(delta) + diag(sigma + delta) E  (input side).
 
-Sources: SSVD, arXiv 2509.02830, eq. 8-13 (rotation and shift); Cayley (1846) for the map.
-The functions here are called by `dispatch` when no faster backend serves, and by the tests as the twin of those
-that do. None of them uses a batched LU: on the CPU that is wrong for n > 150 with two or more threads
-(PyTorch issue 142815).
+Sources: SSVD, arXiv 2509.02830, eq. 8-13 (rotation and shift); Cayley (1846) for the transform.
+`dispatch` calls these functions when no faster backend is available, and the tests compare the faster ones with them.
+None of them uses a batched LU: on the CPU that is wrong for n > 150 with two or more threads (PyTorch issue 142815).
 """
 
 from __future__ import annotations

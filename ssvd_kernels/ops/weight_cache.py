@@ -1,6 +1,6 @@
-"""What a layer keeps between calls to save time and memory: its composed weight, and what its backward needs of x.
+"""What a layer caches between calls to save time and memory: its composed weight, and what its backward needs of x.
 
-None of it is state. Dropping a weight_cache costs a composition; results never depend on it.
+None of it is state. Dropping a cache costs one composition; results never depend on it.
 """
 
 from __future__ import annotations

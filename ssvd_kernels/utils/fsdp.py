@@ -1,4 +1,4 @@
-"""Parameters that FSDP2 has sharded: DTensors between uses, plain tensors within a forward or backward."""
+"""Parameters sharded by FSDP2: DTensors between uses, plain tensors within a forward or backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Safetensors files that are whole or not there: written atomically, and known to be unaltered by their digest."""
+"""Safetensors files that are written atomically and verified by a digest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Releases of other packages that do not work together, named where their user meets them."""
+"""Known incompatible releases of other packages, reported where users encounter them."""
 
 from __future__ import annotations
 

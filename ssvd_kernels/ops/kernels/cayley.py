@@ -1,10 +1,10 @@
 """The batched Cayley transform of float32 matrices on tensor cores: Gauss-Jordan leaves and the products between them.
 
-The algebra is that of csrc/cayley.h: E = 2 [(I + K)^-1 - I] by 2x2 block elimination, its backward in closed form.
-Ranks are padded with zeros to a multiple of 16, which is exact: rows stay aligned, and no tile is ragged.
-Each product takes its float32 factors apart into bfloat16 terms, multiplies those on the tensor cores and accumulates
-in float32. Three terms ("bf16x6", six products of terms) keep float32's accuracy; two ("bf16x3") keep 16 bits, which is
-what torch means by `torch.set_float32_matmul_precision("high")`.
+The algorithm is that of csrc/cayley.h: E = 2 [(I + K)^-1 - I] by 2x2 block elimination, with its backward in closed
+form. Ranks are zero-padded to a multiple of 16, which is exact, keeps rows aligned and avoids ragged tiles.
+Each product splits its fp32 operands into bf16 terms, multiplies those on the tensor cores and accumulates in fp32.
+Three terms ("bf16x6", six products of terms) keep float32 accuracy. Two ("bf16x3") keep 16 bits, the meaning of
+`torch.set_float32_matmul_precision("high")` in torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """compose: W' = W + (U core) V^T, accumulated in float32, each element written once.
 
-To bfloat16 the sum of W rounded to nearest and the update is rounded stochastically, else to nearest: the twin is
-`reference.compose_operand_ref`.
+For bf16, W is rounded to nearest, the update is added, and the sum is rounded stochastically; other dtypes round to
+nearest. The reference implementation is `reference.compose_operand_ref`.
 """
 
 from __future__ import annotations

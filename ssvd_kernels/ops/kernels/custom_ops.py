@@ -1,7 +1,7 @@
-"""The launchers as operators of torch's: torch.compile keeps them whole, as their host code cannot be traced.
+"""The launchers as torch custom operators: torch.compile treats them as opaque, as it cannot trace their host code.
 
-Names, arguments and formulas are those of the launchers; a result that is not needed is empty instead of None inside
-the graph. The annotations are read at run time, by `torch.library`.
+Names, arguments and formulas are those of the launchers, except that a result that is not needed is an empty tensor
+instead of None inside the graph. `torch.library` reads the annotations at run time.
 """
 
 import torch

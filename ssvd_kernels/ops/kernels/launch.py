@@ -1,4 +1,4 @@
-"""What every launcher needs on the host."""
+"""Host-side helpers shared by all launchers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every launcher that `dispatch` calls; `ops` has the same names for torch.compile."""
+"""Every launcher that `dispatch` calls; `custom_ops` has the same names for torch.compile."""
 
 from .cayley import cayley_delta, cayley_delta_backward
 from .compose import compose

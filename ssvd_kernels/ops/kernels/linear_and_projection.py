@@ -1,8 +1,8 @@
-"""N-concatenated product for composed layers of small d: [y | z] = x [W'^T | V], with one pass over x.
+"""N-concatenated product for composed layers of small d: [y | z] = x [W'^T | V], in one pass over x.
 
-The same kernel serves the backward, [dx | dyU] = dy [W' | U]. Two library products would read x twice, which is what
-they wait for while d is small; beyond CONCAT_MAX_D they wait for the tensor cores and nothing is gained.
-Each output tile belongs to one program, which stores it once.
+The same kernel serves the backward, [dx | dyU] = dy [W' | U]. Two library products would read x twice, and for small d
+they are limited by that; beyond CONCAT_MAX_D they are limited by the tensor cores and nothing is gained. Each output
+tile belongs to one program, which stores it once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""core_grad = a^T b over T tokens, split over T, with the same bits at every run.
+"""core_grad = a^T b over T tokens, split over T, with bitwise reproducible results.
 
-The product is short and wide, so T is cut into S chunks: program (tile, chunk) writes one tile of a float32 partial
-(S, ka, kb) once, and the partials are added in the order of the chunks, never with atomics. S depends on the shape
-alone, not on the device.
+The product has few outputs and a long sum, so T is cut into S chunks. Program (tile, chunk) writes one tile of a
+float32 partial result (S, ka, kb) once. The partial results are added in the order of the chunks, never with atomics.
+S depends on the shape alone, not on the device.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Factored SSVD linear: y = x W^T + ((x V) core^T) U^T + b and its gradients, every element written once.
 
-Two kernels serve both directions, because dx = dy W + ((dy U) core) V^T is the forward with the roles of U and V
-exchanged and `weight` and `core` transposed, which is a matter of strides:
+Two kernels serve both directions. dx = dy W + ((dy U) core) V^T is the forward with U and V swapped and `weight` and
+`core` transposed, which only changes strides:
 
     _ssvd_linear_fwd_kernel       y = [x | q] [W | U]^T + b, q = z core^T: one float32 accumulator over d and then k.
     _ssvd_linear_one_pass_kernel  small k: x W^T and z = x V accumulate together, so x is read once and z, q stay in

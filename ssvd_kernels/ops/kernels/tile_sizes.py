@@ -1,10 +1,10 @@
-"""Tile sizes of every kernel, and how a shape picks one.
+"""Tile sizes of every kernel, and how they are chosen by shape.
 
-Plain Python, no Triton needed. A table is keyed by what the loads look like:
+Plain Python, without Triton. Tables are keyed by the dtype and alignment of the loads:
     half      x float16 or bfloat16, as the other operands     mixed   x half, some operand in float32
     float32   x float32 (IEEE products, no tensor cores)       *_odd   likewise, where some operand cannot be
                                                                        read 16 elements at a time (d = 1021, say)
-Scalar loads need many more registers, hence the smaller tiles of the odd tables. Tables run from small to large.
+Scalar loads need many more registers, so the odd tables have smaller tiles. Tables run from small to large tiles.
 The choice depends on shapes alone, so the same shapes give the same bits on every device.
 """
 

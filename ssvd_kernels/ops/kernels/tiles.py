@@ -1,4 +1,4 @@
-"""Device functions shared by the kernels: the order of the programs, casts, products and the accumulation loop."""
+"""Device functions shared by the kernels: program order, casts, products and the accumulation loop."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Measured tile choices, kept in a file: SSVD_TUNING=choices.json.
+"""Measured tile sizes, stored in a file: SSVD_TUNING=choices.json.
 
-Without that variable the tables of configs.py decide by shape alone, so that equal shapes give equal bits on every
-device. With it, the first call on a new shape times every configuration of the kernel's table (all of them compile
-without spills, which the tests check) and the file keeps the fastest, for this GPU and this Triton; later processes
-read it. Shapes whose first size (tokens, matrices or rows) rounds up to the same power of two share a choice.
+Without that variable, the tables of tile_sizes.py decide by shape alone, so that equal shapes give equal bits on every
+device. With it, the first call with a new shape times every configuration in the kernel's table, and the file stores
+the fastest one for this GPU and this Triton version. (The tests check that all configurations compile without spills.)
+Later processes read the file. Shapes whose first size (tokens, matrices or rows) rounds up to the same power of two
+share a choice.
 """
 
 from __future__ import annotations
