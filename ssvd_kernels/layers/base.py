@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from .precomputed import unseen_by_checkpoints
 Factors = tuple[Tensor, Tensor, Tensor]  # U (d_out, r), V (d_in, r), core (r, r)
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(nn.Module, ABC):
     """Base of `SSVDLinear` and `SpectralFTLinear`: base weight, basis, adapters, merging, caching, state dicts.
 
     A method is a subclass: its configuration, the names of what it trains, and the abstract members below.

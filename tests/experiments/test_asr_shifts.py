@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -112,14 +111,12 @@ def test_a_sonnet_is_cut_into_its_lines(tmp_path: Path) -> None:
 
 @pytest.mark.data
 @pytest.mark.parametrize("name", shifts.SHIFTS)
-def test_real_shift(name: str) -> None:
+def test_real_shift(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = fetch.default_data()
     if broken := [folder for folder in shifts.parts_of(name) if fetch.damage(data / folder)]:
         pytest.skip(f"no real data in {data} ({', '.join(broken)}); python -m experiments.asr.fetch --all obtains them")
+    monkeypatch.setattr(speech, "read_audio", None)  # headers tell the durations: no recording is decoded
     shift = shifts.load_shift(name, data, 9.5)
-    again = time.perf_counter()
-    shifts.load_shift(name, data, 9.5)
-    assert time.perf_counter() - again < 1
     sides = [shift.train, shift.validation, shift.test]
     texts = [{words(clip.text) for clip in side} for side in sides]
     assert sum(map(len, texts)) == len(set.union(*texts))

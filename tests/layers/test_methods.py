@@ -346,3 +346,12 @@ def test_what_spectralft_has_not_is_refused():
         sk.SSVDLinear.from_linear(nn.Linear(8, 8), METHODS["SpectralFT"].config)
     with pytest.raises(TypeError, match=r"config=SSVDConfig.*allowed is SpectralFTConfig for SpectralFTLinear"):
         sk.SpectralFTLinear.from_linear(nn.Linear(8, 8), METHODS["cayley, input"].config)
+
+
+def test_a_method_that_lacks_a_part_cannot_be_used():
+    class Half(AdaptedLinear):
+        config_type = sk.SSVDConfig
+        trained_names = ("theta",)
+
+    with pytest.raises(TypeError, match="abstract method.*update_factors"):
+        Half(nn.Linear(4, 4), sk.SSVDConfig(rank=2))
