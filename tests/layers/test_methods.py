@@ -353,5 +353,5 @@ def test_a_method_that_lacks_a_part_cannot_be_used():
         config_type = sk.SSVDConfig
         trained_names = ("theta",)
 
-    with pytest.raises(TypeError, match="abstract method.*update_factors"):
+    with pytest.raises(TypeError, match=r"abstract method.*update_factors"):
         Half(nn.Linear(4, 4), sk.SSVDConfig(rank=2))
