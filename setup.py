@@ -22,7 +22,7 @@ from setuptools.command.build_py import build_py
 
 MODE = os.environ.get("SSVD_BUILD") or "auto"
 if MODE not in ("auto", "none", "cpu", "cuda"):
-    raise SystemExit(f"SSVD_BUILD={MODE!r}; allowed are auto, none, cpu and cuda")
+    raise SystemExit(f"SSVD_BUILD must be one of auto, none, cpu, cuda, got {MODE!r}")
 try:
     import torch
     from torch.utils import cpp_extension as torch_build

@@ -19,13 +19,13 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PART=${PART:-check}
 case $PART in check | sanitize | bench | model | asr) ;; *)
-    echo "gpu.sh: PART=$PART is unknown; allowed are check, sanitize, bench, model and asr" >&2
+    echo "gpu.sh: PART must be one of check, sanitize, bench, model, asr, got $PART" >&2
     exit 2
     ;;
 esac
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results}
-mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || { echo "gpu.sh: OUT=$OUT cannot be made a folder" >&2; exit 2; }
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || { echo "gpu.sh: OUT must be a folder that can be created, got $OUT" >&2; exit 2; }
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 readonly DEADLINE=515 # seconds for everything; a stage that overruns is interrupted, and killed 10 s later
 failed=0

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             target = path.with_name(f"{path.stem}-{name}{'' if number == 1 else f'-{number}'}.png")
             figure = draw(group)
             if figure is None:
-                print(f"{target.name}: not drawn, {path.name} has no rows for it")
+                print(f"{target.name}: not drawn, because {path.name} has no rows for it")
             else:
                 figure.savefig(target, dpi=130, bbox_inches="tight")
                 print(f"{target} is drawn")

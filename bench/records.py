@@ -36,7 +36,9 @@ class Table:
         header = _csv_line(COLUMNS)
         present = path.read_text().partition("\n")[0] + "\n" if path.exists() else ""
         if present.strip() and present != header:
-            raise ValueError(f"out={str(path)!r} has other columns: allowed is a new file, or one of this version")
+            raise ValueError(
+                f"`out` must be a new file, or one of this version, got {str(path)!r}, which has other columns"
+            )
         if not present.strip():
             self._write(header)
 
@@ -58,10 +60,10 @@ def read_rows(path: Path) -> list[Row]:
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ValueError(f"file={str(path)!r} has other columns: allowed is one that bench.run wrote")
+                raise ValueError(f"`file` must be written by bench.run, got {str(path)!r}, which has other columns")
             return list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"file={str(path)!r} cannot be read: {error}") from None
+        raise ValueError(f"`file` must be readable, got {str(path)!r}: {error}") from None
 
 
 def of_each(rows: Iterable[Row], names: Sequence[str]) -> dict[tuple[str, ...], list[Row]]:

@@ -28,7 +28,7 @@ def summary(rows: Sequence[Row], left: Sequence[str] = ()) -> str:
 def refusal(row: Row) -> str:
     """One line on a version that has no time, and why."""
     named = [str(row[name]) for name in LINE if row[name]]
-    error = f" (error {row['error']}, allowed {row['error_bound']})" if row["error"] else ""
+    error = f" (error {row['error']}, tolerance {row['error_bound']})" if row["error"] else ""
     return f"{row['operation']} {_shape(row)}, {' '.join(named)}: {row['note']}{error}"
 
 

@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(str(error))
     unknown = [name for name in options.only if name not in cases.OPERATIONS]
     if unknown:
-        parser.error(f"--only {','.join(unknown)}: allowed are {', '.join(cases.OPERATIONS)}")
+        parser.error(f"--only must be one or more of {', '.join(cases.OPERATIONS)}, got {','.join(unknown)}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA device is visible to torch; allowed here are auto and cpu")
+        parser.error("--device must be auto or cpu, as no CUDA device is visible to torch, got cuda")
     cuda = options.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     planned = [case for case in cases.table(device, options.quick) if case.operation in options.only]

@@ -43,11 +43,11 @@ def parser() -> argparse.ArgumentParser:
 
     plan = add(
         "plan",
-        "chooses the ranks that a budget of trainable numbers allows in a model",
+        "chooses the ranks that a budget of trainable parameters allows in a model",
         "Prints layers by shape and rank. In Python, plan(...) with the same arguments gives what inject or PEFT take.",
     )
     plan.add_argument("--base", type=Path, metavar="FOLDER", required=True, help="folder of a transformers model")
-    plan.add_argument("--budget", metavar="N", required=True, help="numbers, or a share of the parameters such as 0.02")
+    plan.add_argument("--budget", metavar="N", required=True, help="parameters, or a share of them such as 0.02")
     plan.add_argument("--method", default="ssvd", choices=METHODS, metavar="NAME", help=", ".join(METHODS))
     plan.add_argument("--allocation", default="uniform", choices=ALLOCATIONS, help="spectrum: by the singular values")
     words = "suffixes of module names, a preset, or a regular expression"

@@ -30,14 +30,14 @@ PRESETS: dict[str, list[str]] = {
 def check_choice(argument: str, value: object, allowed: Collection[str]) -> None:
     """Raises ValueError unless `value` is one of those allowed."""
     if value not in allowed:
-        raise ValueError(f"{argument}={value!r} is unknown: allowed are {', '.join(map(repr, allowed))}")
+        raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def check_rank(argument: str, rank: int, d_in: int, d_out: int) -> int:
     """Returns `rank` if 1 <= rank <= min(d_in, d_out); else a ValueError that says so."""
     if not 1 <= rank <= min(d_in, d_out):
         raise ValueError(
-            f"{argument}={rank} does not fit a weight of shape ({d_out}, {d_in}): allowed is 1 to {min(d_in, d_out)}"
+            f"`{argument}` must be between 1 and {min(d_in, d_out)} for a weight of shape ({d_out}, {d_in}), got {rank}"
         )
     return rank
 
@@ -53,7 +53,8 @@ class _Configuration:
             object.__setattr__(self, argument, check_names(argument, getattr(self, argument)))
         if not self.targets:
             raise ValueError(
-                f"targets={self.targets!r} is empty: give 'all-linear', a preset, suffixes or a regular expression"
+                "`targets` must not be empty: pass 'all-linear', a preset, module-name suffixes or a regular "
+                f"expression, got {self.targets!r}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,17 +97,18 @@ class SSVDConfig(_Configuration):
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.ratio is None):
-            raise ValueError(f"give exactly one of rank and ratio (got rank={self.rank}, ratio={self.ratio})")
+            raise ValueError(f"give exactly one of `rank` and `ratio`, got rank={self.rank}, ratio={self.ratio}")
         _check_amount("rank", self.rank, "ratio", self.ratio)
         check_choice("side", self.side, SIDES)
         check_choice("rotation", self.rotation, ROTATIONS)
         self._check_band()
         if self.rank_out is not None or self.ratio_out is not None:
             if self.side != "both":
-                raise ValueError(f"rank_out and ratio_out need side='both' (got side={self.side!r})")
+                raise ValueError(f"`rank_out` and `ratio_out` require side='both', got side={self.side!r}")
             if self.rank_out is not None and self.ratio_out is not None:
                 raise ValueError(
-                    f"give one of rank_out and ratio_out (got rank_out={self.rank_out}, ratio_out={self.ratio_out})"
+                    "give at most one of `rank_out` and `ratio_out`, "
+                    f"got rank_out={self.rank_out}, ratio_out={self.ratio_out}"
                 )
             _check_amount("rank_out", self.rank_out, "ratio_out", self.ratio_out)
         self._check_targets()
@@ -114,16 +116,16 @@ class SSVDConfig(_Configuration):
     def _check_band(self) -> None:
         if self.rotation != "banded":
             if self.band is not None:
-                raise ValueError(f"band={self.band!r} needs rotation='banded' (got rotation={self.rotation!r})")
+                raise ValueError(f"`band` requires rotation='banded', got {self.band!r} for {self.rotation!r}")
             return
         if isinstance(self.band, bool) or not isinstance(self.band, int):
-            raise TypeError(f"band={self.band!r}: rotation='banded' needs a whole number >= 0")
+            raise TypeError(f"`band` must be an integer >= 0 for rotation='banded', got {self.band!r}")
         if self.band < 0:
-            raise ValueError(f"band={self.band}: allowed is a whole number >= 0")
+            raise ValueError(f"`band` must be an integer >= 0 for rotation='banded', got {self.band}")
         if self.side != "input":
             raise ValueError(
-                f"side={self.side!r} with rotation='banded': M stands between the singular vectors and belongs to "
-                "neither side, allowed is the default 'input'"
+                f"`side` must be left at its default 'input' for rotation='banded', got {self.side!r}: "
+                "M lies between the singular vectors and belongs to neither side"
             )
 
     def resolve_side(self, d_in: int, d_out: int) -> Side:
@@ -137,7 +139,8 @@ class SSVDConfig(_Configuration):
         k = _resolve("rank", self.rank, "ratio", self.ratio, d_in, d_out)
         if self.band is not None and self.band >= k:
             raise ValueError(
-                f"band={self.band} does not fit k={k} of a weight of shape ({d_out}, {d_in}): allowed is 0 to {k - 1}"
+                f"`band` must be between 0 and {k - 1} for k={k} and a weight of shape ({d_out}, {d_in}), "
+                f"got {self.band}"
             )
         if self.side != "both":
             return k, None
@@ -171,9 +174,9 @@ class SpectralFTConfig(_Configuration):
 
     def __post_init__(self) -> None:
         for argument in ("top", "rank"):
-            _check_whole(argument, getattr(self, argument))
+            _check_positive_int(argument, getattr(self, argument))
         if self.rank > self.top:
-            raise ValueError(f"rank={self.rank} exceeds top={self.top}: allowed is a whole number from 1 to top")
+            raise ValueError(f"`rank` must be an integer between 1 and `top`, got rank={self.rank}, top={self.top}")
         self._check_targets()
 
     def triplets(self, d_in: int, d_out: int) -> int:
@@ -189,25 +192,25 @@ def check_names(argument: str, value: str | Sequence[str]) -> str | tuple[str, .
     if isinstance(value, str):
         return value
     if not isinstance(value, Sequence) or not all(isinstance(item, str) and item for item in value):
-        raise TypeError(f"{argument}={value!r}: allowed is a string or a list of module-name suffixes")
+        raise TypeError(f"`{argument}` must be a string or a list of module-name suffixes, got {value!r}")
     return tuple(value)
 
 
-def _check_whole(argument: str, value: int) -> None:
+def _check_positive_int(argument: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{argument}={value!r}: allowed is a whole number >= 1")
+        raise TypeError(f"`{argument}` must be an integer >= 1, got {value!r}")
     if value < 1:
-        raise ValueError(f"{argument}={value}: allowed is a whole number >= 1")
+        raise ValueError(f"`{argument}` must be an integer >= 1, got {value}")
 
 
 def _check_amount(rank_name: str, rank: int | None, ratio_name: str, ratio: float | None) -> None:
     if rank is not None:
-        _check_whole(rank_name, rank)
+        _check_positive_int(rank_name, rank)
     if ratio is not None:
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
-            raise TypeError(f"{ratio_name}={ratio!r}: allowed is a number in (0, 1]")
+            raise TypeError(f"`{ratio_name}` must be a number in (0, 1], got {ratio!r}")
         if not (math.isfinite(ratio) and 0 < ratio <= 1):
-            raise ValueError(f"{ratio_name}={ratio}: allowed is a number in (0, 1]")
+            raise ValueError(f"`{ratio_name}` must be a number in (0, 1], got {ratio}")
 
 
 def _resolve(rank_name: str, rank: int | None, ratio_name: str, ratio: float | None, d_in: int, d_out: int) -> int:
@@ -217,7 +220,7 @@ def _resolve(rank_name: str, rank: int | None, ratio_name: str, ratio: float | N
     k = int(min(d_in, d_out) * ratio)
     if k < 1:
         raise ValueError(
-            f"{ratio_name}={ratio} gives rank 0 for a weight of shape ({d_out}, {d_in}): "
-            f"allowed is at least {1 / min(d_in, d_out):.4g}"
+            f"`{ratio_name}` must be at least {1 / min(d_in, d_out):.4g} for a weight of shape ({d_out}, {d_in}), "
+            f"got {ratio}, which gives rank 0"
         )
     return k

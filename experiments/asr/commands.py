@@ -17,7 +17,7 @@ def exit_status(run: Callable[[], int]) -> int:
     try:
         return run()
     except (Interrupted, KeyboardInterrupt) as stop:
-        print(f"\n{str(stop) or 'stopped'}; run the same command again to go on", file=sys.stderr)
+        print(f"\n{str(stop) or 'stopped'}; run the same command again to continue", file=sys.stderr)
         return 130
     except (DemoError, ValueError, TypeError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

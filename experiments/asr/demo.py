@@ -69,15 +69,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("steps", "batch", "eval_limit"):
         if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value}: at least 1 is allowed")
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if not 0 < args.lr < 1:
-        parser.error(f"--lr {args.lr}: more than 0 and less than 1 is allowed")
+        parser.error(f"--lr must be in (0, 1), got {args.lr}")
     if args.eval_manifest and not args.manifest:
         parser.error("--eval-manifest needs --manifest")
     if args.no_source and not args.manifest:
         parser.error("--no-source needs --manifest")
     if args.fresh and args.resume:
-        parser.error("--fresh and --resume exclude each other")
+        parser.error("--fresh and --resume are mutually exclusive")
     if args.rank is None and args.ratio is None:
         args.ratio = RATIO
     return args
@@ -185,7 +185,7 @@ def run(args: argparse.Namespace) -> bool:
         ("--eval-window", args.eval_window, max(max(data.seconds) for data in sets.values())),
     ):
         if value < longest:
-            raise DemoError(f"{option} {value}: is shorter than the longest clip, which lasts {longest:.2f} s")
+            raise DemoError(f"{option} must be at least the length of the longest clip, {longest:.2f} s, got {value}")
     for text in training.texts:
         recognizer.labels([text])  # one that is too long for the model is refused now, not in the middle
     settings: dict[str, Any] = {

@@ -82,11 +82,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("seeds", "steps", "workers", "minutes"):
         if (value := getattr(args, name)) is not None and not value > 0:
-            parser.error(f"--{name} {value}: more than 0 is allowed")
+            parser.error(f"--{name} must be greater than 0, got {value}")
     if args.no_source and not args.manifest:
         parser.error("--no-source needs --manifest")
     if any(not 0 < budget < 1 for budget in args.budgets or ()):
-        parser.error(f"--budgets {args.budgets}: shares in (0, 1) are allowed")
+        parser.error(f"--budgets must be shares in (0, 1), got {args.budgets}")
     args.budgets = list(dict.fromkeys(args.budgets or ()))
     args.out = args.out or Path("runs") / f"asr-{args.grid}"
     return args
@@ -118,7 +118,9 @@ class Runner:
                     if not self.late:
                         raise
                 except BrokenProcessPool as error:
-                    raise DemoError(f"{cell}: its process died, perhaps for want of memory; try --workers 1") from error
+                    raise DemoError(
+                        f"{cell}: its process died, perhaps because it ran out of memory; try --workers 1"
+                    ) from error
                 except Exception as error:
                     self.failed[cell] = error
                     tqdm.write(f"{cell}: {type(error).__name__}: {error}", file=sys.stderr)
@@ -252,7 +254,7 @@ def run(args: argparse.Namespace) -> int:
     for cell, error in runner.failed.items():
         print(f"failed: {cell}: {type(error).__name__}: {error}", file=sys.stderr)
     if not done:
-        print("not finished: the same command goes on", file=sys.stderr)
+        print("not finished: run the same command again to continue", file=sys.stderr)
     return 1 if runner.failed else 0 if done else UNFINISHED
 
 

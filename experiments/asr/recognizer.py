@@ -92,7 +92,9 @@ class Recognizer:
         vocabulary = self.tokenizer.get_vocab()
         for name in names:
             if name not in vocabulary:
-                raise DemoError(f"language = {self.language!r}: the model {self.name} has no token {name}")
+                raise DemoError(
+                    f"`language` must be one of the model {self.name}, which has no token {name}, got {self.language!r}"
+                )
         return [vocabulary[name] for name in [*names, "<|notimestamps|>"]]
 
     def set_window(self, seconds: float) -> None:
@@ -100,7 +102,7 @@ class Recognizer:
         window = math.ceil(seconds)
         if not 0 < window * POSITIONS_PER_SECOND <= len(self._positions):
             most = len(self._positions) // POSITIONS_PER_SECOND
-            raise DemoError(f"window = {seconds} s: more than 0 and at most {most} s are allowed")
+            raise DemoError(f"`window` must be greater than 0 and at most {most} s, got {seconds} s")
         encoder, count = self.model.model.encoder, window * POSITIONS_PER_SECOND
         encoder.embed_positions = nn.Embedding.from_pretrained(self._positions[:count].to(self.device), freeze=True)
         encoder.max_source_positions = self.model.config.max_source_positions = count
@@ -167,7 +169,7 @@ class Recognizer:
         pairs = [(self._plain(t), self._plain(h)) for t, h in zip(texts, transcripts, strict=True)]
         pairs = [pair for pair in pairs if pair[0].strip()]
         if not pairs:
-            raise DemoError("no reference text has a word left after normalising")
+            raise DemoError("no reference text has any words left after normalisation")
         return Score([_count(text, heard) for text, heard in pairs])
 
 
@@ -202,12 +204,12 @@ def load_recognizer(model: str | None, data: Path, device: torch.device, languag
     try:
         kind = AutoConfig.from_pretrained(name).model_type
         if kind != "whisper":
-            raise DemoError(f"--model {name}: is of type {kind}; only whisper models can be used here")
+            raise DemoError(f"--model must be a whisper model, got {name}, which is of type {kind}")
         loaded = WhisperForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise DemoError(
-            f"--model {name}: neither a folder with a Whisper model nor a name that Hugging Face serves to "
-            f"this machine ({str(error).splitlines()[0]})"
+            "--model must be a folder with a Whisper model, or the name of one that this machine can obtain from "
+            f"Hugging Face, got {name} ({str(error).splitlines()[0]})"
         ) from error
     return Recognizer(loaded, tokenizer, Path(name).name, device, language)

@@ -83,7 +83,7 @@ def _kind(name: str, language: str = "en") -> _Kind:
     if name.endswith(".jsonl"):
         return _own(Path(name), language)
     if name not in _KINDS:
-        raise DemoError(f"shift = {name!r}: {', '.join(SHIFTS)} and the name of a manifest, *.jsonl, are allowed")
+        raise DemoError(f"`shift` must be one of {', '.join(SHIFTS)} or a manifest, *.jsonl, got {name!r}")
     return _KINDS[name]
 
 

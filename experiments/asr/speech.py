@@ -150,16 +150,16 @@ def read_manifest(path: Path) -> list[Clip]:
                     f'{where}: no text under the key "{key}"; each line is {{"audio": path, "text": words}}'
                 )
         if not words(entry["text"]):
-            raise DemoError(f"{where}: the text {entry['text']!r} holds no word")
+            raise DemoError(f"{where}: the text {entry['text']!r} contains no words")
         audio = path.parent / entry["audio"]
         if not audio.is_file():
             raise DemoError(f"{where}: there is no audio file {audio}")
         pitch = entry.get("pitch", 1.0)
         if isinstance(pitch, bool) or not isinstance(pitch, (int, float)) or not 0.5 <= pitch <= 2:
-            raise DemoError(f"{where}: pitch = {pitch!r}; a factor from 0.5 to 2 is allowed (left out: as recorded)")
+            raise DemoError(f"{where}: `pitch` must be a factor from 0.5 to 2 (default: as recorded), got {pitch!r}")
         channel = entry.get("channel", "")
         if channel not in CHANNELS:
-            raise DemoError(f"{where}: channel = {channel!r}; {', '.join(map(repr, CHANNELS))} are allowed")
+            raise DemoError(f"{where}: `channel` must be one of {', '.join(map(repr, CHANNELS))}, got {channel!r}")
         clips.append(Clip(entry["audio"], entry["text"], audio, float(pitch), channel, where))
     return clips
 

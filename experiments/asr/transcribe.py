@@ -30,8 +30,8 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise DemoError(
-            f"--device {name}: cannot be used here ({str(error).splitlines()[0]}); auto, cpu and, with a GPU, "
-            "cuda are allowed"
+            f"--device must be auto, cpu or, with a GPU, cuda, got {name}, which is not available here "
+            f"({str(error).splitlines()[0]})"
         ) from error
     return device
 

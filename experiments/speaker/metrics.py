@@ -20,14 +20,20 @@ def operating_points(scores: ArrayLike, labels: ArrayLike) -> tuple[Rates, Rates
     """
     score, label = np.asarray(scores, np.float64), np.asarray(labels)
     if score.ndim != 1 or score.shape != label.shape:
-        raise ValueError(f"scores {score.shape} and labels {label.shape}: allowed are two vectors of the same length")
+        raise ValueError(
+            f"`scores` and `labels` must be vectors of the same length, got shapes {score.shape} and {label.shape}"
+        )
     if not np.isfinite(score).all():
-        raise ValueError(f"scores: {int((~np.isfinite(score)).sum())} of {len(score)} are NaN or infinite")
+        raise ValueError(
+            f"`scores` must be finite, got {int((~np.isfinite(score)).sum())} of {len(score)} that are NaN or infinite"
+        )
     if not np.isin(label, (0, 1)).all():
-        raise ValueError(f"labels hold {np.setdiff1d(label, (0, 1))[0]!r}: allowed are 0 and 1")
+        raise ValueError(f"`labels` must be 0 or 1, got {np.setdiff1d(label, (0, 1))[0]!r}")
     targets = int((label == 1).sum())
     if not 0 < targets < len(label):
-        raise ValueError(f"labels: {targets} target trials of {len(label)}; at least one of each kind is needed")
+        raise ValueError(
+            f"`labels` must contain at least one trial of each kind, got {targets} target trials of {len(label)}"
+        )
     distinct, place = np.unique(-score, return_inverse=True)  # descending
     hits = np.bincount(place, label == 1, len(distinct)).cumsum()
     alarms = np.bincount(place, label == 0, len(distinct)).cumsum()
@@ -60,10 +66,10 @@ def min_dcf(
     Raises ValueError as `operating_points` does, and for a p_target outside (0, 1) or a cost that is not positive.
     """
     if not 0 < p_target < 1:
-        raise ValueError(f"p_target={p_target}: allowed is a number in (0, 1)")
+        raise ValueError(f"`p_target` must be a number in (0, 1), got {p_target}")
     for name, cost in (("c_miss", c_miss), ("c_fa", c_fa)):
         if not (math.isfinite(cost) and cost > 0):
-            raise ValueError(f"{name}={cost}: allowed is a positive number")
+            raise ValueError(f"`{name}` must be a positive number, got {cost}")
     miss, alarm = operating_points(scores, labels)
     rejected, accepted = c_miss * p_target, c_fa * (1 - p_target)
     return float((rejected * miss + accepted * alarm).min() / min(rejected, accepted))

@@ -74,9 +74,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.seeds, args.steps, args.batch = 1, 2, 4
     for name in ("seeds", "steps", "batch"):
         if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: at least 1 is allowed")
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.lr is not None and not 0 < args.lr < 1:
-        parser.error(f"--lr {args.lr}: more than 0 and less than 1 is allowed")
+        parser.error(f"--lr must be in (0, 1), got {args.lr}")
     return args
 
 

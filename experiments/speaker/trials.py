@@ -89,7 +89,7 @@ def make_trials(
     Raises DemoError if one of both kinds cannot be made.
     """
     if most < 1:
-        raise DemoError(f"most = {most}: at least one trial of each kind is needed")
+        raise DemoError(f"`most` must allow at least one trial of each kind, got {most}")
     same = [Trial(1, *pair) for paths in recordings.values() for pair in combinations(sorted(set(paths)), 2)]
     other = [
         Trial(0, a, b)

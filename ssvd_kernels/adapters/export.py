@@ -72,12 +72,12 @@ def to_lora(
     WavLM's attention reads the weights past PEFT's layers: there merge_and_unload() the adapter, or it does nothing.
 
     Raises ValueError (no SSVD layer of this package's own, FSDP2, an update that is not finite, a rank below 1),
-    TypeError (a rank that is no whole number), FileNotFoundError and FileExistsError (folder); then nothing is written.
+    TypeError (a rank that is not an integer), FileNotFoundError and FileExistsError (folder); then nothing is written.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
-        raise TypeError(f"rank={rank!r}: allowed is a whole number >= 1, or None for the exact update")
+        raise TypeError(f"`rank` must be an integer >= 1, or None for the exact update, got {rank!r}")
     if rank is not None and rank < 1:
-        raise ValueError(f"rank={rank}: allowed is a whole number >= 1, or None for the exact update")
+        raise ValueError(f"`rank` must be an integer >= 1, or None for the exact update, got {rank}")
     check_new(folder)
     model = unwrapped(model)
     bar = tqdm(unsharded_layers(model).items(), desc="LoRA factors", unit="layer", disable=not progress)
@@ -94,7 +94,7 @@ def to_lora(
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     attentions = [module for module in model.modules() if type(module).__name__ == "WavLMAttention"]
     if any(isinstance(part, AdaptedLinear) for attention in attentions for part in attention.modules()):
-        logger.warning("WavLM's attention passes over LoRA layers: call merge_and_unload() after loading the adapter")
+        logger.warning("WavLM's attention bypasses LoRA layers: call merge_and_unload() after loading the adapter")
     total = sum(pair.norm**2 for pair in pairs.values()) ** 0.5
     return LoraReport(
         ranks,
@@ -121,9 +121,9 @@ def export_merged(
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model is a {type(model).__name__}: allowed is a transformers model (PreTrainedModel)")
+        raise TypeError(f"`model` must be a transformers model (PreTrainedModel), got {type(model).__name__}")
     if files_from is not None and not Path(files_from).is_dir():
-        raise FileNotFoundError(f"files_from={str(files_from)!r}: no such folder")
+        raise FileNotFoundError(f"`files_from` must be an existing folder, got {str(files_from)!r}")
     with new_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict=_merged_state(model))
         if files_from is not None:
@@ -135,9 +135,9 @@ def check_new(folder: str | os.PathLike[str]) -> Path:
     parent does not exist."""
     path = Path(folder)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"folder={str(path)!r} exists already: give a new or an empty folder")
+        raise FileExistsError(f"`folder` must be new or empty, got {str(path)!r}, which already exists")
     if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"folder={str(path)!r}: the folder {str(path.absolute().parent)!r} does not exist")
+        raise FileNotFoundError(f"`folder` must be in an existing folder, got {str(path)!r}")
     return path
 
 
@@ -174,7 +174,7 @@ class _Pair(NamedTuple):
 def _lora_pair(name: str, layer: AdaptedLinear, rank: int | None) -> _Pair:
     U, V, M = (tensor.detach().to("cpu", torch.float64) for tensor in layer.orthonormal_factors())
     if not bool(torch.isfinite(M).all()):
-        raise ValueError(f"{name}: the update holds NaN or infinity: nothing was written")
+        raise ValueError(f"the update of {name} contains NaN or infinity: nothing was written")
     dtype = torch.promote_types(layer.first_trained.dtype, torch.float32)
     P, S, Qh = torch.linalg.svd(M)
     root = S[:rank].sqrt()

@@ -47,49 +47,49 @@ class AdapterFile(NamedTuple):
 def read_adapter(path: Path) -> AdapterFile:
     """The file at `path`; AdapterError unless it is complete, unaltered and of this version."""
     if not path.is_file():
-        raise FileNotFoundError(f"path={str(path)!r}: no such adapter file")
+        raise FileNotFoundError(f"`path` must be an existing adapter file, got {str(path)!r}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
-        raise AdapterError(f"{path} is damaged or no safetensors file: {error}") from None
+        raise AdapterError(f"{path} is damaged or not a safetensors file: {error}") from None
     if "ssvd_kernels" not in metadata:
         raise AdapterError(f"{path} is not an adapter of ssvd_kernels: its metadata has no 'ssvd_kernels' entry")
     try:
         header = json.loads(metadata["ssvd_kernels"])
         version = header["version"]
         if version != FORMAT_VERSION:
-            raise AdapterError(f"{path} has format version {version!r}: this package reads version {FORMAT_VERSION}")
+            raise AdapterError(f"{path} must have format version {FORMAT_VERSION}, got version {version!r}")
         saved_digest = header.pop("digest")
         layers = header["layers"]
         if not isinstance(layers, dict):
-            raise AdapterError(f"{path} has a damaged header: layers={layers!r} is no table")
+            raise AdapterError(f"{path} has a damaged header: `layers` must be a mapping, got {layers!r}")
         for name, layer in layers.items():
             _check_description(path, name, layer)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{path} has a damaged header ({type(error).__name__}: {error})") from None
     if saved_digest != digest(header, tensors):
-        raise AdapterError(f"{path} was altered or damaged after it was saved: its digest does not match")
+        raise AdapterError(f"{path} was changed or damaged after it was saved: its digest does not match")
     expected = {key: shape for name, layer in layers.items() for key, shape in _expected_shapes(name, layer).items()}
     for key, shape in expected.items():
         stored = key.rpartition(".")[2] not in BASIS or f"{key.rpartition('.')[0]}.U" in tensors
         if stored and (key not in tensors or tuple(tensors[key].shape) != shape):
-            found = tuple(tensors[key].shape) if key in tensors else "missing"
-            raise AdapterError(f"{path}: {key} is {found}: allowed is {shape}")
+            found = tuple(tensors[key].shape) if key in tensors else "no such tensor"
+            raise AdapterError(f"{path}: {key} must have shape {shape}, got {found}")
     for key, value in tensors.items():
         if key not in expected:
-            raise AdapterError(f"{path} holds {key!r}, which none of its layers has")
+            raise AdapterError(f"{path} contains {key!r}, which none of its layers has")
         if not value.is_floating_point():
-            raise AdapterError(f"{path}: {key} has dtype {value.dtype}: allowed are floating-point dtypes")
+            raise AdapterError(f"{path}: {key} must have a floating-point dtype, got {value.dtype}")
         if not bool(torch.isfinite(value).all()):
-            raise AdapterError(f"{path}: {key} holds NaN or infinity")
+            raise AdapterError(f"{path}: {key} contains NaN or infinity")
     return AdapterFile(path, layers, tensors)
 
 
 def _check_description(path: Path, name: str, layer: dict[str, Any]) -> None:
     if not isinstance(layer, dict):
-        raise AdapterError(f"{path}: its description of {name} is no table: {layer!r}")
+        raise AdapterError(f"{path}: its description of {name} must be a mapping, got {layer!r}")
     allowed: dict[str, Callable[[Any], bool]] = {
         "k": _is_rank,
         "shape": lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_rank, value)),
@@ -109,7 +109,7 @@ def _check_description(path: Path, name: str, layer: dict[str, Any]) -> None:
         if key not in layer:
             raise AdapterError(f"{path}: its description of {name} has no {key!r}: {layer!r}")
         if not check(layer[key]):
-            raise AdapterError(f"{path}: its description of {name} makes no sense: {key}={layer[key]!r}")
+            raise AdapterError(f"{path}: its description of {name} is invalid: {key}={layer[key]!r}")
 
 
 def _is_rank(value: Any) -> bool:

@@ -37,8 +37,8 @@ def adapter_names(model: nn.Module) -> list[str]:
     for name, layer in layers.items():
         if layer.adapter_names() != names:
             raise ValueError(
-                f"{first} has the adapters {names}, the first of them in use, and {name} {layer.adapter_names()}: "
-                "set, add or delete those of the whole model"
+                f"all layers must have the same adapters, the active one first, got {names} for {first} and "
+                f"{layer.adapter_names()} for {name}: set, add or delete adapters of the whole model"
             )
     return names
 
@@ -55,10 +55,13 @@ def add_adapter(model: nn.Module, name: str, path: str | os.PathLike[str] | None
     taken = sorted({present for layer in layers.values() for present in layer.adapter_names()})
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
         raise ValueError(
-            f"name={name!r}: allowed are letters, digits, '_' and '-', and no attribute of torch.nn.ModuleDict"
+            "`name` must consist of letters, digits, '_' and '-', and not be an attribute of torch.nn.ModuleDict, "
+            f"got {name!r}"
         )
     if name in taken:
-        raise ValueError(f"name={name!r} is taken: the model has the adapters {', '.join(map(repr, taken))}")
+        raise ValueError(
+            f"`name` must not be taken, got {name!r}: the model has the adapters {', '.join(map(repr, taken))}"
+        )
     values = {} if path is None else adapter_values(layers, read_adapter(Path(path)))
     for layer_name, layer in layers.items():
         present = layer.adapter()
@@ -92,7 +95,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """Deletes an adapter that is not in use. Raises ValueError for an unknown name or the one in use."""
     layers = _ready(model, name)
     if any(layer.active_adapter == name for layer in layers.values()):
-        raise ValueError(f"name={name!r} is the adapter in use: set_adapter another one before deleting it")
+        raise ValueError(f"`name` must not be the active adapter, got {name!r}: first call set_adapter with another")
     for layer in layers.values():
         _park(layer, {other: adapter for other, adapter in layer.inactive.items() if other != name})
 
@@ -121,13 +124,13 @@ def average_adapters(model: nn.Module, weights: Mapping[str, float], into: str) 
     SpectralFT: its update is a product of what trains, and the mean of factors is not the factor of a mean.
     """
     if not weights or not all(math.isfinite(w) and w >= 0 for w in weights.values()) or not sum(weights.values()) > 0:
-        raise ValueError(f"weights={dict(weights)!r}: allowed are names with numbers >= 0, not all of them zero")
+        raise ValueError(f"`weights` must map adapter names to numbers >= 0, not all zero, got {dict(weights)!r}")
     layers, total = _ready(model, *weights), sum(weights.values())
     for name, layer in layers.items():
         if not isinstance(layer, SSVDLinear):
             raise ValueError(
-                f"{name} is adapted by {layer.config_type.method}, whose update is a product of what trains: allowed "
-                "are adapters of SSVD, which average to one of the same rank"
+                f"only SSVD adapters, whose average has the same rank, can be averaged, but {name} is adapted by "
+                f"{layer.config_type.method}, whose update is a product of its trainable parameters"
             )
     means = {
         name: {key: _mean([(w / total, layer.adapter(a)[key]) for a, w in weights.items()]) for key in layer.adapter()}
@@ -153,10 +156,10 @@ def _ready(model: nn.Module, *names: str) -> dict[str, AdaptedLinear]:
     layers = require_layers(model)
     for layer_name, layer in layers.items():
         if layer.merged:
-            raise ValueError(f"{layer_name} is merged: unmerge before changing or disabling its adapters")
+            raise ValueError(f"{layer_name} is merged: unmerge it before changing or disabling its adapters")
         if type(layer.first_trained) is not nn.Parameter:
             kind = type(layer.first_trained).__name__
-            raise ValueError(f"{layer_name}.{layer.trained_names[0]} is a {kind}: allowed is a Parameter, not sharded")
+            raise ValueError(f"{layer_name}.{layer.trained_names[0]} must be an unsharded Parameter, got {kind}")
         for name in names:
             layer.adapter(name)
     return layers

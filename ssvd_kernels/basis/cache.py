@@ -35,7 +35,9 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path | None:
         return None
     folder = Path(name).expanduser()
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"cache_dir={str(folder)!r} is a file: allowed is a folder, which is made if need be")
+        raise NotADirectoryError(
+            f"`cache_dir` must be a folder, which is created if it does not exist, got the file {str(folder)!r}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -51,7 +53,7 @@ def load(folder: Path, weight: Tensor, k: int) -> Factorization | None:
             header = json.loads(file.metadata()["ssvd_kernels"])
             tensors = {name: file.get_tensor(name).clone() for name in _TENSORS}  # it maps the file
         if header.pop("digest") != digest(header, tensors) or header["key"] != key:
-            raise ValueError("its digest or its name does not match")
+            raise ValueError("its digest or its key does not match")
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         logger.warning("%s is damaged and will be replaced (%s: %s)", path, type(error).__name__, error)
         return None
@@ -68,7 +70,7 @@ def store(folder: Path, weight: Tensor, found: Factorization) -> None:
     try:
         write_atomically(_path(folder, key), tensors, {"ssvd_kernels": json.dumps(header)})
     except (OSError, SafetensorError) as error:
-        logger.warning("a factorisation could not be kept in %s (%s)", folder, error)
+        logger.warning("could not cache a factorisation in %s (%s)", folder, error)
 
 
 def _key(weight: Tensor, k: int) -> str:

@@ -40,8 +40,8 @@ def share_out(tasks: Tasks, work: Work) -> dict[str, Factorization]:
         if list(plan.items()) != list(plans[0].items()):
             names = [name for name in {**plans[0], **plan} if plans[0].get(name) != plan.get(name)] or ["their order"]
             raise ValueError(
-                f"ranks 0 and {other} are to factorise different layers or weights, e.g. {names[0]!r}: allowed is the "
-                "same model on every rank; share=False factorises on each rank alone"
+                f"all processes must factorise the same layers and weights, but ranks 0 and {other} differ, e.g. in "
+                f"{names[0]!r}; with share=False each process factorises its own"
             )
     owners = _owners(tasks, len(plans))
     mine = {name: task for name, task in tasks.items() if owners[name] == dist.get_rank()}

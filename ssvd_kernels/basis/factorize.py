@@ -45,17 +45,17 @@ class Factorization(NamedTuple):
 def check_weight(weight: Tensor, name: str) -> None:
     """Raises if `weight` cannot be factorised: wrong shape, integer, meta, NaN or infinite."""
     if weight.ndim != 2:
-        raise ValueError(f"{name} has shape {tuple(weight.shape)}: allowed is a matrix (d_out, d_in)")
+        raise ValueError(f"`{name}` must be a matrix of shape (d_out, d_in), got shape {tuple(weight.shape)}")
     if 0 in weight.shape:
-        raise ValueError(f"{name} has shape {tuple(weight.shape)}: allowed are at least one row and one column")
+        raise ValueError(f"`{name}` must have at least one row and one column, got shape {tuple(weight.shape)}")
     if not weight.is_floating_point():
-        raise TypeError(f"{name} has dtype {weight.dtype}: allowed are floating-point dtypes")
+        raise TypeError(f"`{name}` must have a floating-point dtype, got {weight.dtype}")
     if weight.is_meta:
-        raise ValueError(f"{name} is on the meta device and holds no values: load the weights before factorising")
+        raise ValueError(f"`{name}` is on the meta device and has no values: load the weights before factorising")
     if is_sharded(weight):
-        raise ValueError(f"{name} is sharded and whole on no rank: inject before fully_shard")
+        raise ValueError(f"`{name}` is sharded and complete in no process: call inject before fully_shard")
     if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"{name} holds NaN or infinity: allowed are finite values")
+        raise ValueError(f"`{name}` must be finite, got NaN or infinity")
 
 
 def factorize(weight: Tensor, k: int, name: str = "weight") -> Factorization:

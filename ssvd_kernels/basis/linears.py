@@ -37,18 +37,19 @@ def check_linear(module: object, name: str) -> None:
     """Raises TypeError unless `module` is an nn.Linear (or a subclass that keeps its forward and its weight)."""
     if is_quantized(module):
         raise TypeError(
-            f"{name} is a quantised {type(module).__name__}: only inject and SSVDQuantizedLinear adapt those"
+            f"`{name}` must be an unquantised nn.Linear, got a quantised {type(module).__name__}: use inject or "
+            "SSVDQuantizedLinear"
         )
     if not is_linear(module):
-        raise TypeError(f"{name} is a {type(module).__name__}: allowed is torch.nn.Linear with a weight of its own")
+        raise TypeError(f"`{name}` must be an nn.Linear with its own weight, got {type(module).__name__}")
 
 
-def check_adaptable(module: object, name: str) -> None:
-    """Raises TypeError unless `module` `is_adaptable`."""
+def check_adaptable(module: object, name: str, origin: str = "") -> None:
+    """Raises TypeError unless `module` `is_adaptable`; `origin` follows its name in the message."""
     if not is_adaptable(module):
         raise TypeError(
-            f"{name} is a {type(module).__name__}: allowed is torch.nn.Linear with a weight of its own, or one that "
-            "bitsandbytes or torchao quantised"
+            f"`{name}`{origin} must be an nn.Linear with its own weight, or one quantised by bitsandbytes or torchao, "
+            f"got {type(module).__name__}"
         )
 
 
@@ -69,13 +70,13 @@ def base_weight(linear: nn.Linear, name: str = "linear") -> Tensor:
         return functional.int8_vectorwise_dequant(weight.data, scales)
     if state is None:
         raise ValueError(
-            f"{name} is a {kind} whose weight is {weight.dtype}, not quantised: allowed is one that was quantised by "
-            "moving it to its device (8 bits: with has_fp16_weights=False)"
+            f"`{name}` must be quantised, got a {kind} with a {weight.dtype} weight: move it to its device to "
+            "quantise it (in 8 bits with has_fp16_weights=False)"
         )
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError(
-            f"{name} is a {kind} whose weight bitsandbytes has repacked for inference on this CPU, at its first "
-            "forward in eval mode: load the model again and adapt it before any forward"
+            f"`{name}` is a {kind} whose weight bitsandbytes repacked for CPU inference in its first forward pass in "
+            "eval mode: reload the model and adapt it before any forward pass"
         )
     return functional.dequantize_4bit(weight.data, state)
 

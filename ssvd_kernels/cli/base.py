@@ -19,19 +19,19 @@ def load_base(folder: Path, float32: bool = False) -> Any:
     if not (folder / "config.json").is_file():
         raise UsageError(
             f"{folder} is not the folder of a transformers model (it has no config.json); "
-            f"`hf download NAME --local-dir {folder}` makes one"
+            f"`hf download NAME --local-dir {folder}` creates one"
         )
     try:
         import transformers
     except ImportError as error:
-        raise UsageError(f"this command needs transformers ({error}): pip install transformers") from None
+        raise UsageError(f"this command requires transformers ({error}): pip install transformers") from None
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(folder)
     name = (config.architectures or ["AutoModel"])[0]
     kind = getattr(transformers, name, None)
     if kind is None:
-        raise UsageError(f"{folder} holds a {name}, which this transformers ({transformers.__version__}) does not have")
+        raise UsageError(f"{folder} contains a {name}, which transformers {transformers.__version__} does not have")
     try:
         model, found = kind.from_pretrained(
             folder, dtype="float32" if float32 else "auto", output_loading_info=True, local_files_only=True

@@ -38,4 +38,4 @@ def run(args: argparse.Namespace) -> int:
 def _check_new(*paths: Path | None) -> None:
     for path in paths:
         if path is not None and path.exists():
-            raise UsageError(f"{path} exists already: give the name of a new file")
+            raise UsageError(f"{path} already exists: choose the name of a new file")

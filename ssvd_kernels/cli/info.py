@@ -11,7 +11,7 @@ from .. import __version__
 from ..utils.versions import conflicts
 
 ENVIRONMENT = {
-    "SSVD_BACKEND": "auto | reference | ext | triton: forces a backend (an op that it cannot serve raises)",
+    "SSVD_BACKEND": "auto | reference | ext | triton: forces a backend (an op that it does not support raises)",
     "SSVD_DISABLE_EXT": "1: do not load the compiled extension",
     "SSVD_TUNING": "a file: measured tile choices, read and written (see ops/kernels/tuning.py)",
     "SSVD_CUDA_GRAPHS": "1: the Cayley op as one CUDA graph per batch and rank",
@@ -41,7 +41,7 @@ def info() -> str:
         _triton_line(torch),
         *(f"conflict     {sentence}" for sentence in conflicts()),
         "",
-        "backend that serves each op (auto), or why one refuses:",
+        "backend of each op (auto), and why others are not available:",
     ]
     lines += _backend_lines(torch)
     lines += ["", "environment:"]
@@ -53,7 +53,7 @@ def _extension_line() -> str:
     from ..ops import extension
 
     if not extension.available():
-        return f"extension    not available ({extension.unavailable_reason()}): the PyTorch twin serves"
+        return f"extension    not available ({extension.unavailable_reason()}): using the PyTorch reference"
     build, failures = extension.build_info(), extension.build_failures()
     line = f"extension    built for torch {build.get('torch')}, cuda {build.get('cuda') or 'none'}"
     return line + (f" ({failures})" if failures else "")

@@ -28,7 +28,7 @@ COLUMNS = {  # key of a layer's description -> heading
     "band": "band",
     "method": "method",
     "low_rank": "rank",
-    "trained": "numbers",
+    "trained": "parameters",
     "turn": "||K||",
     "shift": "shift",
     "relative_shift": "/ sigma",
@@ -86,7 +86,7 @@ def as_text(summary: dict[str, Any], layers: list[dict[str, Any]]) -> str:
     stored = sum(layer["basis_stored"] for layer in layers)
     lines = [
         f"{summary['file']}: {summary['bytes'] / 1e6:.2f} MB, format {summary['format']}",
-        f"{len(layers)} layers, {trained:,} trained numbers in {dtypes}, bases of {stored} layers stored",
+        f"{len(layers)} layers, {trained:,} trained parameters in {dtypes}, bases of {stored} layers stored",
     ]
     if summary["fits"] is not None:
         lines.append(f"fits the base model {summary['fits']}")

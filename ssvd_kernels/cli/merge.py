@@ -18,9 +18,9 @@ FASTER_WHISPER = ("tokenizer.json", "preprocessor_config.json")  # what it reads
 
 def run(args: argparse.Namespace) -> int:
     if args.rank is not None and (not args.lora or args.rank < 1):
-        raise UsageError(f"--rank {args.rank}: allowed is a number from 1 on, together with --lora")
+        raise UsageError(f"--rank must be an integer >= 1, together with --lora, got {args.rank}")
     if args.quantization is not None and not args.ctranslate2:
-        raise UsageError(f"--quantization {args.quantization}: allowed together with --ctranslate2 only")
+        raise UsageError(f"--quantization requires --ctranslate2, got --quantization {args.quantization}")
     check_new(args.output)
     read_adapter(args.adapter)  # a damaged file is found before the work
     model = load_base(args.base, args.float32)
@@ -43,7 +43,7 @@ def to_ctranslate2(folder: Path, output: Path, quantization: str | None) -> None
     try:
         from ctranslate2.converters import TransformersConverter
     except ImportError as error:
-        raise UsageError(f"--ctranslate2 needs ctranslate2 ({error}): pip install ctranslate2") from None
+        raise UsageError(f"--ctranslate2 requires ctranslate2 ({error}): pip install ctranslate2") from None
     files = [name for name in FASTER_WHISPER if (folder / name).is_file()]
     converter = TransformersConverter(str(folder), copy_files=files)
     with new_folder(output) as temporary:

@@ -46,7 +46,7 @@ def _number(text: str) -> float:
         number = float(text)
         return int(number) if number.is_integer() else number
     except (ValueError, OverflowError):
-        raise UsageError(f"--budget {text}: allowed is a whole number, or a share such as 0.02") from None
+        raise UsageError(f"--budget must be an integer, or a share such as 0.02, got {text}") from None
 
 
 def _names(given: list[str], presets: Collection[str] = ()) -> str | list[str]:

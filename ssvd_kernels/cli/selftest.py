@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
                     print(f"-     {op}, backend {name}, {device}: not checked ({reason})")
     seconds = time.perf_counter() - start
     if failed:
-        print(f"{failed} of {count} checks FAILED ({seconds:.1f} s); SSVD_BACKEND=reference does without the kernels")
+        print(f"{failed} of {count} checks FAILED ({seconds:.1f} s); SSVD_BACKEND=reference avoids the kernels")
         return 1
     print(f"all {count} checks passed ({seconds:.1f} s)")
     return 0
@@ -87,7 +87,7 @@ def _passes(check: Check) -> bool:
         print(f"FAIL  {check.name}: {type(problem).__name__}: {' '.join(str(problem).split())}")
         return False
     passed = error <= check.bound
-    print(f"{'ok  ' if passed else 'FAIL'}  {check.name}: error {error:.1e}, allowed {check.bound:.0e}")
+    print(f"{'ok  ' if passed else 'FAIL'}  {check.name}: error {error:.1e}, tolerance {check.bound:.0e}")
     return passed
 
 
@@ -98,7 +98,7 @@ def _devices(name: str) -> list[torch.device]:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from None
+        raise UsageError(f"--device must be available here, got {name} ({str(error).splitlines()[0]})") from None
     return [device]
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..adapters.save_load import load_adapter, save_adapter
 from ..basis.factorize import MATCH_TOLERANCE, Factorization, fingerprint, sketch
-from ..config import SSVDConfig
+from ..config import SSVDConfig, check_choice
 from ..layers.base import AdaptedLinear, adapted_layers
 from ..layers.ssvd import SSVDLinear
 from ..model.lookup import ssvd_layers
@@ -82,21 +82,20 @@ def from_espnet(
     of a wrong shape, was never factorised, or whose weight is neither W nor W'.
     """
     if rotation_map is None:
-        logger.warning("rotation_map was not given, and checkpoints do not hold it: taken to be 'linear', the default")
+        logger.warning("`rotation_map` was not given and checkpoints do not store it: assuming the default, 'linear'")
         rotation_map = "linear"
-    if rotation_map not in MAPS:
-        raise ValueError(f"rotation_map={rotation_map!r} is unknown: allowed are {', '.join(map(repr, MAPS))}")
+    check_choice("rotation_map", rotation_map, MAPS)
     _check_folder("base_path", base_path)
     state = _read(checkpoint, "checkpoint")
     originals = {} if base is None else _read(base, "base")
     names = [key.removesuffix(".K_vec") for key in state if key.endswith(".K_vec")]
     if not names:
-        raise ConversionError("checkpoint holds no layer of ESPnet's SSVD adapter: none of its keys ends in '.K_vec'")
+        raise ConversionError("`checkpoint` must contain layers of ESPnet's SSVD adapter, but no key ends in '.K_vec'")
     model, weights = nn.Module(), {}
     for name in names:
         W0 = originals.get(f"{name}.weight")
         if base is not None and W0 is None:
-            raise ConversionError(f"base has no {name}.weight, which the checkpoint adapts")
+            raise ConversionError(f"`base` has no {name}.weight, which the checkpoint adapts")
         layer = _parse(name, state, W0)
         weights[name] = held = _held(layer, rotation_map)
         if W0 is None:
@@ -105,8 +104,8 @@ def from_espnet(
     rebuilt = [name for name, held in weights.items() if held != "W"]
     if rebuilt and base is None:
         logger.warning(
-            "%d of %d layers do not hold their base weight: the adapter belongs to u diag(s_pre) v, which differs from "
-            "the original by rounding. Give base, or have those weights written by base_path",
+            "%d of %d layers do not contain their base weight: the adapter belongs to u diag(s_pre) v, which differs "
+            "from the original by rounding. Pass `base`, or save those weights with `base_path`",
             len(rebuilt),
             len(names),
         )
@@ -147,7 +146,7 @@ def to_espnet(
     layers = {name: _exportable(name, layer) for name, layer in adapted_layers(model).items()}
     rotations = sorted({layer.rotation for layer in layers.values()})
     if len(rotations) > 1:
-        raise ConversionError(f"the adapter's layers have rotations {rotations}: ESPnet has one for all")
+        raise ConversionError(f"the adapter's layers must all have the same rotation, as in ESPnet, got {rotations}")
     converted = dict(state)
     for name, layer in layers.items():
         converted |= {f"{name}.{key}": tensor for key, tensor in _export(layer, merged).items()}
@@ -193,13 +192,14 @@ def _parse(name: str, state: Mapping[str, Any], W0: Tensor | None) -> _Layer:
     """The layer `name` of a checkpoint, checked; W0 is its original weight, if known."""
     absent = [key for key in _NEEDED if f"{name}.{key}" not in state]
     if absent:
-        raise ConversionError(f"{name} lacks {', '.join(absent)}, without which it cannot be converted")
+        raise ConversionError(f"{name} lacks {', '.join(absent)}, so it cannot be converted")
     if not bool(state.get(f"{name}.svd_initialized", True)):
         raise ConversionError(f"{name}.svd_initialized is False: u, v and s_pre were never computed")
     used = {key: state[f"{name}.{key}"] for key in (*_NEEDED, "weight") if f"{name}.{key}" in state}
     for key, tensor in used.items():
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise ConversionError(f"{name}.{key} has dtype {tensor.dtype} or is not finite: allowed are finite floats")
+            got = "NaN or infinity" if tensor.is_floating_point() else tensor.dtype
+            raise ConversionError(f"{name}.{key} must contain finite floats, got {got}")
     coarsest = max(torch.finfo(tensor.dtype).eps for tensor in [*used.values(), used["u"] if W0 is None else W0])
     wide = torch.promote_types(used["u"].dtype, torch.float32)
     K_vec, s, gate, u, v, s_pre = (used[key].to(wide) for key in _NEEDED)
@@ -215,8 +215,8 @@ def _parse(name: str, state: Mapping[str, Any], W0: Tensor | None) -> _Layer:
         layer = _Layer(name, "output", right, sigma, left, W.mT, theta, delta_sigma, weight, allowed)
     if W0 is not None and not _difference(W0, layer.W) <= allowed:
         raise ConversionError(
-            f"base is another model: its {name}.weight differs from u diag(s_pre) v by {_difference(W0, layer.W):.2g} "
-            f"of the norm (allowed is {allowed:.2g})"
+            f"`base` is a different model: its {name}.weight differs from u diag(s_pre) v by a relative error of "
+            f"{_difference(W0, layer.W):.2g} (tolerance {allowed:.2g})"
         )
     return layer
 
@@ -234,10 +234,10 @@ def _held(layer: _Layer, rotation_map: RotationMap) -> Held:
     if min(from_W, from_adapted) <= layer.allowed:
         return "W" if from_W <= from_adapted else "W'"
     fitting = [other for other in MAPS if other != rotation_map and distance(other) <= layer.allowed]
-    hint = f": it fits rotation_map={fitting[0]!r}" if fitting else " (an average of merged weights is neither)"
+    hint = f"it fits rotation_map={fitting[0]!r}" if fitting else "an average of merged weights is neither"
     raise ConversionError(
-        f"{layer.name}.weight differs by {from_W:.2g} of the norm from W and by {from_adapted:.2g} from W' with "
-        f"rotation_map={rotation_map!r}; allowed is {layer.allowed:.2g}{hint}"
+        f"{layer.name}.weight has a relative error of {from_W:.2g} to W and of {from_adapted:.2g} to W' with "
+        f"rotation_map={rotation_map!r} (tolerance {layer.allowed:.2g}): {hint}"
     )
 
 
@@ -247,8 +247,8 @@ def _rank(name: str, K_vec: Tensor, s: Tensor, s_pre: Tensor) -> int:
     k = (1 + math.isqrt(1 + 8 * m)) // 2
     if k * (k - 1) // 2 != m or s.shape != (k,) or not k <= s_pre.numel():
         raise ConversionError(
-            f"{name}: K_vec has {m} numbers, s {s.numel()} and s_pre {s_pre.numel()}: allowed are k(k-1)/2, k and at "
-            "least k"
+            f"{name}: K_vec, s and s_pre must have k(k-1)/2, k and at least k elements, got {m}, {s.numel()} and "
+            f"{s_pre.numel()}"
         )
     return k
 
@@ -260,17 +260,17 @@ def _shape(
     r, long = s_pre.numel(), u.shape[0]
     if u.shape != (long, r) or v.shape != (r, r) or long < r:
         raise ConversionError(
-            f"{name}: u has shape {tuple(u.shape)}, v {tuple(v.shape)} and s_pre {tuple(s_pre.shape)}: allowed are "
-            "(max(d_in, d_out), r), (r, r) and (r,), r = min(d_in, d_out)"
+            f"{name}: u, v and s_pre must have shapes (max(d_in, d_out), r), (r, r) and (r,), r = min(d_in, d_out), "
+            f"got {tuple(u.shape)}, {tuple(v.shape)} and {tuple(s_pre.shape)}"
         )
     if weight is not None:
         shape = tuple(weight.shape)
     elif bias is not None or long == r:
         shape = (r, long) if bias is not None and bias.numel() == r else (long, r)
     else:
-        raise ConversionError(f"{name} has neither weight nor bias, which tell d_in from d_out: give base")
+        raise ConversionError(f"{name} has neither weight nor bias to tell d_in from d_out: pass `base`")
     if shape not in ((long, r), (r, long)):
-        raise ConversionError(f"{name}.weight has shape {shape}, but u {tuple(u.shape)} and v {tuple(v.shape)}")
+        raise ConversionError(f"{name}.weight must have shape {(long, r)} or {(r, long)}, to fit u and v, got {shape}")
     return shape
 
 
@@ -288,7 +288,7 @@ def _theta(name: str, K_vec: Tensor, index: Tensor | None, k: int) -> Tensor:
         order = torch.argsort(low * k + high)
         if torch.equal(torch.stack([low, high])[:, order], ours):
             return torch.where(i < j, K_vec, -K_vec)[order]
-    raise ConversionError(f"{name}.K_triu_idx does not name each pair of 0..{k - 1} once")
+    raise ConversionError(f"{name}.K_triu_idx must contain each pair of 0..{k - 1} exactly once")
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
@@ -301,14 +301,15 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 def _exportable(name: str, layer: AdaptedLinear) -> SSVDLinear:
     if not isinstance(layer, SSVDLinear):
-        raise ConversionError(f"{name} is adapted by {layer.config_type.method}: ESPnet has SSVD")
+        raise ConversionError(f"{name} must be adapted by SSVD for ESPnet, got {layer.config_type.method}")
     if layer.rotation not in MAPS:
-        raise ConversionError(f"{name} has rotation={layer.rotation!r}: ESPnet has {' and '.join(map(repr, MAPS))}")
+        maps = " or ".join(map(repr, MAPS))
+        raise ConversionError(f"{name} must have rotation {maps} for ESPnet, got {layer.rotation!r}")
     side = "input" if layer.out_features >= layer.in_features else "output"
     if layer.side != side:
         raise ConversionError(
-            f"{name} of shape ({layer.out_features}, {layer.in_features}) has side={layer.side!r}: ESPnet rotates the "
-            f"smaller side, here {side!r}"
+            f"{name} of shape ({layer.out_features}, {layer.in_features}) must have side={side!r}, the smaller side, "
+            f"for ESPnet, got {layer.side!r}"
         )
     return layer
 
@@ -345,25 +346,25 @@ def _read(source: Source, argument: str) -> Mapping[str, Any]:
     state: Any = source
     if not isinstance(source, Mapping):
         if not Path(source).is_file():
-            raise FileNotFoundError(f"{argument}={str(source)!r}: no such file")
+            raise FileNotFoundError(f"`{argument}` must be an existing file, got {str(source)!r}")
         try:
             state = torch.load(source, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ConversionError(
-                f"{argument}={str(source)!r} cannot be read with weights_only=True: give a model file such as "
-                f"15epoch.pth, which holds tensors only ({str(error).splitlines()[0]})"
+                f"`{argument}` must be a model file of tensors only (read with weights_only=True), such as "
+                f"15epoch.pth, got {str(source)!r} ({str(error).splitlines()[0]})"
             ) from None
     for wrapper in ("model", "module"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping):
-        raise ConversionError(f"{argument} holds a {type(state).__name__}: allowed is a state dict")
+        raise ConversionError(f"`{argument}` must contain a state dict, got {type(state).__name__}")
     return state
 
 
 def _check_folder(argument: str, path: str | os.PathLike[str] | None) -> None:
     if path is not None and not Path(path).parent.is_dir():
-        raise FileNotFoundError(f"{argument}={str(path)!r}: the folder {str(Path(path).parent)!r} does not exist")
+        raise FileNotFoundError(f"`{argument}` must be in an existing folder, got {str(path)!r}")
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

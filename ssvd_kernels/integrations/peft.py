@@ -100,11 +100,11 @@ class SSVDPeftConfig(PeftConfig):
         by_layer = self.layers_to_transform is not None
         if by_layer and isinstance(self.target_modules, str):
             raise ValueError(
-                f"layers_to_transform={self.layers_to_transform!r} needs a list of suffixes as target_modules "
-                f"(got {self.target_modules!r})"
+                "`layers_to_transform` requires `target_modules` to be a list of suffixes, got "
+                f"layers_to_transform={self.layers_to_transform!r}, target_modules={self.target_modules!r}"
             )
         if self.layers_pattern and not by_layer:
-            raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform")
+            raise ValueError(f"`layers_pattern` requires `layers_to_transform`, got {self.layers_pattern!r}")
 
     def ssvd(self) -> SSVDConfig:
         """What this asks of each layer."""
@@ -181,7 +181,7 @@ class SSVDPeftModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(parent, AdaptedLinear):
-            raise TypeError(f"{current_key!r} belongs to an SSVD layer that inject made: call remove(model) first")
+            raise TypeError(f"{current_key!r} belongs to an SSVD layer created by inject: call remove(model) first")
         layer = target if isinstance(target, SSVDPeftLinear) else self._new_layer(target, current_key)
         layer.update_layer(adapter_name, peft_config.ssvd(), peft_config.inference_mode)
         if layer is not target:
@@ -193,8 +193,8 @@ class SSVDPeftModel(BaseTuner):
         tied = tied_to(name, layer.base_layer, self._holders)
         if tied is not None:
             raise ValueError(
-                f"{name!r} is targeted and its weight tied to {tied!r}: adapting would change both. Leave it out by "
-                "exclude_modules"
+                f"{name!r} is targeted, but its weight is tied to {tied!r}: adapting it would change both. Use "
+                "exclude_modules to leave it out"
             )
         return layer
 
@@ -237,7 +237,9 @@ class SSVDPeftModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:  # PEFT would drop it in silence
-            raise ValueError("adapter_names: SSVD has no batches that mix adapters; use set_adapter for each batch")
+            raise ValueError(
+                "`adapter_names` must be None, as SSVD cannot mix adapters in a batch: call set_adapter for each"
+            )
         yield
 
 

@@ -199,10 +199,10 @@ class PeftAdapter(SSVDLinear):
         return any(adapter is self for adapter in self.layer.running())
 
     def merge(self, composed: Tensor | None = None, *, rounding: str = "nearest") -> None:
-        raise RuntimeError(f"{self.layer.name} was adapted through PEFT: use the PEFT model's merge_adapter()")
+        raise RuntimeError(f"{self.layer.name} was adapted by PEFT: use the PEFT model's merge_adapter()")
 
     def original(self) -> nn.Linear:
-        raise RuntimeError(f"{self.layer.name} was adapted through PEFT: use the PEFT model's unload()")
+        raise RuntimeError(f"{self.layer.name} was adapted by PEFT: use the PEFT model's unload()")
 
     def _share_parameters(self) -> None:
         """There is nothing to share: the base layer keeps its own."""
@@ -224,17 +224,17 @@ class PeftAdapter(SSVDLinear):
         d_out, d_in, k, name = self.out_features, self.in_features, self.k, self.layer.name
         sizes = [1, _FINGERPRINT_BYTES, 2 * SKETCH_ROWS * k, d_out * k, k, d_in * k]
         if state.ndim != 1 or len(state) not in (sum(sizes[:3]), sum(sizes)):
-            raise AdapterError(f"the adapter's basis for {name} has shape {tuple(state.shape)}, not one of rank {k}")
+            raise AdapterError(f"the adapter's basis for {name} must have rank {k}, got shape {tuple(state.shape)}")
         version, digest, flat_sketch, *basis = (
             state.detach().cpu().split(sizes if len(state) == sum(sizes) else sizes[:3])
         )
         if int(version) != FORMAT_VERSION:
-            raise AdapterError(f"the adapter has format version {version.item():g}: this is version {FORMAT_VERSION}")
+            raise AdapterError(f"the adapter must have format version {FORMAT_VERSION}, got version {version.item():g}")
         if bytes(digest.to(torch.uint8).tolist()).hex() != self.basis.fingerprint:
             raise AdapterError(
-                f"the adapter was trained on another base model: the weight of {name} differs. If yours is a "
-                "half-precision copy of that base, load the adapter before casting; if one of the two is quantised, "
-                "both must be, in the same way"
+                f"the adapter was trained on a different base model: the weight of {name} differs. If this model is a "
+                "half-precision copy of that base, load the adapter before casting; if either is quantised, both must "
+                "be quantised in the same way"
             )
         if basis:
             U, sigma, V = basis
@@ -242,13 +242,13 @@ class PeftAdapter(SSVDLinear):
             return
         signs = match_signs(flat_sketch.view(-1, k).float(), self.basis.sketch)
         if signs is None:
-            raise AdapterError(f"the singular vectors of {name} cannot be matched with those that were adapted")
+            raise AdapterError(f"the singular vectors of {name} do not match those that were adapted")
         if bool((signs < 0).any()):
             self.flip_basis(signs)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if prefix + "theta" in state_dict and prefix + "_extra_state" not in state_dict:
-            raise AdapterError(f"the adapter does not tell which basis of {self.layer.name} it was trained on")
+            raise AdapterError(f"the adapter does not record the basis of {self.layer.name} it was trained with")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def set_basis(self, U: Tensor, sigma: Tensor, V: Tensor) -> None:

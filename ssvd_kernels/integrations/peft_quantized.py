@@ -34,8 +34,8 @@ class SSVDPeftQuantizedLinear(SSVDPeftLinear):
         """Raises ValueError if there is something to merge."""
         if self._to_merge(adapter_names):
             raise ValueError(
-                f"merging {self.name}: its base weight is quantised, and W' is not: allowed is merge_and_unload(), "
-                "which leaves plain layers that hold W', or no merging"
+                f"cannot merge {self.name} in place: its base weight is quantised. Use merge_and_unload(), which "
+                "leaves plain layers with weight W', or do not merge"
             )
 
     def unload_and_optionally_merge_module(

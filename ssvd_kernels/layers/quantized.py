@@ -28,7 +28,8 @@ def check_method(linear: nn.Linear, config: Config, name: str) -> None:
     """Raises TypeError for a quantised layer that the method of `config` cannot adapt."""
     if isinstance(config, SpectralFTConfig) and is_quantized(linear):
         raise TypeError(
-            f"{name} is a quantised {type(linear).__name__}: SpectralFT adapts plain nn.Linear layers only, SSVD both"
+            f"{name} is a quantised {type(linear).__name__}: SpectralFT supports unquantised nn.Linear layers only, "
+            "SSVD both"
         )
 
 
@@ -65,8 +66,8 @@ def forget_quantization(model: nn.Module) -> None:
     left = [name for name, module in model.named_modules() if is_quantized(module)]
     if left:
         logger.warning(
-            "%d layers are still quantised, e.g. %s, beside plain ones that hold W': the model computes, but "
-            "transformers may not load it once it is saved",
+            "%d layers are still quantised, e.g. %s, while others are now plain layers with weight W': the model runs, "
+            "but transformers may be unable to load it once saved",
             len(left),
             left[0],
         )
@@ -92,7 +93,7 @@ class SSVDQuantizedLinear(SSVDLinear):
     def _weight_of(linear: nn.Linear) -> Tensor:
         if not is_quantized(linear):
             raise TypeError(
-                f"linear is a {type(linear).__name__}: allowed is one that bitsandbytes or torchao quantised"
+                f"`linear` must be a layer quantised by bitsandbytes or torchao, got {type(linear).__name__}"
             )
         return base_weight(linear)
 
@@ -117,7 +118,7 @@ class SSVDQuantizedLinear(SSVDLinear):
     def update(self, x: Tensor) -> Tensor:
         """((x V) core^T) U^T (..., d_out), in x's dtype or autocast's."""
         if self.mode not in ("auto", "factored"):
-            raise ValueError(f"mode={self.mode!r} cannot serve a quantised layer: allowed are 'auto' and 'factored'")
+            raise ValueError(f"`mode` must be 'auto' or 'factored' for a quantised layer, got {self.mode!r}")
         return ssvd_update(x, self.U, self.V, self._core_for(x), weight_cache=self._weight_cache)
 
     def composed_for_merge(
@@ -126,8 +127,8 @@ class SSVDQuantizedLinear(SSVDLinear):
         """W' for `merge(model, unload=True)`; else a ValueError."""
         if not unload:
             raise ValueError(
-                f"merging {name}: its base weight is quantised, and W' is not: allowed is merge(model, unload=True), "
-                "which leaves plain layers that hold W', or no merging"
+                f"cannot merge {name} in place: its base weight is quantised. Use merge(model, unload=True), which "
+                "leaves plain layers with weight W', or do not merge"
             )
         return super().composed_for_merge(name, rounding, unload, dtype or self.unloaded_dtype)
 

@@ -75,7 +75,7 @@ class SpectralFTLinear(AdaptedLinear):
 
     def _adapted(self, x: Tensor) -> Tensor:
         if self.mode not in ("auto", "factored"):
-            raise ValueError(f"mode={self.mode!r} cannot serve a SpectralFT layer: allowed are 'auto' and 'factored'")
+            raise ValueError(f"`mode` must be 'auto' or 'factored' for a SpectralFT layer, got {self.mode!r}")
         if self._may_cache():
             P, Q, _ = self._cached_factors()
         else:

@@ -35,13 +35,13 @@ def trainable(
     check_choice("method", method, METHODS)
     check_choice("rotation", rotation, ("cayley", "linear", "free"))
     (d_out, d_in), n = shape, min(shape)
+    low, high = 0 if method == "svft" else 1, _highest(method, shape, top)
     for name, value in (("rank", rank), ("rank_out", rank_out)):
-        if value is not None and not (
-            value >= (0 if method == "svft" else 1) and value <= _highest(method, shape, top)
-        ):
-            raise ValueError(f"{name}={value} does not fit method={method!r} and a weight of {d_out} x {d_in}")
+        if value is not None and not low <= value <= high:
+            limits = f"between {low} and {high}" if math.isfinite(high) else f">= {low}"
+            raise ValueError(f"`{name}` must be {limits} for method={method!r} and shape {shape}, got {value}")
     if rank_out is not None and method != "ssvd-o":
-        raise ValueError(f"rank_out={rank_out}: allowed is None for method={method!r}")
+        raise ValueError(f"`rank_out` must be None for method={method!r}, got {rank_out}")
     match method:
         case "ssvd":
             return theta_length(rank, rotation) + rank

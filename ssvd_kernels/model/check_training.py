@@ -56,10 +56,10 @@ def check_training(model: nn.Module, loss: Tensor | None = None) -> TrainingRepo
     layers: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         found = _TRAINED.fullmatch(name)
-        if found and parameter.requires_grad and parameter.numel():  # at k = 1 theta has no numbers
+        if found and parameter.requires_grad and parameter.numel():  # at k = 1 theta has no elements
             layers.setdefault(found["layer"] or type(model).__name__, []).append(parameter)
     if not layers:
-        raise ValueError(f"model ({type(model).__name__}) has no SSVD layer that trains: call inject() first")
+        raise ValueError(f"`model` ({type(model).__name__}) has no trainable SSVD layer: call inject() first")
     parameters = [parameter for members in layers.values() for parameter in members]
     gradients = [parameter.grad for parameter in parameters] if loss is None else _differentiate(loss, parameters)
     left = iter(gradients)
@@ -71,13 +71,13 @@ def check_training(model: nn.Module, loss: Tensor | None = None) -> TrainingRepo
 
 def _differentiate(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
     if loss.numel() != 1:
-        raise ValueError(f"loss has shape {tuple(loss.shape)}: allowed is a scalar")
+        raise ValueError(f"`loss` must be a scalar, got shape {tuple(loss.shape)}")
     if not loss.requires_grad:  # it depends on nothing that trains
         return [None] * len(parameters)
     if _checkpointed_reentrantly(loss):
         raise ValueError(
-            "loss has parts whose graph is not there, as they were checkpointed with use_reentrant=True: call "
-            "loss.backward() first, and check_training(model) without the loss"
+            "`loss` has parts without a graph, because they were checkpointed with use_reentrant=True: call "
+            "loss.backward() first, then check_training(model) without the loss"
         )
     return list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
 

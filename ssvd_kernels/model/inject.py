@@ -65,12 +65,12 @@ def inject(
     a method of PEFT's).
     """
     if not isinstance(config, Config | RankPlan):
-        raise TypeError(f"config={config!r}: allowed is an SSVDConfig, a SpectralFTConfig or a RankPlan")
+        raise TypeError(f"`config` must be an SSVDConfig, a SpectralFTConfig or a RankPlan, got {config!r}")
     check_not_ddp(model)
     check_not_adapted(model)
     if isinstance(model, nn.Linear):
         raise ValueError(
-            "model is itself a linear layer, which cannot be replaced in place: use SSVDLinear.from_linear"
+            "`model` is itself a linear layer, which cannot be replaced in place: use SSVDLinear.from_linear"
         )
     if isinstance(config, RankPlan):
         plan = config.assign(model)

@@ -18,7 +18,7 @@ def require_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """`adapted_layers` of the model within wrappers; ValueError if there is none, or if PEFT put them there."""
     layers = adapted_layers(unwrapped(model))
     if not layers:
-        raise ValueError(f"model ({type(model).__name__}) has no SSVD layer: call inject() first")
+        raise ValueError(f"`model` ({type(model).__name__}) has no SSVD layer: call inject() first")
     check_own(layers)
     return layers
 
@@ -29,7 +29,7 @@ def unsharded_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     for name, layer in layers.items():
         if layer.sharded:
             raise ValueError(
-                f"{name} is sharded by FSDP2: save_adapter(), and load the adapter where the model is whole"
+                f"{name} is sharded by FSDP2: call save_adapter() and load the adapter into an unsharded model"
             )
     return layers
 
@@ -46,7 +46,7 @@ def check_not_ddp(model: nn.Module) -> None:
     """Raises ValueError for a model that DDP has looked over already: it would not see new parameters."""
     if isinstance(model, DistributedDataParallel):
         raise ValueError(
-            "model is a DistributedDataParallel: inject, load or switch adapters first, then wrap the model"
+            "`model` is wrapped in DistributedDataParallel: inject, load or switch adapters first, then wrap it"
         )
 
 

@@ -44,7 +44,7 @@ class RankPlan:
 
     method, options     the method and its options, as resolved
     allocation, threshold   the rule, and the number that it came to: see `plan`
-    budget, total       trainable numbers allowed, and the parameters that the model has
+    budget, total       trainable parameters allowed, and the parameters of the model
     largest             whether no layer can have a higher rank, whatever the budget
     """
 
@@ -61,28 +61,28 @@ class RankPlan:
 
     @property
     def trainable(self) -> int:
-        """Trainable numbers of all layers."""
+        """Trainable parameters of all layers."""
         return sum(layer.trainable for layer in self.layers)
 
     def __str__(self) -> str:
         groups: dict[tuple, list[PlannedLayer]] = {}
         for layer in self.layers:
             groups.setdefault(layer[1:], []).append(layer)
-        table = [("layers", "weight", _RANK.get(self.method, "r"), "numbers each", "numbers", "")]
+        table = [("layers", "weight", _RANK.get(self.method, "r"), "parameters each", "parameters", "")]
         for members in groups.values():
             first, n = members[0], len(members)
             rank = str(first.rank) if first.rank_out is None else f"{first.rank}+{first.rank_out}"
             names = first.name + (", ..." if n > 1 else "")
-            numbers = (f"{first.trainable:,}", f"{n * first.trainable:,}")
-            table.append((str(n), "x".join(map(str, first.shape)), rank, *numbers, names))
+            parameters = (f"{first.trainable:,}", f"{n * first.trainable:,}")
+            table.append((str(n), "x".join(map(str, first.shape)), rank, *parameters, names))
         widths = [max(map(len, column)) for column in zip(*table)][:-1]
         rows = ["  ".join(["", *map(str.rjust, row, widths), row[-1]]).rstrip() for row in table]
         options = "".join(f", {name}={value}" for name, value in self.options.items())
         unused = self.budget - self.trainable
         foot = (
-            f"{len(self.layers)} layers, {self.trainable:,} trainable numbers: {100 * self.trainable / self.total:.2f} "
-            f"% of the model's {self.total:,} parameters, {unused:,} ({100 * unused / self.budget:.2f} %) under the "
-            f"budget of {self.budget:,}"
+            f"{len(self.layers)} layers, {self.trainable:,} trainable parameters: "
+            f"{100 * self.trainable / self.total:.2f} % of the model's {self.total:,} parameters, {unused:,} "
+            f"({100 * unused / self.budget:.2f} %) under the budget of {self.budget:,}"
         )
         if self.largest:
             foot += f"; no budget gives {self.method}{options} higher ranks here"
@@ -102,8 +102,8 @@ class RankPlan:
         """
         if self.method in PEFT_METHODS:
             raise ValueError(
-                f"config is a plan of method={self.method!r}, which the peft package provides: "
-                "allowed is peft.get_peft_model(model, plan.peft_config(model))"
+                f"`config` must not be a plan for method={self.method!r}, which the peft package provides: "
+                "use peft.get_peft_model(model, plan.peft_config(model))"
             )
         targets = self._targets(model)
         return {layer.name: (targets[layer.name], self._config(layer)) for layer in self.layers}
@@ -114,8 +114,8 @@ class RankPlan:
         if planned != found:
             differing = [name for name in {**planned, **found} if planned.get(name) != found.get(name)]
             raise ValueError(
-                f"the plan is of {len(planned)} layers, and its targets mean {len(found)} of this "
-                f"{type(model).__name__}; they differ, e.g. in {differing[0]!r}: plan for this model"
+                f"the plan has {len(planned)} layers, but its targets match {len(found)} layers of this "
+                f"{type(model).__name__}; they differ, e.g. in {differing[0]!r}: make a plan for this model"
             )
         return targets
 
@@ -136,7 +136,7 @@ class RankPlan:
         and TypeError for an argument that is planned.
         """
         if self.method not in PEFT_METHODS:
-            raise ValueError(f"a plan of method={self.method!r} has no peft_config: allowed is inject(model, plan)")
+            raise ValueError(f"a plan for method={self.method!r} has no PEFT configuration: use inject(model, plan)")
         self._targets(model)
         import peft
 
@@ -166,13 +166,13 @@ def plan(
     progress: bool = True,
     **options: Any,
 ) -> RankPlan:
-    """The highest ranks of `method` in the targeted layers of `model` that train at most `budget` numbers.
+    """The highest ranks of `method` in the targeted layers of `model` that train at most `budget` parameters.
 
-    budget       a whole number of trainable numbers > 1, or a share in (0, 1) of the parameters that the model has.
+    budget       number of trainable parameters, an integer > 1, or a share in (0, 1) of the model's parameters.
                  One that is larger than the method can use gives the largest plan, which says so.
     method       "ssvd" (options: side= "input", "output" or "smaller"; rotation=), "ssvd-o" (inner_share= the input
-                 side's share, in [0, 1], of the rotations' numbers; rotation=), "svft", "spectralft" (top=); and, with
-                 one rank for all layers, the methods of the peft package: "lora", "dora", "pissa", "vera", "oft",
+                 side's share, in [0, 1], of the rotations' parameters; rotation=), "svft", "spectralft" (top=); and,
+                 with one rank for all layers, the methods of the peft package: "lora", "dora", "pissa", "vera", "oft",
                  "psoft". `budget.trainable` has formulas and sources.
     allocation   "uniform": one ratio k / min(d_out, d_in) for all layers (SSVD's paper; of SSVD-O the larger k), or
                  one rank, band or block size where a method has no ratio; no less than 1, no more than fits a layer.
@@ -189,11 +189,11 @@ def plan(
     check_choice("method", method, METHODS)
     check_choice("allocation", allocation, ALLOCATIONS)
     if allocation == "spectrum" and method not in ("ssvd", "ssvd-o"):
-        raise ValueError(f"allocation='spectrum' needs method='ssvd' or 'ssvd-o' (got method={method!r})")
+        raise ValueError(f"allocation='spectrum' requires method='ssvd' or 'ssvd-o', got method={method!r}")
     options = _resolved(method, options)
     check_not_adapted(model)
     total = parameter_count(model)
-    allowed = _numbers(budget, total)
+    allowed = _parameters(budget, total)
     wanted = _targeting(targets, exclude)
     linears = find_targets(model, wanted)
     shapes = _shapes(linears)
@@ -208,8 +208,8 @@ def plan(
     if threshold is None:
         smallest = sum(ladder.choices[0].trainable for ladder in ladders.values())
         raise ValueError(
-            f"budget={budget!r} is {allowed:,} trainable numbers: allowed for method={method!r} and these "
-            f"{len(linears)} layers is {smallest:,} or more"
+            f"`budget` must be at least {smallest:,} trainable parameters for method={method!r} and these "
+            f"{len(linears)} layers, got {budget!r}, i.e. {allowed:,}"
         )
     chosen = {name: ladder.at(threshold) for name, ladder in ladders.items()}
     return RankPlan(
@@ -257,8 +257,8 @@ def _choices(method: str, shapes: set[Shape], options: dict[str, Any]) -> dict[S
         if not values:
             widths = sorted({d_in for _, d_in in shapes})
             raise ValueError(
-                f"method={method!r} needs a block size > 1 that divides every d_in, and {widths} have none in common: "
-                "leave some of them out by targets or exclude"
+                f"method={method!r} requires a block size > 1 that divides every d_in, but {widths} have no common "
+                "divisor > 1: leave out some of these layers with targets or exclude"
             )
         pairs: list[tuple[int, int | None]] = [(rank, None) for rank in values]
         if method == "ssvd-o":
@@ -286,29 +286,30 @@ def _resolved(method: str, given: dict[str, Any]) -> dict[str, Any]:
     known = OPTIONS.get(method, {})
     for name, value in given.items():
         if name not in known:
-            raise TypeError(f"{name}={value!r} is no option of method={method!r}: allowed are {list(known) or 'none'}")
+            choices = ", ".join(known) or "none"
+            raise TypeError(f"method={method!r} has no option `{name}` (options: {choices}), got {value!r}")
     options = {**known, **given}
     for name, allowed in _ALLOWED.items():
         if name in options:
             check_choice(name, options[name], allowed)
     match options:
         case {"inner_share": share} if type(share) not in (int, float) or not 0 <= share <= 1:
-            raise ValueError(f"inner_share={share!r}: allowed is a number in [0, 1]")
+            raise ValueError(f"`inner_share` must be a number in [0, 1], got {share!r}")
         case {"top": top} if type(top) is not int or top < 1:
-            raise ValueError(f"top={top!r}: allowed is a whole number >= 1")
+            raise ValueError(f"`top` must be an integer >= 1, got {top!r}")
     return options
 
 
-def _numbers(budget: float, total: int) -> int:
-    """The budget in trainable numbers."""
-    remedy = "allowed is an int > 1, or a share of the model's parameters in (0, 1)"
+def _parameters(budget: float, total: int) -> int:
+    """The budget in trainable parameters."""
+    message = f"`budget` must be an integer > 1, or a share of the model's parameters in (0, 1), got {budget!r}"
     if isinstance(budget, bool) or not isinstance(budget, int | float):
-        raise TypeError(f"budget={budget!r}: {remedy}")
+        raise TypeError(message)
     if isinstance(budget, int) and budget > 1:
         return budget
     if 0 < budget < 1:
         return int(total * budget)
-    raise ValueError(f"budget={budget!r}: {remedy}")
+    raise ValueError(message)
 
 
 def _targeting(targets: str | Sequence[str], exclude: str | Sequence[str]) -> SSVDConfig:

@@ -30,7 +30,7 @@ def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
         if name in excluded:
             continue
         if listed:
-            check_adaptable(module, f"module {name!r}, named by targets,")
+            check_adaptable(module, name, " (named in `targets`)")
         elif not is_adaptable(module):
             continue
         assert isinstance(module, nn.Linear)
@@ -38,7 +38,7 @@ def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
         if tied is not None:
             if listed:
                 raise ValueError(
-                    f"targets names {name!r}, whose weight is tied to {tied!r}: adapting would change both"
+                    f"`targets` names {name!r}, whose weight is tied to {tied!r}: adapting it would change both"
                 )
             continue
         if not listed and module is output_embeddings:
@@ -47,8 +47,9 @@ def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
     if not targets:
         linears = [name for name, module in model.named_modules() if is_adaptable(module)]
         raise ValueError(
-            f"targets={_shown(config.targets)} and exclude={_shown(config.exclude)} match no untied linear layer of "
-            f"{type(model).__name__}: it has {len(linears)} linear layers, e.g. {', '.join(linears[:4]) or 'none'}"
+            f"`targets` must match an untied linear layer of {type(model).__name__}, got {_shown(config.targets)} with "
+            f"exclude={_shown(config.exclude)}: the model has {len(linears)} linear layers, e.g. "
+            f"{', '.join(linears[:4]) or 'none'}"
         )
     return targets
 
@@ -66,13 +67,13 @@ def _match(model: nn.Module, targets: str | Sequence[str]) -> tuple[dict[str, nn
         if re.fullmatch(r"[\w-]+", targets) and targets not in modules:
             presets = ", ".join(map(repr, ("all-linear", *PRESETS)))
             raise ValueError(
-                f"targets={targets!r} is no preset ({presets}); give suffixes as a list, [{targets!r}], or a regular "
-                "expression that matches whole module names"
+                f"`targets` must be a preset ({presets}), a list of suffixes such as [{targets!r}], or a regular "
+                f"expression that matches complete module names, got {targets!r}"
             )
         return {name: modules[name] for name in _match_names(list(modules), targets)}, False
     for suffix in targets:
         if not _match_names(list(modules), [suffix]):
-            raise ValueError(f"targets holds {suffix!r}, which matches no module of {type(model).__name__}")
+            raise ValueError(f"`targets` contains {suffix!r}, which matches no module of {type(model).__name__}")
     return {name: modules[name] for name in _match_names(list(modules), targets)}, True
 
 
@@ -82,10 +83,10 @@ def _excluded(names: Sequence[str], exclude: str | Sequence[str]) -> set[str]:
     for pattern in [exclude] if isinstance(exclude, str) else [[suffix] for suffix in exclude]:
         now = _match_names(names, pattern) if pattern else []
         if pattern and not now:
-            shown = repr(pattern) if isinstance(pattern, str) else f"{_shown(exclude)} holds {pattern[0]!r}, which"
+            shown = repr(pattern) if isinstance(pattern, str) else f"{pattern[0]!r} in {_shown(exclude)}"
             raise ValueError(
-                f"exclude={shown} matches none of the {len(names)} targeted layers, e.g. {names[0]!r}: allowed is a "
-                "list of suffixes of their names, or a regular expression that matches whole names"
+                "`exclude` must be a list of suffixes of layer names, or a regular expression that matches complete "
+                f"names, got {shown}, which matches none of the {len(names)} targeted layers, e.g. {names[0]!r}"
             )
         found.update(now)
     return found
@@ -96,7 +97,7 @@ def _match_names(names: Sequence[str], pattern: str | Sequence[str]) -> list[str
         try:
             compiled = re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+            raise ValueError(f"{pattern!r} is not a valid regular expression: {error}") from None
         return [name for name in names if compiled.fullmatch(name)]
     return [name for name in names if any(name == item or name.endswith(f".{item}") for item in pattern)]
 

@@ -27,8 +27,8 @@ BACKENDS = ("auto", "reference", "ext", "triton")
 MODES = ("auto", "composed", "factored")
 _HALF = (torch.float16, torch.bfloat16)
 NO_VMAP = (
-    "torch.func.vmap cannot batch the Triton kernels: loop over the adapters with torch.func.functional_call, or map "
-    "within ssvd_kernels.use_backend('reference')"
+    "torch.func.vmap cannot batch the Triton kernels: loop over the adapters with torch.func.functional_call, or "
+    "call vmap inside ssvd_kernels.use_backend('reference')"
 )
 _forced = os.environ.get("SSVD_BACKEND", "auto")
 
@@ -52,7 +52,7 @@ def use_backend(name: str) -> Iterator[None]:
 def refusals(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """For `op` "cayley" or "linear": backend -> why it refuses these inputs (None = it serves), fastest first."""
     if op == "cayley":
-        wide = f"dtype {dtype} is not served, only float32" if dtype != torch.float32 else None
+        wide = f"dtype {dtype} is not supported, only float32" if dtype != torch.float32 else None
         triton = wide or triton_backend.unavailable_reason(device, dtype)
         return {"triton": triton, "ext": extension.supports(device), "reference": None}
     return {"triton": triton_backend.unavailable_reason(device, dtype), "reference": None}
@@ -65,7 +65,7 @@ def backend_for(op: str, device: torch.device, dtype: torch.dtype) -> str:
         check_choice("SSVD_BACKEND", _forced, BACKENDS)
         options = refusals(op, device, dtype)
         if options.get(_forced) is not None:
-            raise RuntimeError(f"backend {_forced!r} cannot serve {op} on {device} in {dtype}: {options[_forced]}")
+            raise RuntimeError(f"backend {_forced!r} does not support {op} on {device} in {dtype}: {options[_forced]}")
         if _forced in options:
             return _forced
     serving = [name for name, reason in refusals(op, device, dtype).items() if reason is None]

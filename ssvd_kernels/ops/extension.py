@@ -53,7 +53,7 @@ def supports(device: torch.device | str) -> str | None:
     kind = torch.device(device).type
     if kind == "cpu" or (kind == "cuda" and module.with_cuda):
         return None
-    return f"_C is built for {'CPU and CUDA' if module.with_cuda else 'the CPU only'}, not for device type {kind!r}"
+    return f"_C was built for {'CPU and CUDA' if module.with_cuda else 'CPU only'}, not for device type {kind!r}"
 
 
 @functools.cache
@@ -87,10 +87,10 @@ def _refusal() -> str | None:
     remedy = "reinstall with --no-build-isolation"
     built, running = Version(info["torch"]), Version(torch.__version__)
     if built.release[:2] != running.release[:2]:
-        return f"_C was built for torch {built}, this is torch {running}; {remedy}"
+        return f"_C was built for torch {built}, but torch {running} is installed; {remedy}"
     wanted, cuda = info.get("cuda"), torch.version.cuda
     if wanted is not None and (cuda is None or Version(wanted).major != Version(cuda).major):
-        return f"_C was built for CUDA {wanted}, this torch is built for CUDA {cuda}; {remedy}"
+        return f"_C was built for CUDA {wanted}, but torch was built for CUDA {cuda}; {remedy}"
     return None
 
 

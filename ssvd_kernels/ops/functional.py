@@ -108,7 +108,7 @@ def ssvd_linear(
     _check_linear(x, weight, U, V, core, bias)
     dtype = compute_dtype(x)
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(f"x has dtype {x.dtype} and weight {weight.dtype}: allowed is one dtype, or autocast")
+        raise ValueError(f"without autocast `weight` must have the dtype of `x` ({x.dtype}), got {weight.dtype}")
     if torch.compiler.is_compiling():
         weight_cache = None
     saves = _saves(core, weight_cache)
@@ -156,19 +156,19 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def check_theta(argument: str, theta: Tensor, k: int, rotation: str, band: int | None = None) -> None:
     """Raises unless theta is a floating tensor (..., m) of the length that `rotation` needs at rank k."""
     if not theta.is_floating_point():
-        raise TypeError(f"{argument} has dtype {theta.dtype}: allowed are floating-point dtypes")
+        raise TypeError(f"`{argument}` must have a floating-point dtype, got {theta.dtype}")
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k={k!r}: allowed is a whole number >= 1")
+        raise ValueError(f"`k` must be an integer >= 1, got {k!r}")
     if theta.ndim == 0 or theta.shape[-1] != theta_length(k, rotation, band):
         formula = {"free": "k^2", "banded": f"2 k band - band (band+1), band={band},"}.get(rotation, "k(k-1)/2")
         raise ValueError(
-            f"{argument} has shape {tuple(theta.shape)}: allowed is (..., {theta_length(k, rotation, band)}), "
-            f"{formula} numbers for k={k} and rotation={rotation!r}"
+            f"`{argument}` must have shape (..., {theta_length(k, rotation, band)}), i.e. {formula} elements for "
+            f"k={k} and rotation={rotation!r}, got {tuple(theta.shape)}"
         )
 
 
 def theta_length(k: int, rotation: str, band: int | None = None) -> int:
-    """Numbers in theta: k^2 for "free", 2 k band - band (band+1) for "banded", else k(k-1)/2."""
+    """Elements of theta: k^2 for "free", 2 k band - band (band+1) for "banded", else k(k-1)/2."""
     if rotation == "banded":
         assert band is not None
         return 2 * k * band - band * (band + 1)
@@ -177,10 +177,12 @@ def theta_length(k: int, rotation: str, band: int | None = None) -> int:
 
 def _check_linear(x: Tensor, weight: Tensor | None, U: Tensor, V: Tensor, core: Tensor, bias: Tensor | None) -> None:
     if not x.is_floating_point():
-        raise TypeError(f"x has dtype {x.dtype}: allowed are floating-point dtypes")
+        raise TypeError(f"`x` must have a floating-point dtype, got {x.dtype}")
     shape = (len(U), len(V)) if weight is None else tuple(weight.shape)
     if len(shape) != 2 or U.ndim != 2:
-        raise ValueError(f"weight has shape {shape} and U {tuple(U.shape)}: allowed are (d_out, d_in) and (d_out, k)")
+        raise ValueError(
+            f"`weight` and `U` must have shapes (d_out, d_in) and (d_out, k), got {shape} and {tuple(U.shape)}"
+        )
     (d_out, d_in), k = shape, U.shape[1]
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "U": (U, (d_out, k)),
@@ -190,15 +192,19 @@ def _check_linear(x: Tensor, weight: Tensor | None, U: Tensor, V: Tensor, core: 
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: allowed is {shape} for weight {(d_out, d_in)}")
+            raise ValueError(
+                f"`{name}` must have shape {shape} for a weight of shape {(d_out, d_in)}, got {tuple(tensor.shape)}"
+            )
         if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}: allowed are floating-point dtypes")
+            raise TypeError(f"`{name}` must have a floating-point dtype, got {tensor.dtype}")
         if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: allowed is one device")
+            raise ValueError(f"`{name}` must be on the same device as `x` ({x.device}), got {tensor.device}")
     if x.ndim == 0 or x.shape[-1] != d_in:
-        raise ValueError(f"x has shape {tuple(x.shape)}: allowed is (..., {d_in}) for weight {(d_out, d_in)}")
+        raise ValueError(
+            f"`x` must have shape (..., {d_in}) for a weight of shape {(d_out, d_in)}, got {tuple(x.shape)}"
+        )
     if weight is not None and weight.device != x.device:
-        raise ValueError(f"weight is on {weight.device} and x on {x.device}: allowed is one device")
+        raise ValueError(f"`weight` must be on the same device as `x` ({x.device}), got {weight.device}")
     for name, tensor in (("weight", weight), ("U", U), ("V", V)):
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} requires a gradient: allowed is a frozen {name} (SSVD trains the core alone)")
+            raise ValueError(f"`{name}` must be frozen, got requires_grad=True (SSVD trains only the core)")

@@ -19,7 +19,7 @@ CONFLICTS = (
 def conflicts() -> list[str]:
     """A sentence for each of `CONFLICTS` that this environment has."""
     return [
-        f"{' and '.join(f'{name} {metadata.version(name)}' for name in pair)} do not fit together: {fails}. {remedy}"
+        f"{' and '.join(f'{name} {metadata.version(name)}' for name in pair)} are incompatible: {fails}. {remedy}"
         for pair, fails, remedy in CONFLICTS
         if all(_installed(name, releases) for name, releases in pair.items())
     ]

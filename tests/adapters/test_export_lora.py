@@ -301,9 +301,13 @@ def test_the_base_model_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("rank", "error", "match"),
-    [(0, ValueError, "rank=0: allowed"), (-2, ValueError, "rank=-2"), (True, TypeError, "rank=True"),
-     (2.0, TypeError, "rank=2.0: allowed is a whole number")],
-)  # fmt: skip
+    [
+        (0, ValueError, "`rank` must be an integer >= 1, .*got 0"),
+        (-2, ValueError, "`rank` must be an integer >= 1, .*got -2"),
+        (True, TypeError, "`rank` must be an integer >= 1, .*got True"),
+        (2.0, TypeError, r"`rank` must be an integer >= 1, .*got 2\.0"),
+    ],
+)
 def test_ranks_that_make_no_sense(tmp_path, rank, error, match):
     net = Names()
     inject(net)

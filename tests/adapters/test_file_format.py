@@ -70,9 +70,9 @@ def test_save_refuses_what_cannot_be_saved(net, tmp_path):
 
 def test_missing_adapter_file(adapter):
     for model in bases(adapter[0]):
-        with refused(model, FileNotFoundError, r"path=.*none\.safetensors.*no such adapter"):
+        with refused(model, FileNotFoundError, r"`path` must be an existing adapter file, got .*none\.safetensors"):
             sk.load_adapter(model, adapter[1].with_name("none.safetensors"))
-        with refused(model, FileNotFoundError, r"path=.*no such adapter"):
+        with refused(model, FileNotFoundError, r"`path` must be an existing adapter file, got "):
             sk.load_adapter(model, adapter[1].parent)
 
 
@@ -110,7 +110,7 @@ def test_adapter_for_another_base_model(net, tmp_path, kind, save_bases):
 def test_adapter_for_a_module_of_another_kind(adapter):
     base, path = adapter
     base.down = nn.Conv1d(9, 6, 1)
-    with refused(base, sk.AdapterError, r"down.*Conv1d.*torch\.nn\.Linear"):
+    with refused(base, sk.AdapterError, r"`down` must be an nn\.Linear .*got Conv1d"):
         sk.load_adapter(base, path, progress=False)
 
 
@@ -179,7 +179,7 @@ def test_adapter_whose_basis_cannot_be_matched(adapter, monkeypatch, angle):
 def test_adapter_of_another_version(adapter, version):
     rewrite(adapter[1], lambda header, tensors: header.update(version=version))
     for model in bases(adapter[0]):
-        with refused(model, sk.AdapterError, rf"a\.safetensors.*version {version!r}.*reads version 1"):
+        with refused(model, sk.AdapterError, rf"a\.safetensors.*must have format version 1, got version {version!r}"):
             sk.load_adapter(model, adapter[1], progress=False)
 
 
@@ -226,12 +226,16 @@ def _rename(header: dict, tensors: dict) -> None:
 @pytest.mark.parametrize(
     ("change", "digest", "match"),
     [
-        (lambda h, t: t["up.theta"].mul_(1.5), False, r"altered or damaged"),
-        (lambda h, t: t["up.sketch"].neg_(), False, r"altered or damaged"),
-        (lambda h, t: h["layers"]["up"].update(rotation="linear"), False, r"altered or damaged"),
-        (lambda h, t: t.pop("up.theta"), True, r"up\.theta is missing.*\(3,\)"),
-        (lambda h, t: t.update({"up.theta": torch.zeros(4)}), True, r"up\.theta is \(4,\).*\(3,\)"),
-        (lambda h, t: t.update({"up.theta": torch.zeros(3).long()}), True, r"up\.theta.*int64.*floating"),
+        (lambda h, t: t["up.theta"].mul_(1.5), False, r"changed or damaged"),
+        (lambda h, t: t["up.sketch"].neg_(), False, r"changed or damaged"),
+        (lambda h, t: h["layers"]["up"].update(rotation="linear"), False, r"changed or damaged"),
+        (lambda h, t: t.pop("up.theta"), True, r"up\.theta must have shape \(3,\), got no such tensor"),
+        (lambda h, t: t.update({"up.theta": torch.zeros(4)}), True, r"up\.theta must have shape \(3,\), got \(4,\)"),
+        (
+            lambda h, t: t.update({"up.theta": torch.zeros(3).long()}),
+            True,
+            r"up\.theta must have a floating-point dtype, got torch\.int64",
+        ),
         (lambda h, t: t["down.delta_sigma"].fill_(float("nan")), True, r"down\.delta_sigma.*NaN or infinity"),
         (lambda h, t: t["down.sketch"].fill_(float("inf")), True, r"down\.sketch.*NaN or infinity"),
         (_rename, True, r"'up\.other'.*none of its layers"),
@@ -252,7 +256,7 @@ def test_altered_adapter(adapter, change, digest, match):
         (lambda h, t: h["layers"]["up"].update(side="left"), r"side='left'"),
         (lambda h, t: h["layers"]["up"].pop("shape"), r"shape"),
         (lambda h, t: h["layers"].update(up=3), r"up"),
-        (lambda h, t: h.update(layers=[]), r"layers|holds"),
+        (lambda h, t: h.update(layers=[]), r"`layers` must be a mapping, got \[\]"),
         (lambda h, t: h["layers"]["up"].update(k="3"), r"up|k="),
     ],
     ids=range(6),
@@ -271,5 +275,5 @@ def test_file_that_is_no_adapter(adapter):
     with refused(base, sk.AdapterError, r"a\.safetensors is not an adapter of ssvd_kernels"):
         sk.load_adapter(base, path)
     path.write_text("weights")
-    with refused(base, sk.AdapterError, r"a\.safetensors is damaged or no safetensors file"):
+    with refused(base, sk.AdapterError, r"a\.safetensors is damaged or not a safetensors file"):
         sk.load_adapter(base, path)

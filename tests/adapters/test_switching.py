@@ -190,19 +190,19 @@ def test_remove_gives_the_base_model_back(base):
 @pytest.mark.parametrize("name", ["", "a.b", "a b", "keys", "parameters", 3, None])
 def test_names_that_no_adapter_can_have(base, name):
     net = injected(base)
-    with refused(net, ValueError, rf"name={name!r}: allowed are letters"):
+    with refused(net, ValueError, rf"`name` must consist of letters, .*got {name!r}"):
         sk.add_adapter(net, name)
 
 
 def test_names_that_are_taken_unknown_or_in_use(base):
     net = with_adapters(base, "b")
     for name in ("default", "b"):
-        with refused(net, ValueError, rf"name={name!r} is taken.*'b', 'default'"):
+        with refused(net, ValueError, rf"`name` must not be taken, got {name!r}.*'b', 'default'"):
             sk.add_adapter(net, name)
     for call in (sk.set_adapter, sk.delete_adapter):
         with refused(net, ValueError, r"adapter='c': allowed are 'default', 'b'"):
             call(net, "c")
-    with refused(net, ValueError, r"name='default' is the adapter in use"):
+    with refused(net, ValueError, r"`name` must not be the active adapter, got 'default'"):
         sk.delete_adapter(net, "default")
     for call in (sk.adapter_names, lambda model: sk.add_adapter(model, "c"), lambda model: sk.set_adapter(model, "b")):
         with refused(base, ValueError, "has no SSVD layer"):
@@ -212,7 +212,7 @@ def test_names_that_are_taken_unknown_or_in_use(base):
 def test_layers_with_different_adapters_are_named(base):
     net = injected(base)
     sk.add_adapter(net.block, "b")
-    with pytest.raises(ValueError, match=r"first has the adapters \['default'\].*block\.inner \['default', 'b'\]"):
+    with pytest.raises(ValueError, match=r"got \['default'\] for first and \['default', 'b'\] for block\.inner"):
         sk.adapter_names(net)
     with refused(net, ValueError, r"adapter='b': allowed are 'default'"):
         sk.set_adapter(net, "b")
@@ -225,7 +225,7 @@ def test_adapters_cannot_change_where_the_parameters_are_not_the_layers_own(base
         sk.set_adapter(net, "b")
 
     net.last.register_forward_pre_hook(forward)
-    with pytest.raises(ValueError, match=r"first\.theta is a Tensor: allowed is a Parameter, not sharded"):
+    with pytest.raises(ValueError, match=r"first\.theta must be an unsharded Parameter, got Tensor"):
         torch.func.functional_call(net, {"first.theta": torch.zeros(10)}, (example(net),))
     assert sk.adapter_names(net) == ["default", "b"]
 
@@ -310,7 +310,7 @@ def test_average_is_the_mean_of_theta_and_stays_orthogonal(base, side):
 @pytest.mark.parametrize("weights", [{}, {"b": 0}, {"b": -1.0, "default": 2}, {"b": float("nan")}])
 def test_average_refuses_weights_that_are_none(base, weights):
     net = with_adapters(base, "b")
-    with refused(net, ValueError, r"weights=.*allowed are names with numbers >= 0"):
+    with refused(net, ValueError, r"`weights` must map adapter names to numbers >= 0, .*got "):
         sk.average_adapters(net, weights, into="mean")
     with refused(net, ValueError, r"adapter='c': allowed are 'default', 'b'"):
         sk.average_adapters(net, {"b": 1, "c": 1}, into="mean")

@@ -100,7 +100,7 @@ def test_file_of_an_adapter_that_does_not_fit(base, tmp_path, call):
     for name, message in _files(base, Net(12, 16, 9), tmp_path).items():
         with refused(net, sk.AdapterError, message):
             call(net, tmp_path / name)
-    with refused(net, FileNotFoundError, "no such adapter file"):
+    with refused(net, FileNotFoundError, "`path` must be an existing adapter file, got "):
         call(net, tmp_path / "none")
 
 

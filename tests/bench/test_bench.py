@@ -283,7 +283,7 @@ def test_operations_can_be_chosen_and_listed(tmp_path, capsys):
     assert bench(path, "--only", "cayley") == 0
     assert {row["operation"] for row in rows_of(path)} == {"cayley"}
     for arguments, message in (
-        (["--only", "cayly"], "allowed are layer, linear"),
+        (["--only", "cayly"], "--only must be one or more of layer, linear"),
         (["--table", "none.csv"], "none.csv"),
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -64,4 +64,4 @@ def test_the_gpu_script_goes_on_after_a_failed_stage_and_fails_itself(tmp_path, 
 
 def test_the_gpu_script_names_its_parts(tmp_path):
     done = gpu_script(tmp_path / "out", "python3", "everything")
-    assert done.returncode == 2 and "allowed are check, sanitize, bench, model and asr" in done.stderr
+    assert done.returncode == 2 and "PART must be one of check, sanitize, bench, model, asr, got " in done.stderr

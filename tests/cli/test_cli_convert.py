@@ -63,12 +63,16 @@ def test_the_base_weights_can_be_written(capsys, files):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["from-espnet", "nowhere.pth", "a.safetensors"], 2, "no such file"),
-        (["from-espnet", "base.pth", "a.safetensors"], 1, "holds no layer of ESPnet's SSVD adapter"),
-        (["from-espnet", "model.pth", "base.pth"], 2, "base.pth exists already"),
+        (["from-espnet", "nowhere.pth", "a.safetensors"], 2, "`checkpoint` must be an existing file, got "),
+        (["from-espnet", "base.pth", "a.safetensors"], 1, "must contain layers of ESPnet's SSVD adapter"),
+        (["from-espnet", "model.pth", "base.pth"], 2, "base.pth already exists"),
         (["from-espnet", "model.pth", "no/a.safetensors"], 2, "does not exist"),
-        (["to-espnet", "nowhere.safetensors", "base.pth", "out.pth"], 2, "no such adapter file"),
-        (["to-espnet", "model.pth", "base.pth", "out.pth"], 1, "is damaged or no safetensors file"),
+        (
+            ["to-espnet", "nowhere.safetensors", "base.pth", "out.pth"],
+            2,
+            "`path` must be an existing adapter file, got ",
+        ),
+        (["to-espnet", "model.pth", "base.pth", "out.pth"], 1, "is damaged or not a safetensors file"),
         (["to-espnet", "model.pth"], 2, "the following arguments are required"),
         ([], 2, "the following arguments are required: DIRECTION"),
     ],
@@ -100,4 +104,4 @@ def test_an_adapter_that_espnet_cannot_hold(capsys, files):
     torch.save(torch.nn.Sequential(torch.nn.Linear(4, 6)).state_dict() | net.state_dict(), folder / "net.pth")
     arguments = ["to-espnet", folder / "free.safetensors", folder / "net.pth", folder / "out.pth"]
     status, _, err = call(capsys, "convert", *arguments)
-    assert status == 1 and "rotation='free'" in err and not (folder / "out.pth").exists()
+    assert status == 1 and "for ESPnet, got 'free'" in err and not (folder / "out.pth").exists()

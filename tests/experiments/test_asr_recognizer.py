@@ -137,20 +137,20 @@ def test_window_shortens_and_comes_back(tiny: Recognizer) -> None:
     assert tiny.features([tone(300, 0.5)]).shape == (1, 8, 100)
     tiny.set_window(2)
     assert torch.equal(logits(tiny.model), before)
-    with pytest.raises(DemoError, match=r"window = 3 s: more than 0 and at most 2 s"):
+    with pytest.raises(DemoError, match=r"`window` must be greater than 0 and at most 2 s, got 3 s"):
         tiny.set_window(3)
 
 
 def test_unknown_model_and_language_are_refused(ct2_folder: SimpleNamespace, tmp_path: Path) -> None:
-    with pytest.raises(DemoError, match="neither a folder with a Whisper model"):
+    with pytest.raises(DemoError, match="--model must be a folder with a Whisper model, or the name of one"):
         load_recognizer(str(tmp_path / "nothing"), tmp_path, torch.device("cpu"))
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(DemoError, match="of type bert; only whisper"):
+    with pytest.raises(DemoError, match=r"--model must be a whisper model, .*of type bert"):
         load_recognizer(str(tmp_path / "bert"), tmp_path, torch.device("cpu"))
     model, tokenizer, _ = load_whisper_ct2(ct2_folder.path)
     model.generation_config.is_multilingual = True
-    with pytest.raises(DemoError, match=r"language = 'xx': .*no token <\|xx\|>"):
+    with pytest.raises(DemoError, match=r"`language` must .*no token <\|xx\|>, got 'xx'"):
         Recognizer(model, tokenizer, "tiny", torch.device("cpu"), "xx")
 
 

@@ -85,7 +85,7 @@ def test_order_and_scale_do_not_matter():
         ([1.0, 2.0], [0, 0], "0 target trials of 2"),
         ([], [], "0 target trials of 0"),
         ([1.0, float("nan")], [0, 1], "1 of 2 are NaN"),
-        ([1.0, 2.0], [0, 2], "labels hold .*2.*allowed are 0 and 1"),
+        ([1.0, 2.0], [0, 2], "`labels` must be 0 or 1, got .*2"),
         ([1.0, 2.0, 3.0], [0, 1], r"scores \(3,\) and labels \(2,\)"),
     ],
 )
@@ -97,11 +97,11 @@ def test_degenerate_input_is_refused(scores: list[float], labels: list[int], mes
 
 def test_impossible_costs_are_refused():
     for p in (0.0, 1.0, -0.1):
-        with pytest.raises(ValueError, match=f"p_target={p}"):
+        with pytest.raises(ValueError, match=f"`p_target` must be a number in .*got {p}"):
             min_dcf([1, 0], [1, 0], p)
-    with pytest.raises(ValueError, match="c_fa=0"):
+    with pytest.raises(ValueError, match="`c_fa` must be a positive number, got 0"):
         min_dcf([1, 0], [1, 0], c_fa=0)
-    with pytest.raises(ValueError, match="c_miss=nan"):
+    with pytest.raises(ValueError, match="`c_miss` must be a positive number, got nan"):
         min_dcf([1, 0], [1, 0], c_miss=float("nan"))
 
 

@@ -140,7 +140,7 @@ def test_an_adapter_trained_here_is_exported_without_its_bases(tmp_path, rotatio
 def test_an_absent_map_is_linear_and_said_so(tmp_path, caplog):
     state, base, adapted = espnet.checkpoint("linear")
     assert from_espnet(state, tmp_path / "a.safetensors", base=base).rotation_map == "linear"
-    assert "rotation_map was not given" in caplog.text
+    assert "`rotation_map` was not given" in caplog.text
     assert_adapts(Model(base), tmp_path / "a.safetensors", adapted)
     caplog.clear()
     from_espnet(state, tmp_path / "a.safetensors", rotation_map="linear", base=base)
@@ -224,14 +224,14 @@ def test_wrapped_and_partial_checkpoints(tmp_path, wrapper, caplog):
     done = from_espnet({wrapper: state, "epoch": 3}, tmp_path / "a.safetensors", rotation_map="cayley", base=base)
     assert set(done.weights.values()) == {"nothing"} and caplog.text == ""
     assert_adapts(Model(base), tmp_path / "a.safetensors", adapted)
-    with pytest.raises(ConversionError, match=r"encoder\.0\.tall has neither weight nor bias.*give base"):
+    with pytest.raises(ConversionError, match=r"encoder\.0\.tall has neither weight nor bias.*pass `base`"):
         from_espnet(state, tmp_path / "b.safetensors", rotation_map="cayley")
 
 
 def test_without_its_base_the_adapter_refuses_the_original(tmp_path, caplog):
     state, base, _ = espnet.checkpoint("linear")
     from_espnet(state, tmp_path / "a.safetensors", rotation_map="linear")
-    assert "3 of 3 layers do not hold their base weight" in caplog.text
+    assert "3 of 3 layers do not contain their base weight" in caplog.text
     with pytest.raises(sk.AdapterError, match="another base model"):
         sk.load_adapter(Model(base), tmp_path / "a.safetensors", progress=False)
 
@@ -242,19 +242,31 @@ NAME = "encoder.0.tall"
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda s: [s.pop(k) for k in list(s) if k.endswith("K_vec")], "none of its keys ends in '.K_vec'"),
+        (lambda s: [s.pop(k) for k in list(s) if k.endswith("K_vec")], "no key ends in '.K_vec'"),
         (lambda s: s.pop(f"{NAME}.gate"), r"encoder\.0\.tall lacks gate"),
         (lambda s: [s.pop(f"{NAME}.{key}") for key in ("u", "v")], r"lacks u, v,"),
         (lambda s: s[f"{NAME}.svd_initialized"].fill_(False), "svd_initialized is False"),
-        (lambda s: s.update({f"{NAME}.K_vec": torch.zeros(14)}), r"K_vec has 14 numbers, s 6 and s_pre 16"),
-        (lambda s: s.update({f"{NAME}.s": torch.zeros(5)}), r"K_vec has 15 numbers, s 5 and s_pre 16"),
-        (lambda s: s.update({f"{NAME}.u": torch.zeros(24, 15)}), r"u has shape \(24, 15\)"),
-        (lambda s: s.update({f"{NAME}.weight": torch.zeros(20, 16)}), r"weight has shape \(20, 16\)"),
-        (lambda s: s[f"{NAME}.s"].fill_(float("nan")), r"tall\.s .*not finite"),
-        (lambda s: s.update({f"{NAME}.s_pre": torch.ones(16, dtype=torch.int64)}), r"s_pre has dtype torch.int64"),
-        (lambda s: s[f"{NAME}.K_triu_idx"].fill_(1), "K_triu_idx does not name each pair of 0..5 once"),
-        (lambda s: s[f"{NAME}.weight"].mul_(1.01), r"tall\.weight differs by .* from W and by .* from W'"),
-        (lambda s: s[f"{NAME}.u"].zero_(), r"base is another model"),
+        (
+            lambda s: s.update({f"{NAME}.K_vec": torch.zeros(14)}),
+            r"K_vec, s and s_pre must have .* elements, got 14, 6 and 16",
+        ),
+        (
+            lambda s: s.update({f"{NAME}.s": torch.zeros(5)}),
+            r"K_vec, s and s_pre must have .* elements, got 15, 5 and 16",
+        ),
+        (lambda s: s.update({f"{NAME}.u": torch.zeros(24, 15)}), r"u, v and s_pre must have shapes .*got \(24, 15\)"),
+        (
+            lambda s: s.update({f"{NAME}.weight": torch.zeros(20, 16)}),
+            r"weight must have shape \(24, 16\) or \(16, 24\), .*got \(20, 16\)",
+        ),
+        (lambda s: s[f"{NAME}.s"].fill_(float("nan")), r"tall\.s must contain finite floats, got NaN or infinity"),
+        (
+            lambda s: s.update({f"{NAME}.s_pre": torch.ones(16, dtype=torch.int64)}),
+            r"s_pre must contain finite floats, got torch.int64",
+        ),
+        (lambda s: s[f"{NAME}.K_triu_idx"].fill_(1), "K_triu_idx must contain each pair of 0..5 exactly once"),
+        (lambda s: s[f"{NAME}.weight"].mul_(1.01), r"tall\.weight has a relative error of .* to W and of .* to W'"),
+        (lambda s: s[f"{NAME}.u"].zero_(), r"`base` is a different model"),
     ],
 )
 def test_what_cannot_be_converted_is_refused(tmp_path, change, match):
@@ -268,10 +280,10 @@ def test_what_cannot_be_converted_is_refused(tmp_path, change, match):
 
 def test_another_base_is_refused(tmp_path):
     state, base, _ = espnet.checkpoint("linear")
-    with pytest.raises(ConversionError, match=r"base has no encoder\.0\.tall\.weight"):
+    with pytest.raises(ConversionError, match=r"`base` has no encoder\.0\.tall\.weight"):
         from_espnet(state, tmp_path / "a.safetensors", rotation_map="linear", base={})
     other = {**base, f"{NAME}.weight": base[f"{NAME}.weight"] * 1.001}
-    with pytest.raises(ConversionError, match=r"base is another model: its encoder\.0\.tall\.weight differs"):
+    with pytest.raises(ConversionError, match=r"`base` is a different model: its encoder\.0\.tall\.weight differs"):
         from_espnet(state, tmp_path / "a.safetensors", rotation_map="linear", base=other)
     from_espnet(state, tmp_path / "a.safetensors", rotation_map="linear", base=base)
     with pytest.raises(sk.AdapterError, match="another base model"):
@@ -281,12 +293,12 @@ def test_another_base_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        ({"rotation": "free", "side": "smaller"}, "rotation='free': ESPnet has 'linear' and 'cayley'"),
-        ({"rotation": "banded", "band": 1}, "rotation='banded': ESPnet has 'linear' and 'cayley'"),
-        ({"side": "both"}, "side='both': ESPnet rotates the smaller side, here 'input'"),
-        ({"side": "output"}, "side='output': ESPnet rotates the smaller side, here 'input'"),
-        ({"side": "input"}, r"wide of shape \(16, 24\) has side='input'.*here 'output'"),
-        (sk.SpectralFTConfig(top=3, rank=1), "is adapted by SpectralFT: ESPnet has SSVD"),
+        ({"rotation": "free", "side": "smaller"}, "must have rotation 'linear' or 'cayley' for ESPnet, got 'free'"),
+        ({"rotation": "banded", "band": 1}, "must have rotation 'linear' or 'cayley' for ESPnet, got 'banded'"),
+        ({"side": "both"}, "must have side='input', the smaller side, for ESPnet, got 'both'"),
+        ({"side": "output"}, "must have side='input', the smaller side, for ESPnet, got 'output'"),
+        ({"side": "input"}, r"wide of shape \(16, 24\) must have side='output', .*got 'input'"),
+        (sk.SpectralFTConfig(top=3, rank=1), "must be adapted by SSVD for ESPnet, got SpectralFT"),
     ],
 )
 def test_adapters_that_espnet_has_not_are_refused(tmp_path, config, match):
@@ -303,17 +315,17 @@ def test_adapters_that_espnet_has_not_are_refused(tmp_path, config, match):
 def test_files_are_read_without_running_their_code(tmp_path):
     path = tmp_path / "model.pth"
     torch.save({"model": {}, "reporter": logging.Filter()}, path)
-    with pytest.raises(ConversionError, match="weights_only=True: give a model file"):
+    with pytest.raises(ConversionError, match=r"`checkpoint` must be a model file .*weights_only=True"):
         from_espnet(path, tmp_path / "a.safetensors", rotation_map="linear")
     path.write_bytes(b"no checkpoint")
     with pytest.raises(ConversionError, match="cannot be read"):
         from_espnet(path, tmp_path / "a.safetensors", rotation_map="linear")
     torch.save([1, 2], path)
-    with pytest.raises(ConversionError, match="holds a list: allowed is a state dict"):
+    with pytest.raises(ConversionError, match="must contain a state dict, got list"):
         from_espnet(path, tmp_path / "a.safetensors", rotation_map="linear")
     with pytest.raises(FileNotFoundError, match="no such file"):
         from_espnet(tmp_path / "none.pth", tmp_path / "a.safetensors", rotation_map="linear")
-    with pytest.raises(ValueError, match="rotation_map='caley' is unknown: allowed are 'linear', 'cayley'"):
+    with pytest.raises(ValueError, match="`rotation_map` must be one of 'linear', 'cayley', got 'caley'"):
         from_espnet({}, tmp_path / "a.safetensors", rotation_map="caley")
     with pytest.raises(FileNotFoundError, match=r"base_path=.*the folder .* does not exist"):
         from_espnet({}, tmp_path / "a.safetensors", rotation_map="linear", base_path=tmp_path / "no" / "base.pth")

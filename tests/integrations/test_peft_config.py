@@ -36,16 +36,19 @@ IMPORT = "import ssvd_kernels.integrations.peft"
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({}, "exactly one of rank and ratio"),
-        ({"rank": 3, "ratio": 0.5}, "exactly one of rank and ratio"),
-        ({"rank": 0}, "rank=0: allowed is a whole number >= 1"),
-        ({"ratio": 1.5}, r"ratio=1.5: allowed is a number in \(0, 1\]"),
-        ({"rank": 3, "side": "left"}, "side='left' is unknown"),
-        ({"rank": 3, "rotation": "givens"}, "rotation='givens' is unknown"),
-        ({"rank": 3, "rank_out": 2}, "need side='both'"),
-        ({"rank": 3, "band": 2}, "band=2 needs rotation='banded'"),
-        ({"rank": 3, "layers_to_transform": [0], "target_modules": "all-linear"}, "layers_to_transform=.0. needs"),
-        ({"rank": 3, "layers_pattern": "layers"}, "layers_pattern='layers' needs layers_to_transform"),
+        ({}, "exactly one of `rank` and `ratio`"),
+        ({"rank": 3, "ratio": 0.5}, "exactly one of `rank` and `ratio`"),
+        ({"rank": 0}, "`rank` must be an integer >= 1, got 0"),
+        ({"ratio": 1.5}, r"`ratio` must be a number in \(0, 1\], got 1\.5"),
+        ({"rank": 3, "side": "left"}, "`side` must be one of 'input', 'output', 'smaller', 'both', got 'left'"),
+        ({"rank": 3, "rotation": "givens"}, "`rotation` must be one of 'cayley', .*got 'givens'"),
+        ({"rank": 3, "rank_out": 2}, "require side='both', got side='input'"),
+        ({"rank": 3, "band": 2}, "`band` requires rotation='banded', got 2"),
+        (
+            {"rank": 3, "layers_to_transform": [0], "target_modules": "all-linear"},
+            "`layers_to_transform` requires .*got layers_to_transform=.0.",
+        ),
+        ({"rank": 3, "layers_pattern": "layers"}, "`layers_pattern` requires `layers_to_transform`, got 'layers'"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(options, match):
@@ -130,10 +133,10 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("target", "error", "match"),
     [
-        ("conv1d", TypeError, "conv1d is a Conv1D: allowed is torch.nn.Linear"),
-        ("tied", ValueError, r"'tied' is targeted and its weight tied to 'embed\.weight'"),
-        ("narrow", ValueError, r"narrow: rank=5 does not fit a weight of shape \(2, 7\)"),
-        ("broken", ValueError, r"broken\.weight holds NaN"),
+        ("conv1d", TypeError, r"`conv1d` must be an nn\.Linear .*got Conv1D"),
+        ("tied", ValueError, r"'tied' is targeted, but its weight is tied to 'embed\.weight'"),
+        ("narrow", ValueError, r"narrow: `rank` must be between 1 and 2 .*\(2, 7\), got 5"),
+        ("broken", ValueError, r"`broken\.weight` must be finite, got NaN"),
         ("nothing", ValueError, "nothing"),
     ],
 )
@@ -146,13 +149,13 @@ def test_a_refused_injection_changes_nothing(target, error, match):
 
 def test_gpt2_s_layers_of_another_kind_are_named():
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20))
-    with refused(model, TypeError, r"transformer\.h\.0\.attn\.c_attn is a Conv1D"):
+    with refused(model, TypeError, r"`transformer\.h\.0\.attn\.c_attn` must be an nn\.Linear .*got Conv1D"):
         peft.get_peft_model(model, config())
 
 
 def test_a_refused_second_adapter_leaves_the_first_one_alone():
     model = peft.get_peft_model(Odd(), config(target_modules=["first"]))
-    with refused(model, ValueError, "narrow: rank=5"):
+    with refused(model, ValueError, "narrow: `rank` must be .*got 5"):
         model.add_adapter("b", config(target_modules=["first", "narrow"]))
     model.add_adapter("b", config(target_modules=["first"], rank=3))
     assert {layer.name for layer in layers(model).values()} == {"first"}
@@ -161,7 +164,7 @@ def test_a_refused_second_adapter_leaves_the_first_one_alone():
 def test_this_package_s_own_injection_and_peft_s_exclude_each_other():
     model = base_model()
     inject(model, targets="whisper")
-    with pytest.raises(TypeError, match="k_proj is a SSVDLinear"):
+    with pytest.raises(TypeError, match=r"k_proj` must be an nn\.Linear .*got SSVDLinear"):
         peft.get_peft_model(model, config())
     with pytest.raises(ValueError, match="adapted through PEFT"):
         inject(adapted(), targets="whisper")

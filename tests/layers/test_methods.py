@@ -340,7 +340,7 @@ def test_what_spectralft_has_not_is_refused():
     assert sk.adapter_names(net) == ["default", "b"]
     layer = layer_of("SpectralFT")
     layer.mode = "composed"
-    with pytest.raises(ValueError, match=r"mode='composed' cannot serve a SpectralFT layer"):
+    with pytest.raises(ValueError, match=r"`mode` must be 'auto' or 'factored' for a SpectralFT layer, got 'composed'"):
         layer(torch.randn(2, layer.in_features, dtype=F64))
     with pytest.raises(TypeError, match=r"config=SpectralFTConfig.*allowed is SSVDConfig for SSVDLinear"):
         sk.SSVDLinear.from_linear(nn.Linear(8, 8), METHODS["SpectralFT"].config)

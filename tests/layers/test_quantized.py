@@ -293,7 +293,7 @@ def test_adapters_of_the_unquantised_base_and_of_a_quantised_one_are_not_mixed_u
 def test_svft_trains_and_spectralft_is_refused(kind):
     net = net_of(kind)
     before, numbers_before = net(X).detach(), numbers(net)
-    with pytest.raises(TypeError, match=r"is a quantised \w+: SpectralFT adapts plain nn\.Linear layers only"):
+    with pytest.raises(TypeError, match=r"is a quantised \w+: SpectralFT supports unquantised nn\.Linear layers only"):
         sk.inject(net, sk.SpectralFTConfig(top=3, rank=1), progress=False)
     assert torch.equal(net(X), before)
     inject(net, rank=K, rotation="banded", band=2)
@@ -308,7 +308,7 @@ def test_svft_trains_and_spectralft_is_refused(kind):
 def test_merging_is_refused_and_unloading_gives_plain_layers(kind):
     net = adapted(kind).train()
     y, (plain, exact) = net(X).detach(), references(net, lambda network: network(X).detach())
-    with pytest.raises(ValueError, match=r"merging up: its base weight is quantised.*unload=True"):
+    with pytest.raises(ValueError, match=r"cannot merge up in place: its base weight is quantised.*unload=True"):
         sk.merge(net)
     with pytest.raises(ValueError, match="quantised"):
         net.down.merge()
@@ -339,11 +339,11 @@ def test_remove_gives_the_quantised_layers_back(kind):
 def test_what_a_quantised_layer_cannot_do(kind):
     net = adapted(kind)
     net.up.mode = "composed"
-    with pytest.raises(ValueError, match="mode='composed' cannot serve a quantised layer"):
+    with pytest.raises(ValueError, match="`mode` must be 'auto' or 'factored' for a quantised layer, got 'composed'"):
         net(X)
     with pytest.raises(TypeError, match="SSVDQuantizedLinear"):
         sk.SSVDLinear.from_linear(net.down.base, sk.SSVDConfig(rank=K))
-    with pytest.raises(TypeError, match="allowed is one that bitsandbytes or torchao quantised"):
+    with pytest.raises(TypeError, match="`linear` must be a layer quantised by bitsandbytes or torchao, got "):
         sk.SSVDQuantizedLinear.from_linear(nn.Linear(4, 4), sk.SSVDConfig(rank=2))
     assert not is_adaptable(nn.Conv1d(4, 4, 1)) and is_adaptable(net.down.base)
 
@@ -352,7 +352,7 @@ def test_what_a_quantised_layer_cannot_do(kind):
 def test_layers_that_are_not_quantised_yet(kind, monkeypatch):
     monkeypatch.setattr(nn.Module, "to", lambda self, *args: self)
     net = net_of(kind)
-    with refused(net, ValueError, r"up is a Linear.* whose weight is torch.float32, not quantised.*device"):
+    with refused(net, ValueError, r"`up` must be quantised, got a Linear.* with a torch.float32 weight: .*device"):
         inject(net, rank=K)
 
 
@@ -360,7 +360,7 @@ def test_layers_that_are_not_quantised_yet(kind, monkeypatch):
 def test_weight_that_was_repacked_for_inference(kind):
     net, repack = net_of(kind), importlib.import_module("bitsandbytes.functional")._convert_weight_packed_for_cpu
     net.up.weight.data, _ = repack(net.up.weight.data, net.up.weight.quant_state)  # as an eval forward does
-    with pytest.raises(ValueError, match=r"up is a Linear4bit.*repacked for inference.*load the model again"):
+    with pytest.raises(ValueError, match=r"`up` is a Linear4bit.*repacked for CPU inference.*reload the model"):
         inject(net, rank=K)
 
 

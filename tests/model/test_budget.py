@@ -160,14 +160,14 @@ def test_ssvd_o_without_an_outer_rank_is_counted_as_it_is_configured():
 @pytest.mark.parametrize(
     ("arguments", "options", "match"),
     [
-        (("ssvd", (4, 6), 5), {}, r"rank=5 does not fit method='ssvd' and a weight of 4 x 6"),
-        (("ssvd", (4, 6), 0), {}, r"rank=0"),
-        (("ssvd", (4, 6), 2, 2), {}, r"rank_out=2: allowed is None for method='ssvd'"),
-        (("ssvd-o", (4, 6), 2, 5), {}, r"rank_out=5"),
-        (("svft", (4, 6), 4), {}, r"rank=4"),
-        (("spectralft", (4, 6), 3), {"top": 2}, r"rank=3"),
-        (("lora", (4, 6), -1), {}, r"rank=-1"),
-        (("ssvd", (4, 6), 2), {"rotation": "banded"}, r"rotation='banded' is unknown"),
+        (("ssvd", (4, 6), 5), {}, r"`rank` must be between 1 and 4 for method='ssvd' and shape \(4, 6\), got 5"),
+        (("ssvd", (4, 6), 0), {}, r"`rank` must be between 1 and 4 .*got 0"),
+        (("ssvd", (4, 6), 2, 2), {}, r"`rank_out` must be None for method='ssvd', got 2"),
+        (("ssvd-o", (4, 6), 2, 5), {}, r"`rank_out` must be between 1 and 4 .*got 5"),
+        (("svft", (4, 6), 4), {}, r"`rank` must be between 0 and 3 .*got 4"),
+        (("spectralft", (4, 6), 3), {"top": 2}, r"`rank` must be between 1 and 2 .*got 3"),
+        (("lora", (4, 6), -1), {}, r"`rank` must be >= 1 .*got -1"),
+        (("ssvd", (4, 6), 2), {"rotation": "banded"}, r"`rotation` must be one of .*got 'banded'"),
     ],
 )  # fmt: skip
 def test_counts_of_what_there_is_not_are_refused(arguments, options, match):
@@ -177,5 +177,5 @@ def test_counts_of_what_there_is_not_are_refused(arguments, options, match):
 
 @pytest.mark.parametrize("function", [lambda: budget.trainable("nonsense", (4, 4), 1), lambda: budget.ranks("x", [])])
 def test_unknown_methods(function):
-    with pytest.raises(ValueError, match=r"method=.*is unknown: allowed are 'ssvd', 'ssvd-o'.*'psoft'"):
+    with pytest.raises(ValueError, match=r"`method` must be one of 'ssvd', 'ssvd-o'.*'psoft', got "):
         function()

@@ -123,10 +123,10 @@ def test_reentrant_checkpointing_is_read_from_the_gradients():
 
 def test_what_cannot_be_checked_is_refused():
     model = Stack(None)
-    with pytest.raises(ValueError, match="no SSVD layer that trains"):
+    with pytest.raises(ValueError, match="no trainable SSVD layer"):
         sk.check_training(model, model(torch.randn(4, 8)).sum())
     inject(model)
-    with pytest.raises(ValueError, match=r"loss has shape \(4, 8\): allowed is a scalar"):
+    with pytest.raises(ValueError, match=r"`loss` must be a scalar, got shape \(4, 8\)"):
         sk.check_training(model, model(torch.randn(4, 8)))
 
 

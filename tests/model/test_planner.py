@@ -146,10 +146,11 @@ def test_uniform_plans_of_a_model_without_weights():
 def test_printed():
     assert str(sk.plan(net((16, 24), (24, 16), (16, 24)), budget=100)) == (
         "ssvd, side=input, rotation=cayley; uniform: k = 43.8 % of min(d_out, d_in)\n"
-        "  layers  weight  k  numbers each  numbers\n"
-        "       2   16x24  7            28       56  0, ...\n"
-        "       1   24x16  7            28       28  1\n"
-        "3 layers, 84 trainable numbers: 6.95 % of the model's 1,208 parameters, 16 (16.00 %) under the budget of 100"
+        "  layers  weight  k  parameters each  parameters\n"
+        "       2   16x24  7               28          56  0, ...\n"
+        "       1   24x16  7               28          28  1\n"
+        "3 layers, 84 trainable parameters: 6.95 % of the model's 1,208 parameters, 16 (16.00 %) under the budget of "
+        "100"
     )
     lines = str(sk.plan(net((16, 24)), budget=0.999, method="ssvd-o", inner_share=0.8)).splitlines()
     assert lines[0] == "ssvd-o, inner_share=0.8, rotation=cayley; uniform: k = 100.0 % of min(d_out, d_in)"
@@ -209,24 +210,25 @@ def test_a_side_without_its_share_does_not_turn(share):
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"budget": "many"}, TypeError, r"budget='many': allowed is an int > 1, or a share"),
-        ({"budget": True}, TypeError, r"budget=True: allowed"),
-        *(({"budget": value}, ValueError, rf"budget={value}: allowed is an int > 1, or a share of the model's")
+        ({"budget": "many"}, TypeError, r"`budget` must be an integer > 1, or a share.*got 'many'"),
+        ({"budget": True}, TypeError, r"`budget` must be an integer > 1.*got True"),
+        *(({"budget": value}, ValueError, rf"`budget` must be an integer > 1, or a share of the model's.*got {value}")
           for value in (0, 1, -5, 0.0, 1.0, 20.0, -0.5, float("nan"), float("inf"))),
-        ({"budget": 1e-6}, ValueError, r"budget=1e-06 is 0 trainable numbers: .*method='ssvd' and these 2 layers is 2"),
-        ({"budget": 11, "method": "svft"}, ValueError, r"budget=11 .*is 12 or more"),
-        ({"method": "adalora"}, ValueError, r"method='adalora' is unknown: allowed are 'ssvd', 'ssvd-o'"),
-        ({"allocation": "best"}, ValueError, r"allocation='best' is unknown: allowed are 'uniform', 'spectrum'"),
-        ({"allocation": "spectrum", "method": "lora"}, ValueError, r"'spectrum' needs method='ssvd' or 'ssvd-o'"),
-        ({"side": "both"}, ValueError, r"side='both' is unknown: allowed are 'input', 'output', 'smaller'"),
-        ({"rotation": "banded"}, ValueError, r"rotation='banded' is unknown: allowed are 'cayley', 'linear', 'free'"),
-        ({"method": "lora", "side": "input"}, TypeError, r"side='input' is no option of method='lora'.*none"),
-        ({"method": "ssvd", "inner_share": 0.5}, TypeError, r"inner_share=0\.5 is no option.*'side', 'rotation'"),
-        *(({"method": "ssvd-o", "inner_share": value}, ValueError, r"inner_share=.*allowed is a number in \[0, 1\]")
+        ({"budget": 1e-6}, ValueError, r"`budget` must be at least 2 .*method='ssvd' and these 2 layers, got 1e-06,"),
+        ({"budget": 11, "method": "svft"}, ValueError, r"`budget` must be at least 12 .*got 11"),
+        ({"method": "adalora"}, ValueError, r"`method` must be one of 'ssvd', 'ssvd-o'.*got 'adalora'"),
+        ({"allocation": "best"}, ValueError, r"`allocation` must be one of 'uniform', 'spectrum', got 'best'"),
+        ({"allocation": "spectrum", "method": "lora"}, ValueError, r"'spectrum' requires method='ssvd' or 'ssvd-o'"),
+        ({"side": "both"}, ValueError, r"`side` must be one of 'input', 'output', 'smaller', got 'both'"),
+        ({"rotation": "banded"}, ValueError, r"`rotation` must be one of 'cayley', 'linear', 'free', got 'banded'"),
+        ({"method": "lora", "side": "input"}, TypeError, r"no option `side` \(options: none\), got 'input'"),
+        ({"method": "ssvd", "inner_share": 0.5}, TypeError, r"no option `inner_share` \(.* side, rotation\), got 0\.5"),
+        *(({"method": "ssvd-o", "inner_share": value}, ValueError, r"`inner_share` must be a number in \[0, 1\], got ")
           for value in (-0.1, 1.1, True, "half", float("nan"))),
-        *(({"method": "spectralft", "top": value}, ValueError, r"top=.*whole number >= 1") for value in (0, 2.0, True)),
-        ({"targets": ["nonsense"]}, ValueError, r"targets holds 'nonsense'"),
-        ({"targets": []}, ValueError, r"targets=\(\) is empty"),
+        *(({"method": "spectralft", "top": value}, ValueError, rf"`top` must be an integer >= 1, got {value}")
+          for value in (0, 2.0, True)),
+        ({"targets": ["nonsense"]}, ValueError, r"`targets` contains 'nonsense'"),
+        ({"targets": []}, ValueError, r"`targets` must not be empty"),
         ({"targets": ["head"]}, ValueError, r"'head'.*tied"),
     ],
     ids=str,
@@ -250,7 +252,7 @@ def test_inject_refuses_a_plan_of_another_model():
     wider.up = nn.Linear(6, 10)
     more.last = nn.Linear(3, 3)
     for model, name in ((wider, "up"), (more, "last")):
-        with refused(model, ValueError, rf"plan is of 2 layers, .*Net; they differ, e\.g\. in '{name}'"):
+        with refused(model, ValueError, rf"plan has 2 layers, .*Net; they differ, e\.g\. in '{name}'"):
             sk.inject(model, plan, progress=False)
 
 
@@ -258,10 +260,10 @@ def test_a_peft_config_is_refused_for_another_model():
     plan = sk.plan(Net(), budget=40, method="lora")
     wider = Net()
     wider.up = nn.Linear(6, 10)
-    with refused(wider, ValueError, r"plan is of 2 layers, .*Net; they differ, e\.g\. in 'up'"):
+    with refused(wider, ValueError, r"plan has 2 layers, .*Net; they differ, e\.g\. in 'up'"):
         plan.peft_config(wider)
 
 
 def test_a_plan_of_our_own_methods_has_no_peft_config():
-    with pytest.raises(ValueError, match=r"method='ssvd' has no peft_config: allowed is inject\(model, plan\)"):
+    with pytest.raises(ValueError, match=r"method='ssvd' has no PEFT configuration: use inject\(model, plan\)"):
         sk.plan(Net(), budget=20).peft_config(Net())

@@ -114,7 +114,7 @@ def test_without_compiler_it_is_python(tmp_path, cxx, says, ninja):
     why = f"_C was not built: cuda: {says}; cpu: {says}"
     assert state(site) == (False, why)
     run(site, "-c", USE)
-    assert extension_line(site) == f"extension    not available ({why}): the PyTorch twin serves"
+    assert extension_line(site) == f"extension    not available ({why}): using the PyTorch reference"
     assert run(site, "-m", "ssvd_kernels", "info").stdout.count("_C was not built") == 1
     assert not list((tmp_path / "site").rglob("_C*"))  # half-linked
     assert (LINKER_OUTPUT if cxx == "cannot link" else COMPILER_SAYS) in done.stderr

@@ -193,7 +193,7 @@ def test_broken_extension_is_bypassed(cpu_site, tmp_path):
 def test_build_mode_must_be_known(tmp_path):
     done = build(tmp_path, "nonsense")
     assert done.returncode != 0
-    assert "SSVD_BUILD='nonsense'; allowed are auto, none, cpu and cuda" in done.stdout + done.stderr
+    assert "SSVD_BUILD must be one of auto, none, cpu, cuda, got 'nonsense'" in done.stdout + done.stderr
 
 
 def setup_info(folder: Path, before: str = "", **env: str) -> subprocess.CompletedProcess[str]:

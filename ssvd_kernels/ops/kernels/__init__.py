@@ -32,17 +32,17 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if (reason := _import_error()) is not None:
         return reason
     if dtype not in DTYPES:
-        return f"dtype {dtype} is not served, only float32, float16 and bfloat16"
+        return f"dtype {dtype} is not supported, only float32, float16 and bfloat16"
     from ssvd_kernels.ops.kernels.tiles import INTERPRETED
 
     if INTERPRETED.value:
-        return None if device.type in ("cpu", "cuda") else f"device {device} is not served by triton's interpreter"
+        return None if device.type in ("cpu", "cuda") else f"device {device} is not supported by Triton's interpreter"
     if device.type == "cpu":
-        return "device cpu needs triton's interpreter: TRITON_INTERPRET=1 in the environment before triton is imported"
+        return "device cpu requires Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported"
     if device.type != "cuda":
-        return f"device {device} is not served, only CUDA devices"
+        return f"device {device} is not supported, only CUDA devices"
     if torch.version.hip is not None:
-        return "ROCm builds of torch are not served: the kernels are compiled and checked for CUDA only"
+        return "ROCm builds of torch are not supported: the kernels are compiled and tested for CUDA only"
     if not torch.cuda.is_available():
         return "no CUDA device is available"
     major, minor = torch.cuda.get_device_capability(device)

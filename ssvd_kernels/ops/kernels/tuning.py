@@ -68,12 +68,12 @@ def _choices(path: str) -> dict[str, list[int]]:
         found = json.loads(Path(path).read_text())
         if isinstance(found, dict):
             return found
-        reason: object = "it holds no table"
+        reason: object = "not a JSON object"
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         reason = error
-    logger.warning("%s=%s cannot be read (%s): measuring again", VARIABLE, path, reason)
+    logger.warning("cannot read %s=%s (%s): tuning again", VARIABLE, path, reason)
     return {}
 
 
@@ -85,4 +85,4 @@ def _write(path: str, choices: dict[str, list[int]]) -> None:
             file.write(json.dumps(merged, indent=1, sort_keys=True))
         os.replace(file.name, path)
     except OSError as error:
-        logger.warning("%s=%s cannot be written (%s): the choices last for this process", VARIABLE, path, error)
+        logger.warning("cannot write %s=%s (%s): the choices apply to this process only", VARIABLE, path, error)
