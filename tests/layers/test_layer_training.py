@@ -8,7 +8,8 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import relative_error, rotation_by_hand, theta_of_norm
+from bounds import assert_within, unit_roundoff
+from cases import relative_error, rotation_by_hand, solved_delta, theta_of_norm
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
@@ -29,7 +30,9 @@ def test_training_recovers_a_known_rotation_and_shift(shape, side, rotation):
     W, bias = linear.weight.detach().clone(), linear.bias.detach()
     layer = sk.SSVDLinear.from_linear(linear, sk.SSVDConfig(rank=k, side=side, rotation=rotation))
     S = torch.linalg.svdvals(W)
-    assert relative_error(layer.sigma, S[:k]) <= 1e-12
+    assert relative_error(layer.sigma, S[:k]) <= 2 * max(shape) * unit_roundoff(
+        torch.float64
+    )  # two results, each a sum
     theta = 0.15 * torch.randn(theta_length(k, rotation), dtype=torch.float64)
     shift = 0.1 * torch.randn(k, dtype=torch.float64) * S[:k]
     U, S, V, G = layer.U, layer.sigma, layer.V, rotation_by_hand(theta, k, rotation)
@@ -52,7 +55,7 @@ def test_training_recovers_a_known_rotation_and_shift(shape, side, rotation):
     optimizer.step(closure)
     end = closure().item()
     assert start > 1e-3
-    assert end <= 1e-16 * start
+    assert end <= 1e-16 * start  # squares: 1e-8 of the error is left, and what it makes of the parameters
     if rotation != "free":  # there, shift and diagonal of G say the same
         assert relative_error(layer.theta.detach(), theta) <= 1e-6
         assert relative_error(layer.delta_sigma.detach(), shift) <= 1e-6
@@ -101,7 +104,7 @@ def test_adamw_fits_a_small_network_to_a_rotated_one(side, rotation):
 # -- small updates in half precision -----------------------------------------------------------------------------------
 
 D, K, KAPPAS = 1024, 409, [1e-4, 1e-3, 1e-2, 1e-1]
-GAIN = 0.02
+GAIN = 0.02  # promised: 2 % of an update may be lost
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +172,7 @@ def test_bf16_update_survives(large, rotations, kappa, base, training):
         update = case.run(case.adapted, inputs, training) - case.run(case.zero, inputs, training)
         true = F.linear(x.double(), case.update)
         realised = update[:1]
-        assert relative_error(update, realised.expand_as(update)) <= 0.01
+        assert relative_error(update, realised.expand_as(update)) <= 0.01  # of rows that may round apart
         assert abs(gain(realised, true) - 1) <= GAIN
         assert relative_error(realised, true) <= 0.1  # and what is not projection is small noise
 
@@ -217,12 +220,17 @@ def test_bf16_gradients_see_the_update(large, rotations, kappa):
     y = sk.ssvd_linear(x, zero, case.layer.U, case.layer.V, core)
     dx, dtheta = torch.autograd.grad(y, [x, case.layer.theta], dy)
     assert abs(gain(dx.double(), dy.double() @ case.update) - 1) <= GAIN
-    theta = case.adapted.double().requires_grad_()
-    E = sk.cayley_delta(theta, K)
-    exact = (x.double() @ large.V.double()) @ (large.sigma.double().unsqueeze(1) * E).T @ large.U.double().T
-    expected = torch.autograd.grad(exact, theta, dy.double())[0]
-    assert abs(gain(dtheta.double(), expected) - 1) <= GAIN
-    assert relative_error(dtheta, expected) <= 0.02
+
+    def through_plain_pytorch(compute: torch.dtype) -> Tensor:
+        theta = case.adapted.to(torch.promote_types(compute, torch.float32)).requires_grad_()
+        core = large.sigma.to(theta).unsqueeze(1) * solved_delta(theta.unsqueeze(0), K)[0]
+        V, U = large.V.to(compute), large.U.to(compute)
+        y = ((x.detach().to(compute) @ V) @ core.to(compute).T) @ U.T
+        return torch.autograd.grad(y, theta, dy.to(compute))[0]
+
+    plain, exact = map(through_plain_pytorch, (torch.bfloat16, torch.float64))
+    assert abs(gain(dtheta.double(), exact) - 1) <= GAIN
+    assert_within(dtheta, plain, exact)
 
 
 @pytest.mark.parametrize(("kappa", "lossy"), [(1e-4, True), (1e-1, False)])

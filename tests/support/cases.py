@@ -60,8 +60,9 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     """||value - exact|| / ||exact|| in float64, inf if anything is not finite."""
     if not bool(torch.isfinite(value).all()):
         return float("inf")
+    exact = exact.detach()
     scale = exact.double().norm()
-    error = (value.double() - exact.double()).norm()
+    error = (value.detach().double() - exact.double()).norm()
     return float(error / scale) if scale > 0 else float(error)
 
 
