@@ -17,9 +17,10 @@ from bench.layers import Problem
 from ssvd_kernels.ops import dispatch
 
 # A fast path may have twice the error of plain PyTorch in its dtype. The others are that yardstick themselves, or
-# other methods: they are only checked to compute their own function.
+# other methods: they are only checked to compute their own function, whose mistakes would be of order one. In eps
+# theirs are 84 of float32, for sums of thousands of terms; 10 of float16 and 4 of bfloat16, rounded a few times.
 ALLOWED = 2.0
-CAYLEY_BOUND = 1e-5  # of the Cayley map where torch may multiply float32 as sums of two bfloat16 numbers
+CAYLEY_BOUND = 1e-5  # promised where torch may multiply float32 as sums of two bfloat16 numbers, each of 2^-17 = 7.6e-6
 PEER_BOUND = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
@@ -53,9 +54,9 @@ def exactly(function: Callable[..., Tensor], leaves: Sequence[Tensor], rest: Seq
 
 
 def twice(run: Run, exact: Sequence[Tensor], dtype: torch.dtype) -> list[float]:
-    """Bounds from the errors of plain PyTorch; where one is exact by luck, rounding to `dtype` is still allowed."""
+    """Bounds from the errors of plain PyTorch; where one is exact by luck, rounding to `dtype` is allowed: eps / 2."""
     errors = [relative_error(result, want) for result, want in zip(run(), exact, strict=True)]
-    return [max(ALLOWED * error, torch.finfo(dtype).eps / 4) for error in errors]
+    return [max(ALLOWED * error, torch.finfo(dtype).eps / 2) for error in errors]
 
 
 def served(device: torch.device, dtype: torch.dtype, op: str) -> list[str]:
