@@ -63,7 +63,7 @@ def register(name: str = "ssvd_kernels") -> None:
     from espnet2.layers.create_adapter import create_adapter_fn_table
 
     if create_adapter_fn_table.setdefault(name, create_adapter) is not create_adapter:
-        raise ValueError(f"name={name!r} is an adapter of ESPnet already: allowed is any other name")
+        raise ValueError(f"`name` must not be taken, got {name!r}, which is another adapter of ESPnet")
 
 
 def create_adapter(
@@ -239,7 +239,7 @@ def _check_basis(weight: Tensor, U: Tensor, sigma: Tensor, V: Tensor) -> None:
     if not error <= allowed:
         raise ValueError(
             f"U, sigma and V of the state dict belong to another weight: U^T W V differs from sigma by {error:.2g} of "
-            f"||W|| (allowed is {allowed:.2g})"
+            f"||W|| (tolerance {allowed:.2g})"
         )
 
 

@@ -42,7 +42,7 @@ class AdaptedLinear(nn.Module, ABC):
 
     def __init__(self, linear: nn.Linear, config: Config, factorization: Factorization | None = None) -> None:
         if not isinstance(config, self.config_type):
-            raise TypeError(f"config={config!r}: allowed is {self.config_type.__name__} for {type(self).__name__}")
+            raise TypeError(f"`config` must be of type {self.config_type.__name__} for {type(self).__name__}, got {config!r}")
         super().__init__()
         weight = self._weight_of(linear)
         self.out_features, self.in_features = weight.shape
@@ -180,7 +180,7 @@ class AdaptedLinear(nn.Module, ABC):
         if name is None or name == self.active_adapter:
             return {key: p for key in self.trained_names if (p := self._parameters[key]) is not None}
         if name not in self.inactive:
-            raise ValueError(f"adapter={name!r}: allowed are {', '.join(map(repr, self.adapter_names()))}")
+            raise ValueError(f"`adapter` must be one of {', '.join(map(repr, self.adapter_names()))}, got {name!r}")
         parked = self.inactive[name]
         return {key: parked[key] for key in self.trained_names if key in parked}
 
@@ -241,7 +241,7 @@ class AdaptedLinear(nn.Module, ABC):
             present: Tensor = getattr(self, name)
             if value.shape != present.shape:
                 raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}: allowed is {tuple(present.shape)}, as the layer's own"
+                    f"`{name}` must have shape {tuple(present.shape)}, as the layer's own, got {tuple(value.shape)}"
                 )
             assign(present, value)
         self._recognise_basis()
@@ -380,8 +380,8 @@ def check_own(layers: Mapping[str, AdaptedLinear]) -> None:
     for name, layer in layers.items():
         if layer.managed_by is not None:
             raise ValueError(
-                f"{name} was adapted through {layer.managed_by}: allowed are that library's own functions for saving, "
-                "loading, merging, exporting and switching"
+                f"{name} was adapted through {layer.managed_by}: use that library's own functions for saving, loading, "
+                "merging, exporting and switching"
             )
 
 
