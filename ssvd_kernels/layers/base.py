@@ -42,7 +42,8 @@ class AdaptedLinear(nn.Module, ABC):
 
     def __init__(self, linear: nn.Linear, config: Config, factorization: Factorization | None = None) -> None:
         if not isinstance(config, self.config_type):
-            raise TypeError(f"`config` must be of type {self.config_type.__name__} for {type(self).__name__}, got {config!r}")
+            kinds = self.config_type.__name__, type(self).__name__
+            raise TypeError(f"`config` must be of type {kinds[0]} for {kinds[1]}, got {config!r}")
         super().__init__()
         weight = self._weight_of(linear)
         self.out_features, self.in_features = weight.shape

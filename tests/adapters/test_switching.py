@@ -200,7 +200,7 @@ def test_names_that_are_taken_unknown_or_in_use(base):
         with refused(net, ValueError, rf"`name` must not be taken, got {name!r}.*'b', 'default'"):
             sk.add_adapter(net, name)
     for call in (sk.set_adapter, sk.delete_adapter):
-        with refused(net, ValueError, r"`adapter` must be one of 'default', 'b', got 'c'\"):
+        with refused(net, ValueError, r"`adapter` must be one of 'default', 'b', got 'c'"):
             call(net, "c")
     with refused(net, ValueError, r"`name` must not be the active adapter, got 'default'"):
         sk.delete_adapter(net, "default")
@@ -214,7 +214,7 @@ def test_layers_with_different_adapters_are_named(base):
     sk.add_adapter(net.block, "b")
     with pytest.raises(ValueError, match=r"got \['default'\] for first and \['default', 'b'\] for block\.inner"):
         sk.adapter_names(net)
-    with refused(net, ValueError, r"`adapter` must be one of 'default', got 'b'\"):
+    with refused(net, ValueError, r"`adapter` must be one of 'default', got 'b'"):
         sk.set_adapter(net, "b")
 
 
@@ -312,7 +312,7 @@ def test_average_refuses_weights_that_are_none(base, weights):
     net = with_adapters(base, "b")
     with refused(net, ValueError, r"`weights` must map adapter names to numbers >= 0, .*got "):
         sk.average_adapters(net, weights, into="mean")
-    with refused(net, ValueError, r"`adapter` must be one of 'default', 'b', got 'c'\"):
+    with refused(net, ValueError, r"`adapter` must be one of 'default', 'b', got 'c'"):
         sk.average_adapters(net, {"b": 1, "c": 1}, into="mean")
 
 

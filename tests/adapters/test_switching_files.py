@@ -37,7 +37,7 @@ def test_any_adapter_is_saved_as_if_it_were_in_use(base, tmp_path):
     sk.set_adapter(net, "b")
     sk.save_adapter(net, tmp_path / "b")
     assert (tmp_path / "parked").read_bytes() == (tmp_path / "b").read_bytes()
-    with refused(net, ValueError, r"`adapter` must be one of 'b', 'default', got 'c'\"):
+    with refused(net, ValueError, r"`adapter` must be one of 'b', 'default', got 'c'"):
         sk.save_adapter(net, tmp_path / "c", adapter="c")
     assert not (tmp_path / "c").exists()
     fresh = copy.deepcopy(base)
