@@ -8,7 +8,7 @@ import pytest
 import torch
 from bounds import assert_within, twice
 from cases import relative_error
-from models import assert_all_within, gradients, loss_of, plain_twin, references, step
+from models import assert_all_within, gradients, loss_of, plain_copy, references, step
 from speech_models import adapted, inputs
 from torch import Tensor, nn
 
@@ -76,7 +76,7 @@ def test_autocast_compiles_to_one_graph(dtype):
     exact, exact_grads = references(twin, trained)[1]
     with torch.autocast("cpu", dtype):
         output, grads = trained(compiled)
-        plain, plain_grads = plain_twin(twin).train()(**batch)[0].detach(), references(twin, trained)[0][1]
+        plain, plain_grads = plain_copy(twin).train()(**batch)[0].detach(), references(twin, trained)[0][1]
     assert_within(output, plain, exact)
     assert relative_error(grads, exact_grads) <= twice(plain_grads, exact_grads, dtype)
 
