@@ -100,7 +100,7 @@ def twin_in_place(name: str, adapter: dict[str, Tensor], **options) -> nn.Module
 
 def in_new_process(program: str, **environment: str) -> None:
     """Runs `program` in another interpreter, which must end well."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support", ROOT / "tests" / "integrations")))
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "PYTHONPATH": path, **environment},
