@@ -65,12 +65,12 @@ def read_audio(path: Path) -> Samples:
     try:
         with av.open(str(path), format=RAW_FORMATS.get(path.suffix.lower()), metadata_errors="replace") as container:
             if not container.streams.audio:
-                raise AudioError(f"{path}: holds no audio stream")
+                raise AudioError(f"{path}: contains no audio stream")
             frames = list(container.decode(audio=0))
     except av.error.FFmpegError as error:
         raise AudioError(f"{path}: cannot be decoded as audio ({error.strerror})") from error
     if not any(frame.samples for frame in frames):
-        raise AudioError(f"{path}: holds no sound (0 samples)")
+        raise AudioError(f"{path}: contains no sound (0 samples)")
     return _run_filters(frames, [("aformat", f"sample_fmts=flt:channel_layouts=mono:sample_rates={RATE}")])
 
 

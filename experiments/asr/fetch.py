@@ -83,7 +83,7 @@ def _unpack_debs(files: list[Path], out: Path, wanted: dict[str, str]) -> None:
         for inside, name in wanted.items():
             source = Path(tmp, inside)
             if not source.exists():
-                raise DemoError(f"{', '.join(f.name for f in files)}: hold no {inside}")
+                raise DemoError(f"{', '.join(f.name for f in files)}: do not contain {inside}")
             shutil.copytree(source, out / name) if source.is_dir() else shutil.copy(source, out / name)
 
 
@@ -174,7 +174,7 @@ def _check_voices(folder: Path) -> None:
     for name in VOICE_FOLDERS.values():
         count = sum(path.suffix in (".g722", ".gsm", ".ogg", ".wav") for path in (folder / name).rglob("*"))
         if count < 100:
-            raise DemoError(f"the voices have changed: {name} holds {count} recordings (at least 100 wanted)")
+            raise DemoError(f"the voices have changed: {name} has {count} recordings (at least 100 are needed)")
 
 
 PARTS = (
@@ -272,7 +272,7 @@ def damage(folder: Path) -> str | None:
 def _call(command: list[str], folder: Path) -> None:
     """Runs `command` in `folder`; its own progress is shown on a terminal. Raises DemoError with its last lines."""
     if shutil.which(command[0]) is None:
-        raise DemoError(f"the program {command[0]} is not on this machine")
+        raise DemoError(f"the program {command[0]} is not installed")
     shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
     done = subprocess.run(
         command, cwd=folder, stdin=subprocess.DEVNULL, stdout=shown, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT

@@ -72,7 +72,7 @@ def read_sphinx(folder: Path) -> list[tuple[str, str, Path]]:
     """(key, text, audio file) of one set in the form of pocketsphinx's: lines `<s> words </s> (key)`."""
     transcripts = sorted(folder.glob("*transcription"))
     if not transcripts:
-        raise DemoError(f"{folder}: holds no transcription file")
+        raise DemoError(f"{folder}: contains no transcription file")
     found = []
     for line in transcripts[0].read_text(encoding="utf-8").splitlines():
         if match := re.fullmatch(r"\s*<s>(.*)</s>\s*\((.+)\)\s*", line):

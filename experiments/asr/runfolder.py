@@ -44,7 +44,7 @@ class RunFolder:
     def __init__(self, folder: Path, settings: dict[str, Any], fresh: bool = False, resume: bool = False) -> None:
         self.path, self.settings = folder, settings
         if resume and not (folder / CHECKPOINT).is_file():
-            raise DemoError(f"--resume: {folder} holds no {CHECKPOINT}; leave the option out to start there")
+            raise DemoError(f"--resume requires a {CHECKPOINT} in {folder}; leave the option out to start there")
         folder.mkdir(parents=True, exist_ok=True)
         if fresh:
             for name in (SETTINGS, CHECKPOINT, ADAPTER):
@@ -59,7 +59,7 @@ class RunFolder:
             ]
             if differing:
                 raise DemoError(
-                    f"{folder} holds a run with other settings ({'; '.join(differing)}): give another --out, "
+                    f"{folder} contains a run with other settings ({'; '.join(differing)}): give another --out, "
                     "or --fresh to start again there"
                 )
         else:

@@ -48,7 +48,7 @@ def _unpack(stream: BinaryIO, layout: str) -> tuple[int, ...]:
     size = struct.calcsize("<" + layout)
     data = stream.read(size)
     if len(data) != size:
-        raise DemoError(f"{stream.name}: ends in the middle, at byte {stream.tell()}: the file is truncated")
+        raise DemoError(f"{stream.name}: ends early, at byte {stream.tell()}: the file is truncated")
     return struct.unpack("<" + layout, data)
 
 
@@ -62,7 +62,7 @@ def read_ct2(path: Path) -> CT2File:
     with path.open("rb") as stream:
         (version,) = _unpack(stream, "I")
         if version != FORMAT:
-            raise DemoError(f"{path}: CTranslate2 format {version}; only format {FORMAT} can be read")
+            raise DemoError(f"{path}: must have CTranslate2 format {FORMAT}, got {version}")
         spec = _string(stream)
         revision, count = _unpack(stream, "II")
         variables: dict[str, NDArray] = {}
@@ -72,19 +72,19 @@ def read_ct2(path: Path) -> CT2File:
             shape = _unpack(stream, f"{rank}I")
             code, size = _unpack(stream, "BI")
             if code not in DTYPES:
-                raise DemoError(f"{path}: {name} has dtype code {code}; known are {sorted(DTYPES)}")
+                raise DemoError(f"{path}: {name} must have one of the dtype codes {sorted(DTYPES)}, got {code}")
             expected = int(np.prod(shape, dtype=np.int64)) * DTYPES[code].itemsize
             if size != expected:
-                raise DemoError(f"{path}: {name} {shape} takes {size} bytes where {expected} belong")
+                raise DemoError(f"{path}: {name} {shape} must take {expected} bytes, got {size}")
             (data,) = _unpack(stream, f"{size}s")
             variables[name] = np.frombuffer(data, DTYPES[code]).reshape(shape)  # type: ignore[call-overload]
         for _ in range(_unpack(stream, "I")[0]):
             alias, name = _string(stream), _string(stream)
             if name not in variables:
-                raise DemoError(f"{path}: alias {alias} names {name}, which the file does not hold")
+                raise DemoError(f"{path}: alias {alias} names {name}, which the file does not contain")
             variables[alias] = variables[name]
         if stream.read(1):
-            raise DemoError(f"{path}: goes on after its end, at byte {stream.tell() - 1}")
+            raise DemoError(f"{path}: continues after its end, at byte {stream.tell() - 1}")
     return CT2File(spec, revision, variables)
 
 
@@ -102,10 +102,10 @@ class _Variables:
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.variables:
-            raise DemoError(f"{self.path}: holds no variable {name}: not a Whisper model as this reader knows it")
+            raise DemoError(f"{self.path}: has no variable {name}: not a Whisper model that this reader knows")
         array = self.variables[name]
         if array.dtype.kind != "f":
-            raise DemoError(f"{self.path}: {name} is {array.dtype}; only float16 and float32 weights can be read")
+            raise DemoError(f"{self.path}: {name} must be float16 or float32, got {array.dtype}")
         self.used.add(name)
         return torch.from_numpy(array.astype(np.float32))
 
@@ -216,7 +216,7 @@ def load_whisper_ct2(
     path = folder / "model.bin"
     file = read_ct2(path)
     if file.spec != "WhisperSpec":
-        raise DemoError(f"{path}: holds a {file.spec}; only WhisperSpec can be read")
+        raise DemoError(f"{path}: must contain a WhisperSpec, got {file.spec}")
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"),
@@ -232,7 +232,7 @@ def load_whisper_ct2(
     state = _state_dict(variables, config)
     unused = {n for n, a in file.variables.items() if a.ndim > 0} - variables.used
     if unused:
-        raise DemoError(f"{path}: {sorted(unused)} have no place in transformers' Whisper")
+        raise DemoError(f"{path}: {sorted(unused)} have no counterpart in transformers' Whisper")
     model = WhisperForConditionalGeneration(config)
     model.load_state_dict(state, strict=True)
     model.tie_weights()

@@ -37,7 +37,7 @@ def list_recordings(folder: Path) -> dict[str, list[str]]:
         if path.suffix.lower() in SUFFIXES and len(inside.parts) > 1:
             found.setdefault(inside.parts[0], []).append(inside.as_posix())
     if not found:
-        raise DemoError(f"{folder}: holds no recording SPEAKER/.../NAME with {', '.join(SUFFIXES)}")
+        raise DemoError(f"{folder}: contains no recording SPEAKER/.../NAME with {', '.join(SUFFIXES)}")
     return found
 
 
@@ -65,7 +65,9 @@ def read_trials(file: Path, folder: Path | None = None) -> list[Trial]:
         found.append(trial)
     kinds = {trial.label for trial in found}
     if kinds != {0, 1}:
-        raise DemoError(f"{file}: holds {len(found)} trials; at least one target (1) and one non-target (0) are needed")
+        raise DemoError(
+            f"{file}: must contain at least one target (1) and one non-target (0) trial, got {len(found)} trials"
+        )
     return found
 
 
@@ -74,7 +76,7 @@ def write_trials(file: Path, trials: Iterable[Trial]) -> None:
     listed = list(trials)
     for path in {path for _, *paths in listed for path in paths}:
         if len(path.split()) != 1:
-            raise DemoError(f"{path!r}: a trial list cannot hold white space in a path; rename the recording")
+            raise DemoError(f"{path!r}: paths in a trial list must not contain white space; rename the recording")
     text = "".join(f"{trial.label} {trial.first} {trial.second}\n" for trial in listed)
     write_atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 

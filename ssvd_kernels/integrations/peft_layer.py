@@ -232,7 +232,7 @@ class PeftAdapter(SSVDLinear):
             raise AdapterError(f"the adapter must have format version {FORMAT_VERSION}, got version {version.item():g}")
         if bytes(digest.to(torch.uint8).tolist()).hex() != self.basis.fingerprint:
             raise AdapterError(
-                f"the adapter was trained on a different base model: the weight of {name} differs. If this model is a "
+                f"the adapter was trained on another base model: the weight of {name} differs. If this model is a "
                 "half-precision copy of that base, load the adapter before casting; if either is quantised, both must "
                 "be quantised in the same way"
             )
@@ -242,7 +242,7 @@ class PeftAdapter(SSVDLinear):
             return
         signs = match_signs(flat_sketch.view(-1, k).float(), self.basis.sketch)
         if signs is None:
-            raise AdapterError(f"the singular vectors of {name} do not match those that were adapted")
+            raise AdapterError(f"the singular vectors of {name} cannot be matched with those that were adapted")
         if bool((signs < 0).any()):
             self.flip_basis(signs)
 

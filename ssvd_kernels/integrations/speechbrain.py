@@ -87,5 +87,5 @@ class SSVDAdapter(SSVDLinear):
             return None
         signs = match_signs(state[length:].detach().view(2 * SKETCH_ROWS, -1), self.basis.sketch)
         if signs is None:
-            raise ValueError("its singular vectors do not match those that were adapted")
+            raise ValueError("its singular vectors cannot be matched with those that were adapted")
         return signs

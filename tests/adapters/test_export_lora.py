@@ -328,7 +328,7 @@ def test_an_update_that_is_not_finite(tmp_path):
     inject(net)
     with torch.no_grad():
         sk.ssvd_layers(net)["inner.fc"].delta_sigma[1] = float("nan")
-    with refused(net, ValueError, "inner.fc: the update holds NaN or infinity"):
+    with refused(net, ValueError, "the update of inner.fc contains NaN or infinity"):
         sk.to_lora(net, tmp_path / "lora")
     assert not list(tmp_path.iterdir())
 
@@ -339,9 +339,9 @@ def test_folders_that_cannot_be_written(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     for folder in (tmp_path / "full", tmp_path / "full" / "mine.txt"):
-        with refused(net, FileExistsError, "exists already: give a new or an empty folder"):
+        with refused(net, FileExistsError, "`folder` must be new or empty, got "):
             sk.to_lora(net, folder)
-    with refused(net, FileNotFoundError, "does not exist"):
+    with refused(net, FileNotFoundError, "`folder` must be in an existing folder, got "):
         sk.to_lora(net, tmp_path / "no" / "lora")
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine" and len(list(tmp_path.rglob("*"))) == 2
 

@@ -114,7 +114,9 @@ def _different(rank: int, how: str) -> str:
 )
 def test_different_models_are_refused_on_every_rank(ranks, how, named):
     for message in ranks.run(_different, how):
-        assert message.startswith("ValueError: ranks 0 and 1 are to factorise different layers or weights"), message
+        assert message.startswith(
+            "ValueError: all processes must factorise the same layers and weights, but ranks 0 and 1 differ"
+        ), message
         assert named in message and "share=False" in message
 
 

@@ -118,7 +118,7 @@ def test_selftest_finds_what_is_broken(capsys, monkeypatch, module, name, replac
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta:"])
 def test_selftest_on_a_device_that_is_not_here(capsys, device):
     status, _, err = call(capsys, "selftest", "--device", device)
-    assert status == 2 and err.startswith(f"error: --device {device}: cannot be used here (")
+    assert status == 2 and err.startswith(f"error: --device must be available here, got {device} (")
 
 
 @pytest.mark.gpu
@@ -326,16 +326,16 @@ def full_folder(files: SimpleNamespace, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("changed", "options", "status", "message"),
     [
-        ({"adapter": "nowhere.safetensors"}, [], 2, "no such adapter file"),
-        ({"adapter": damaged}, [], 1, "is damaged or no safetensors file"),
+        ({"adapter": "nowhere.safetensors"}, [], 2, "`path` must be an existing adapter file, got "),
+        ({"adapter": damaged}, [], 1, "is damaged or not a safetensors file"),
         ({"adapter": foreign}, [], 1, "is not an adapter of ssvd_kernels"),
         ({"base": "nowhere"}, [], 2, "is not the folder of a transformers model"),
         ({"base": lambda files, folder: files.folder / "other"}, [], 1, "was trained on another base model"),
         ({"base": without_weights}, [], 2, "model.safetensors"),
         ({"base": with_damaged_weights}, [], 1, "are damaged"),
         ({"base": with_too_few_weights}, [], 1, "has no weights for"),
-        ({"output": full_folder}, [], 2, "exists already: give a new or an empty folder"),
-        ({"output": lambda files, folder: folder / "no" / "out"}, [], 2, "does not exist"),
+        ({"output": full_folder}, [], 2, "`folder` must be new or empty, got "),
+        ({"output": lambda files, folder: folder / "no" / "out"}, [], 2, "`folder` must be in an existing folder"),
         ({}, ["--rank", "4"], 2, "--rank must be an integer >= 1, together with --lora, got 4"),
         ({}, ["--lora", "--rank", "0"], 2, "--rank must be an integer >= 1, together with --lora, got 0"),
         ({}, ["--quantization", "int8"], 2, "--quantization requires --ctranslate2, got --quantization int8"),
@@ -356,8 +356,8 @@ def test_mistakes_in_merge(capsys, files, tmp_path, changed, options, status, me
 @pytest.mark.parametrize(
     ("adapter", "base", "status", "message"),
     [
-        ("nowhere.safetensors", None, 2, "no such adapter file"),
-        (damaged, None, 1, "is damaged or no safetensors file"),
+        ("nowhere.safetensors", None, 2, "`path` must be an existing adapter file, got "),
+        (damaged, None, 1, "is damaged or not a safetensors file"),
         (lambda files, folder: files.adapter, "other", 1, "was trained on another base model"),
         (lambda files, folder: files.adapter, "nowhere", 2, "is not the folder of a transformers model"),
     ],

@@ -155,10 +155,16 @@ def test_manifest_is_read_as_it_is(tmp_path: Path) -> None:
         ("{'audio': 1}", "m.jsonl:2: not JSON"),
         ('["a.wav", "words"]', 'm.jsonl:2: no text under the key "audio"'),
         ({"audio": "a.wav"}, 'm.jsonl:2: no text under the key "text"'),
-        ({"audio": "a.wav", "text": " ... "}, "m.jsonl:2: the text ' ... ' holds no word"),
+        ({"audio": "a.wav", "text": " ... "}, "m.jsonl:2: the text ' ... ' contains no words"),
         ({"audio": "b.wav", "text": "words"}, "m.jsonl:2: there is no audio file .*b.wav"),
-        ({"audio": "a.wav", "text": "words", "pitch": 9}, "m.jsonl:2: pitch = 9"),
-        ({"audio": "a.wav", "text": "words", "channel": "tin"}, "m.jsonl:2: channel = 'tin'; '', 'telephone' are"),
+        (
+            {"audio": "a.wav", "text": "words", "pitch": 9},
+            "m.jsonl:2: `pitch` must be a factor from 0.5 to 2 .*, got 9",
+        ),
+        (
+            {"audio": "a.wav", "text": "words", "channel": "tin"},
+            "m.jsonl:2: `channel` must be one of '', 'telephone', got 'tin'",
+        ),
     ],
 )
 def test_bad_manifest_lines_are_named(tmp_path: Path, second: object, message: str) -> None:

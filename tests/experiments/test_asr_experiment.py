@@ -300,7 +300,7 @@ def test_a_run_out_of_time_says_so_and_the_next_one_goes_on(command, tmp_path, c
     before = set((tmp_path / "runs").glob("*/result.json"))
     assert experiment.main([*command, "--minutes", "1e-9"]) == experiment.UNFINISHED
     captured = capsys.readouterr()
-    assert "0 of 10 cells" in captured.out and "not finished: the same command goes on" in captured.err
+    assert "0 of 10 cells" in captured.out and "not finished: run the same command again to continue" in captured.err
     assert set((tmp_path / "runs").glob("*/result.json")) == before
 
 

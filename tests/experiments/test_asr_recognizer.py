@@ -75,10 +75,10 @@ def test_reader_refuses_damaged_files(ct2_folder: SimpleNamespace) -> None:
         with pytest.raises(DemoError, match="truncated"):
             read_ct2(path)
     path.write_bytes(whole + b"x")
-    with pytest.raises(DemoError, match="goes on after its end"):
+    with pytest.raises(DemoError, match="continues after its end"):
         read_ct2(path)
     write_ct2(path, ct2_folder.variables, version=5)
-    with pytest.raises(DemoError, match=r"format 5; only format 6"):
+    with pytest.raises(DemoError, match=r"must have CTranslate2 format 6, got 5"):
         read_ct2(path)
     write_ct2(path, ct2_folder.variables, spec="TransformerSpec")
     assert not is_ct2_whisper(ct2_folder.path)

@@ -94,7 +94,7 @@ def test_divergence_is_reported(
 
 def test_run_folder_refuses_other_settings_and_damage(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with pytest.raises(DemoError, match="holds no checkpoint"):
+    with pytest.raises(DemoError, match="--resume requires a checkpoint"):
         runfolder.RunFolder(folder, {"rank": 4}, resume=True)
     run = runfolder.RunFolder(folder, {"rank": 4})
     run.save_checkpoint({"step": 1})
@@ -183,7 +183,7 @@ def test_demo_stops_and_goes_on(
         return loss(*args)  # type: ignore[arg-type]
 
     assert demo.main([*command, "--resume"]) == 2
-    assert "holds no checkpoint" in capsys.readouterr().err
+    assert "--resume requires a checkpoint" in capsys.readouterr().err
     monkeypatch.setattr(train, "cross_entropy", interrupted)
     assert demo.main(command) == 130
     assert "stopped after step 1 of 3" in capsys.readouterr().err
@@ -196,12 +196,12 @@ def test_demo_stops_and_goes_on(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rank", "17"], "rank=17 does not fit"),
-        (["--side", "left"], "side='left' is unknown"),
-        (["--device", "gpu7"], "--device gpu7: cannot be used here"),
+        (["--rank", "17"], "`rank` must be between 1 and 16 "),
+        (["--side", "left"], "`side` must be one of 'input', 'output', 'smaller', 'both', got 'left'"),
+        (["--device", "gpu7"], "--device must be auto, cpu or, with a GPU, cuda, got gpu7"),
         (["--manifest", "none.jsonl"], "none.jsonl: the manifest cannot be read"),
-        (["--window", "0.5"], "shorter than the longest clip"),
-        (["--eval-window", "31"], "window = 31.0 s: more than 0 and at most 2 s"),
+        (["--window", "0.5"], "--window must be at least the length of the longest clip, "),
+        (["--eval-window", "31"], "`window` must be greater than 0 and at most 2 s, got 31.0 s"),
     ],
 )
 def test_demo_names_bad_arguments(

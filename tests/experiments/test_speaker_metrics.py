@@ -84,9 +84,9 @@ def test_order_and_scale_do_not_matter():
         ([1.0, 2.0], [1, 1], "2 target trials of 2"),
         ([1.0, 2.0], [0, 0], "0 target trials of 2"),
         ([], [], "0 target trials of 0"),
-        ([1.0, float("nan")], [0, 1], "1 of 2 are NaN"),
+        ([1.0, float("nan")], [0, 1], "`scores` must be finite, got 1 of 2 that are NaN"),
         ([1.0, 2.0], [0, 2], "`labels` must be 0 or 1, got .*2"),
-        ([1.0, 2.0, 3.0], [0, 1], r"scores \(3,\) and labels \(2,\)"),
+        ([1.0, 2.0, 3.0], [0, 1], r"`scores` and `labels` must be vectors of .*got shapes \(3,\) and \(2,\)"),
     ],
 )
 def test_degenerate_input_is_refused(scores: list[float], labels: list[int], message: str):

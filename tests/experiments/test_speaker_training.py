@@ -261,8 +261,8 @@ def test_the_adapter_and_the_head_alone_learn(arguments: list[str]):
 
 def test_bad_commands_are_refused(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for extra, message in (
-        (["--seeds", "0"], "--seeds 0: at least 1"),
-        (["--lr", "2"], "--lr 2.0: more than 0"),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--lr", "2"], "--lr must be in (0, 1), got 2.0"),
         (["--methods", "magic"], "invalid choice: 'magic'"),
     ):
         with pytest.raises(SystemExit):

@@ -241,8 +241,8 @@ def test_another_base_model_is_refused(tmp_path, load):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda identity: identity[:-1], r"basis for .* has shape \(46,\), not one of rank 5"),
-        (lambda identity: identity + 1, "format version 2: this is version 1"),
+        (lambda identity: identity[:-1], r"basis for .* must have rank 5, got shape \(46,\)"),
+        (lambda identity: identity + 1, "must have format version 1, got version 2"),
         (
             lambda identity: torch.cat([identity[:17], identity[17:].flip(0)]),
             "singular vectors of .* cannot be matched",
@@ -260,7 +260,7 @@ def test_an_adapter_without_identity_is_refused(tmp_path):
     saved(tmp_path, adapted())
     edit(tmp_path, lambda tensors: [tensors.pop(key) for key in list(tensors) if "_extra_state" in key])
     for load in (load_with_peft, load_sparingly):
-        with pytest.raises(AdapterError, match=r"does not tell which basis of .* it was trained on"):
+        with pytest.raises(AdapterError, match=r"does not record the basis of .* it was trained with"):
             load(base_model(), tmp_path)
 
 

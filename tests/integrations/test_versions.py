@@ -30,7 +30,7 @@ def test_only_the_bad_pair_is_a_conflict(monkeypatch):
         assert versions.conflicts() == []
     pretend(monkeypatch, transformers="5.24.1", peft="0.21.2")
     (sentence,) = versions.conflicts()
-    assert sentence.startswith("transformers 5.24.1 and peft 0.21.2 do not fit together: load_adapter()")
+    assert sentence.startswith("transformers 5.24.1 and peft 0.21.2 are incompatible: load_adapter()")
 
 
 PRETEND = """
@@ -47,5 +47,5 @@ def test_importing_the_integration_and_info_say_so():
         PRETEND + "import ssvd_kernels.integrations.peft\nfrom ssvd_kernels.commands.info import info\nprint(info())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
-    sentence = "transformers 5.24.0 and peft 0.21.2 do not fit together: "
+    sentence = "transformers 5.24.0 and peft 0.21.2 are incompatible: "
     assert f"UserWarning: {sentence}" in done.stderr and sentence in done.stdout

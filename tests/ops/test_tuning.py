@@ -109,4 +109,4 @@ def test_a_folder_that_cannot_be_written_costs_the_file_only(machine, monkeypatc
     monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / "missing" / "choices.json"))
     with caplog.at_level(logging.WARNING):
         assert choose(timed) == FAST and choose(timed) == FAST
-    assert len(timed) == 2 and "cannot be written" in caplog.text
+    assert len(timed) == 2 and "cannot write" in caplog.text
