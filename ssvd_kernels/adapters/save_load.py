@@ -52,7 +52,7 @@ def save_adapter(
     sharded = any(layer.sharded for layer in present.values())
     writes = not sharded or dist.get_rank() == 0
     if writes and not path.parent.is_dir():
-        raise FileNotFoundError(f"path={str(path)!r}: the folder {str(path.parent)!r} does not exist")
+        raise FileNotFoundError(f"`path` must be in an existing folder, got {str(path)!r}")
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
     unsafe = []
@@ -67,7 +67,7 @@ def save_adapter(
         for key, tensor in kept.items():
             value = gathered(tensor).detach().cpu().contiguous()
             if not bool(torch.isfinite(value).all()):
-                raise ValueError(f"{name}.{key} holds NaN or infinity: nothing was saved")
+                raise ValueError(f"{name}.{key} contains NaN or infinity: nothing was saved")
             tensors[f"{name}.{key}"] = value
         tensors[f"{name}.sketch"] = layer.basis.sketch
         layers[name] = {**layer.description(), "fingerprint": layer.basis.fingerprint}
@@ -247,7 +247,7 @@ def _check_same_layers(file: AdapterFile, layers: Mapping[str, AdaptedLinear]) -
             raise AdapterError(f"{name} is merged: unmerge before loading {file.path}")
         if layer.sharded and not is_sharded(layer.first_trained):  # what is written now would not reach the shards
             raise AdapterError(
-                f"FSDP2 left {name} unsharded after a forward: reshard() the model before loading {file.path}"
+                f"FSDP2 left {name} unsharded after a forward: call reshard() before loading {file.path}"
             )
         mine = layer.description()
         theirs = {key: file.layers[name].get(key) for key in mine}
@@ -295,6 +295,6 @@ def _check_rounding(file: AdapterFile, name: str, weight: Tensor) -> None:
     if not error <= bound:
         raise AdapterError(
             f"{file.path} was trained on another base model: U^T W V of {name} differs from the singular values by "
-            f"{error:.2g} of ||W||; rounding to half precision explains at most {bound:.2g}"
+            f"{error:.2g} of ||W|| (tolerance {bound:.2g}, the rounding of a half-precision copy)"
         )
     logger.warning("%s: the base weight of %s is a rounding of the one that was adapted", file.path, name)

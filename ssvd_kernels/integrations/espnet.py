@@ -63,7 +63,7 @@ def register(name: str = "ssvd_kernels") -> None:
     from espnet2.layers.create_adapter import create_adapter_fn_table
 
     if create_adapter_fn_table.setdefault(name, create_adapter) is not create_adapter:
-        raise ValueError(f"`name` must not be taken, got {name!r}, which is another adapter of ESPnet")
+        raise ValueError(f"`name` must differ from those of ESPnet's adapters, got {name!r}")
 
 
 def create_adapter(
@@ -109,7 +109,7 @@ def create_adapter(
     logger.info("%s", report)
     if trained_too:
         count = sum(parameter.numel() for parameter in trained_too)
-        logger.warning("%s other parameters of the model train, too: freeze_param freezes them", f"{count:,}")
+        logger.warning("%s other parameters of the model also train: freeze_param freezes them", f"{count:,}")
     return report
 
 
@@ -220,7 +220,7 @@ def _names_that_end(model: nn.Module, endings: Sequence[str]) -> list[str]:
     names = [name for name, _ in model.named_modules() if name]
     for ending in endings:
         if not any(name.endswith(ending) for name in names):
-            raise ValueError(f"target_modules holds {ending!r}, with which no module name of {_kind(model)} ends")
+            raise ValueError(f"`target_modules` contains {ending!r}, with which no module name of {_kind(model)} ends")
     return [name for name in names if name.endswith(tuple(endings))]
 
 

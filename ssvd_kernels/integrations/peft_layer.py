@@ -199,10 +199,10 @@ class PeftAdapter(SSVDLinear):
         return any(adapter is self for adapter in self.layer.running())
 
     def merge(self, composed: Tensor | None = None, *, rounding: str = "nearest") -> None:
-        raise RuntimeError(f"{self.layer.name} was adapted by PEFT: use the PEFT model's merge_adapter()")
+        raise RuntimeError(f"{self.layer.name} was adapted through PEFT: use the PEFT model's merge_adapter()")
 
     def original(self) -> nn.Linear:
-        raise RuntimeError(f"{self.layer.name} was adapted by PEFT: use the PEFT model's unload()")
+        raise RuntimeError(f"{self.layer.name} was adapted through PEFT: use the PEFT model's unload()")
 
     def _share_parameters(self) -> None:
         """There is nothing to share: the base layer keeps its own."""

@@ -42,8 +42,9 @@ class AdaptedLinear(nn.Module, ABC):
 
     def __init__(self, linear: nn.Linear, config: Config, factorization: Factorization | None = None) -> None:
         if not isinstance(config, self.config_type):
-            kinds = self.config_type.__name__, type(self).__name__
-            raise TypeError(f"`config` must be of type {kinds[0]} for {kinds[1]}, got {config!r}")
+            raise TypeError(
+                f"`config` of {type(self).__name__} must be of type {self.config_type.__name__}, got {config!r}"
+            )
         super().__init__()
         weight = self._weight_of(linear)
         self.out_features, self.in_features = weight.shape
@@ -242,7 +243,7 @@ class AdaptedLinear(nn.Module, ABC):
             present: Tensor = getattr(self, name)
             if value.shape != present.shape:
                 raise ValueError(
-                    f"`{name}` must have shape {tuple(present.shape)}, as the layer's own, got {tuple(value.shape)}"
+                    f"`{name}` must have the layer's own shape {tuple(present.shape)}, got {tuple(value.shape)}"
                 )
             assign(present, value)
         self._recognise_basis()
@@ -381,8 +382,8 @@ def check_own(layers: Mapping[str, AdaptedLinear]) -> None:
     for name, layer in layers.items():
         if layer.managed_by is not None:
             raise ValueError(
-                f"{name} was adapted through {layer.managed_by}: use that library's own functions for saving, loading, "
-                "merging, exporting and switching"
+                f"{name} was adapted through {layer.managed_by}: use that library's own functions for saving, "
+                "loading, merging, exporting and switching"
             )
 
 

@@ -34,5 +34,7 @@ def merged_weight(
             gain = (((merged.float() - weight.float()) * update).sum() / update.square().sum()).item()
             if abs(gain - 1) > 0.02:
                 kept = f"{100 * gain:.0f} % of the update"
-                logger.warning("merging %s in %s with rounding=%r preserves only %s", name, merged.dtype, rounding, kept)
+                logger.warning(
+                    "merging %s in %s with rounding=%r preserves only %s", name, merged.dtype, rounding, kept
+                )
     return merged

@@ -66,7 +66,7 @@ def test_the_base_weights_can_be_written(capsys, files):
         (["from-espnet", "nowhere.pth", "a.safetensors"], 2, "`checkpoint` must be an existing file, got "),
         (["from-espnet", "base.pth", "a.safetensors"], 1, "must contain layers of ESPnet's SSVD adapter"),
         (["from-espnet", "model.pth", "base.pth"], 2, "base.pth already exists"),
-        (["from-espnet", "model.pth", "no/a.safetensors"], 2, "does not exist"),
+        (["from-espnet", "model.pth", "no/a.safetensors"], 2, "`path` must be in an existing folder, got "),
         (
             ["to-espnet", "nowhere.safetensors", "base.pth", "out.pth"],
             2,

@@ -149,7 +149,7 @@ def test_other_parameters_stay_as_freeze_param_left_them(caplog):
         owner, _, key = name.rpartition(".")
         expected = key in ("theta", "delta_sigma") if owner in layers else kept[name]
         assert parameter.requires_grad == expected, name
-    assert "other parameters of the model train, too: freeze_param freezes them" in caplog.text
+    assert "other parameters of the model also train: freeze_param freezes them" in caplog.text
     caplog.clear()
     model = asr_model().requires_grad_(False)
     create_adapter(model, "ssvd_kernels", CONF)
@@ -162,16 +162,16 @@ def test_other_parameters_stay_as_freeze_param_left_them(caplog):
         (
             {"target_modules": ["attn.linear_q", "query"]},
             ValueError,
-            "target_modules holds 'query'.*ESPnetASRModel ends",
+            "`target_modules` contains 'query'.*ESPnetASRModel ends",
         ),
-        ({"target_modules": []}, ValueError, "targets=.*is empty"),
-        ({"target_modules": ["feed_forward"]}, TypeError, "PositionwiseFeedForward"),
-        ({"target_modules": "caley"}, ValueError, "targets='caley' is no preset"),
+        ({"target_modules": []}, ValueError, "`targets` must not be empty"),
+        ({"target_modules": ["feed_forward"]}, TypeError, "`targets`.* got PositionwiseFeedForward"),
+        ({"target_modules": "caley"}, ValueError, "`targets` must be a preset .*got 'caley'"),
         ({"rotation_map": "free"}, ValueError, "`rotation_map` must be one of 'linear', 'cayley', got 'free'"),
         ({"weights": "soon"}, ValueError, "`weights` must be one of 'later', 'now', got 'soon'"),
-        ({"rotation_ratio": None}, ValueError, "exactly one of rank and ratio"),
-        ({"rotation_ratio": 1.5}, ValueError, "ratio=1.5"),
-        ({"rotation_ratio": 0.01}, ValueError, "gives rank 0"),
+        ({"rotation_ratio": None}, ValueError, "exactly one of `rank` and `ratio`"),
+        ({"rotation_ratio": 1.5}, ValueError, r"`ratio` must be a number in .*got 1\.5"),
+        ({"rotation_ratio": 0.01}, ValueError, r"`ratio` must be at least .*got 0\.01, which gives rank 0"),
         ({"alpha": 8}, TypeError, "alpha"),
     ],
 )
@@ -185,7 +185,7 @@ def test_a_second_adapter_and_a_taken_name_are_refused():
     model = adapted()
     with refused(model, ValueError, "SSVD layers already"):
         create_adapter(model, "ssvd_kernels", CONF)
-    with pytest.raises(ValueError, match="`name` must not be taken, got 'lora'"):
+    with pytest.raises(ValueError, match="`name` must differ from those of ESPnet's adapters, got 'lora'"):
         integration.register("lora")
     integration.register()  # again
 

@@ -323,7 +323,7 @@ def test_files_are_read_without_running_their_code(tmp_path):
     torch.save([1, 2], path)
     with pytest.raises(ConversionError, match="must contain a state dict, got list"):
         from_espnet(path, tmp_path / "a.safetensors", rotation_map="linear")
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match="`checkpoint` must be an existing file, got "):
         from_espnet(tmp_path / "none.pth", tmp_path / "a.safetensors", rotation_map="linear")
     with pytest.raises(ValueError, match="`rotation_map` must be one of 'linear', 'cayley', got 'caley'"):
         from_espnet({}, tmp_path / "a.safetensors", rotation_map="caley")

@@ -342,9 +342,11 @@ def test_what_spectralft_has_not_is_refused():
     layer.mode = "composed"
     with pytest.raises(ValueError, match=r"`mode` must be 'auto' or 'factored' for a SpectralFT layer, got 'composed'"):
         layer(torch.randn(2, layer.in_features, dtype=F64))
-    with pytest.raises(TypeError, match="`config` must be of type SSVDConfig for SSVDLinear, got SpectralFTConfig"):
+    with pytest.raises(TypeError, match=r"`config` of SSVDLinear must be of type SSVDConfig, got SpectralFTConfig"):
         sk.SSVDLinear.from_linear(nn.Linear(8, 8), METHODS["SpectralFT"].config)
-    with pytest.raises(TypeError, match="must be of type SpectralFTConfig for SpectralFTLinear, got SSVDConfig"):
+    with pytest.raises(
+        TypeError, match=r"`config` of SpectralFTLinear must be of type SpectralFTConfig, got SSVDConfig"
+    ):
         sk.SpectralFTLinear.from_linear(nn.Linear(8, 8), METHODS["cayley, input"].config)
 
 
