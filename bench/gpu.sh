@@ -26,7 +26,7 @@ esac
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results}
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || { echo "gpu.sh: OUT must be a folder that can be created, got $OUT" >&2; exit 2; }
-export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/tests/support${PYTHONPATH:+:$PYTHONPATH}"
 readonly DEADLINE=515 # seconds for everything; a stage that overruns is interrupted, and killed 10 s later
 failed=0
 rm -f "$OUT"/{setup,tests,sanitizer,bench,asr}.log "$OUT/quick.csv"

@@ -1,11 +1,13 @@
 """On a CUDA device: accuracy of the Cayley op and the linear op, streams, host syncs, graphs, memory, repeatability.
 
-`python tests/test_gpu.py` runs one small pass of both ops, for compute-sanitizer.
+Run as a program (tests/support on PYTHONPATH) it makes one small pass of both ops, for compute-sanitizer.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -18,24 +20,15 @@ import ssvd_kernels as sk
 from ssvd_kernels.ops import cuda_graphs, extension
 
 pytestmark = pytest.mark.gpu
-
 DEVICE = torch.device("cuda")
-HALF = [torch.float16, torch.bfloat16]
-CAYLEY = ["reference", "ext", "triton"]
+HALF, CAYLEY = [torch.float16, torch.bfloat16], ["reference", "ext", "triton"]
 RANKS = [1, 2, 63, 64, 65, 153, 409, 512]
 TWO_TERMS = 1e-5  # promised where torch's "high" lets float32 numbers be two bfloat16 terms, each of 2^-17 = 7.6e-6
 # (tokens, d_in, d_out, k)
 SHAPES = [
-    (1, 64, 64, 8),
-    (1, 7, 5, 1),
-    (37, 100, 60, 1),
-    (130, 72, 96, 72),
-    (64, 384, 384, 153),
-    (1, 384, 1536, 153),
-    (200, 130, 67, 65),
-    (257, 1024, 640, 409),
-    (1500, 1280, 1280, 128),
-]
+    (1, 64, 64, 8), (1, 7, 5, 1), (37, 100, 60, 1), (130, 72, 96, 72), (64, 384, 384, 153), (1, 384, 1536, 153),
+    (200, 130, 67, 65), (257, 1024, 640, 409), (1500, 1280, 1280, 128),
+]  # fmt: skip
 
 
 @pytest.fixture(params=CAYLEY)
@@ -59,17 +52,13 @@ def in_float64(k: int) -> float:
     return 6 * k * unit_roundoff(torch.float64)
 
 
-def cayley_passes(theta: Tensor, grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def cayley_passes(theta: Tensor, grad: Tensor, k: int, op: Callable = sk.cayley_delta) -> tuple[Tensor, Tensor]:
     theta = theta.detach().requires_grad_()
-    E = sk.cayley_delta(theta, k)
+    E = op(theta, k)
     return E.detach(), torch.autograd.grad(E, theta, grad)[0]
 
 
-def solve_passes(theta: Tensor, grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The same by torch.linalg.solve under autograd, one matrix at a time."""
-    theta = theta.detach().requires_grad_()
-    E = solved_delta(theta, k)
-    return E.detach(), torch.autograd.grad(E, theta, grad)[0]
+solve_passes = partial(cayley_passes, op=solved_delta)  # torch.linalg.solve under autograd, one matrix at a time
 
 
 def linear_passes(inputs: dict, mode: str) -> dict[str, Tensor]:

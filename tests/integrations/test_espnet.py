@@ -9,8 +9,18 @@ import pytest
 import torch
 from bounds import assert_within
 from espnet_checkpoints import effective
-from espnet_models import FEATURES, FRAMES, asr_model, batch, create_adapter, encoder, integration, outputs
-from espnet_models import load_pretrained_model as load_pretrained
+from espnet_models import (
+    FEATURES,
+    FRAMES,
+    asr_model,
+    batch,
+    create_adapter,
+    encoder,
+    init_param,
+    integration,
+    outputs,
+    trained_part,
+)  # fmt: skip
 from models import references
 from plain import effective as in_plain_pytorch
 from refusals import refused
@@ -44,25 +54,12 @@ def adapted(kind: str = "e_branchformer", **conf) -> nn.Module:
     return model
 
 
-def init_param(model: nn.Module, path, ignore_init_mismatch: bool = False) -> None:
-    load_pretrained(str(path), model, ignore_init_mismatch)
-
-
 def train_randomly(model: nn.Module, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in sk.ssvd_layers(model).values():
             for parameter in (layer.theta, layer.delta_sigma):
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-
-
-def trained_part(model: nn.Module) -> dict:
-    """What ESPnet saves under save_strategy required_grad_only."""
-    state = model.state_dict()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            state.pop(name)
-    return state
 
 
 @pytest.mark.parametrize("kind", KINDS)

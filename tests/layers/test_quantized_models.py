@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import relative_error
 from models import gradients, inject, train_randomly
-from test_quantized import BITSANDBYTES, KINDS, adapted, net_of
+from quantized_nets import BITSANDBYTES, KINDS, adapted, net_of
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

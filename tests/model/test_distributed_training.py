@@ -48,10 +48,6 @@ def _fsdp(model: nn.Module, **options: Any) -> nn.Module:
     return fully_shard(model, **options)
 
 
-def _fsdp_root_only(model: nn.Module) -> nn.Module:
-    return fully_shard(model)
-
-
 def _fsdp_each_layer(model: nn.Module) -> nn.Module:
     for layer in sk.ssvd_layers(model).values():
         fully_shard(layer)
@@ -62,7 +58,7 @@ def _fsdp_bf16(model: nn.Module) -> nn.Module:
     return _fsdp(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
 
 
-SHARDED = [_fsdp, _fsdp_root_only, _fsdp_each_layer]
+SHARDED = [_fsdp, fully_shard, _fsdp_each_layer]
 
 
 def _loss(model: nn.Module, step: int, micro: int, rank: int, ranks: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -85,8 +81,7 @@ def _without_sync(model: nn.Module, last: bool):
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=3e-2, weight_decay=0.0)
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2, weight_decay=0.0)
 
 
 def _train(

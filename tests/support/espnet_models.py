@@ -148,3 +148,16 @@ def write_data(folder: Path) -> list[str]:
             arguments += [f"--{part}_data_path_and_name_and_type", f"{folder / file},{name},{kind}"]
         arguments += [f"--{part}_shape_file", str(folder / "shape")]
     return arguments
+
+
+def trained_part(model: nn.Module) -> dict:
+    """What ESPnet saves under save_strategy required_grad_only."""
+    state = model.state_dict()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            state.pop(name)
+    return state
+
+
+def init_param(model: nn.Module, path, ignore_init_mismatch: bool = False) -> None:
+    load_pretrained_model(str(path), model, ignore_init_mismatch)
