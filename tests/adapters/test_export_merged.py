@@ -137,7 +137,7 @@ def test_refusals_leave_nothing(tmp_path):
         sk.export_merged(other, tmp_path / "merged")
     assert not list(tmp_path.iterdir())
     (tmp_path / "merged").write_text("a file")
-    with refused(model, FileExistsError, "exists already"):
+    with refused(model, FileExistsError, r"`folder` must be new or empty, got .*which already exists"):
         sk.export_merged(adapted(), tmp_path / "merged")
 
 
