@@ -58,7 +58,7 @@ def test_every_figure_is_drawn_from_a_file(tmp_path, capsys):
 def test_figures_without_rows_are_named_and_not_drawn(tmp_path, capsys):
     assert plot.main([str(write(tmp_path / "a.csv", *ROWS[-2:]))]) == 0
     assert set(drawn(tmp_path)) == {"a-model.png"}
-    assert capsys.readouterr().out.count("not drawn, a.csv has no rows for it") == 4
+    assert capsys.readouterr().out.count("not drawn, because a.csv has no rows for it") == 4
     refused = {**ROWS[0], "note": "refused: wrong result", "p50_ms": ""}
     assert plot.main([str(write(tmp_path / "b.csv", refused))]) == 0
     assert "nothing is drawn" in capsys.readouterr().out and "b-layer.png" not in drawn(tmp_path)

@@ -287,7 +287,7 @@ def test_unobtainable_data_stop_with_instructions(tmp_path: Path, monkeypatch: p
     with pytest.raises(DemoError) as raised:
         fetch.ensure(tmp_path / "data", (fetch.ASTERISK,))
     text = str(raised.value)
-    assert "apt-get is not on this machine" in text
+    assert "apt-get is not installed" in text
     assert "asterisk-core-sounds-en-g722_1.6.1-1_all.deb" in text and str(tmp_path / "data/downloads") in text
     assert list((tmp_path / "data").iterdir()) == []
 

@@ -58,7 +58,7 @@ def _wrong(variables: dict[str, np.ndarray], how: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("extra", "adapter/weight.*no place"), ("missing", "no variable encoder/conv1/bias"), ("quantised", "int8"),
+    [("extra", "adapter/weight.*no counterpart"), ("missing", "no variable encoder/conv1/bias"), ("quantised", "int8"),
      ("key bias", "key bias")],
 )  # fmt: skip
 def test_reader_refuses_another_model(ct2_folder: SimpleNamespace, how: str, message: str) -> None:

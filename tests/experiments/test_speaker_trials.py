@@ -98,7 +98,7 @@ def test_lists_that_cannot_be_made_are_refused():
         make_trials({"a": ["a/1.wav", "a/2.wav"]})
     with pytest.raises(DemoError, match="2 speakers give 0 target and 1 non-target"):
         make_trials({"a": ["a/1.wav"], "b": ["b/1.wav"]})
-    with pytest.raises(DemoError, match="most = 0"):
+    with pytest.raises(DemoError, match="`most` must allow at least one trial of each kind, got 0"):
         make_trials({}, 0)
 
 

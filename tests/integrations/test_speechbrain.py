@@ -262,5 +262,5 @@ def test_all_linear_and_the_yaml_files_of_recipes(base):
     assert [(layer.k, layer.rotation) for layer in sk.ssvd_layers(hparams["model"]).values()] == [(3, "linear")] * 2
     with pytest.raises(TypeError, match=r"`linear` must be an nn\.Linear .*got LayerNorm"):
         adapters.AdaptedModel(base, SSVDAdapter, target_layers=["norm"], adapter_kwargs={"rank": 2})
-    with pytest.raises(ValueError, match="exactly one of rank and ratio"):
+    with pytest.raises(ValueError, match="exactly one of `rank` and `ratio`"):
         adapters.AdaptedModel(base, SSVDAdapter, target_layers=["up"])

@@ -43,9 +43,7 @@ metadata.version = lambda name: {"transformers": "5.24.0", "peft": "0.21.2"}.get
 
 def test_importing_the_integration_and_info_say_so():
     pytest.importorskip("peft")
-    program = (
-        PRETEND + "import ssvd_kernels.integrations.peft\nfrom ssvd_kernels.commands.info import info\nprint(info())"
-    )
+    program = PRETEND + "import ssvd_kernels.integrations.peft\nfrom ssvd_kernels.cli.info import info\nprint(info())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     sentence = "transformers 5.24.0 and peft 0.21.2 are incompatible: "
     assert f"UserWarning: {sentence}" in done.stderr and sentence in done.stdout

@@ -329,7 +329,7 @@ def test_loading_where_fsdp2_would_lose_it_is_refused(ranks, tmp_path):
     model = train_randomly(_model(), seed=4)
     sk.save_adapter(model, tmp_path / "a.safetensors")
     for message, found in ranks.run(_load_after_eval, str(tmp_path / "a.safetensors")):
-        assert "head" in message and "reshard() the model before loading" in message
+        assert "head" in message and "call reshard() before loading" in message
         for name, value in _adapter(model).items():
             assert torch.equal(found[name], value), name
 
@@ -396,5 +396,5 @@ def test_what_cannot_be_done_to_a_wrapped_model_is_refused(ranks, tmp_path):
     sk.save_adapter(_model(), tmp_path / "a.safetensors")
     for merge, remove, sharded, injected, *others in ranks.run(_refusals, str(tmp_path / "a.safetensors")):
         assert "sharded by FSDP2" in merge and "save_adapter" in merge and merge == remove
-        assert "is sharded" in sharded and "inject before fully_shard" in sharded
-        assert "is a DistributedDataParallel" in injected and set(others) == {injected}
+        assert "is sharded" in sharded and "call inject before fully_shard" in sharded
+        assert "is wrapped in DistributedDataParallel" in injected and set(others) == {injected}
