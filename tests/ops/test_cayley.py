@@ -177,11 +177,11 @@ def test_reduced_precision_products_are_not_used(backend):
 @pytest.mark.parametrize(
     ("theta", "k", "message"),
     [
-        (torch.zeros(4), 3, r"theta has shape \(4,\).*\(\.\.\., 3\)"),
-        (torch.zeros(()), 1, r"theta has shape \(\)"),
-        (torch.zeros(3), 0, "k=0"),
-        (torch.zeros(3), 3.0, r"k=3\.0"),
-        (torch.zeros(3, dtype=torch.int64), 3, "theta has dtype torch.int64"),
+        (torch.zeros(4), 3, r"`theta` must have shape \(\.\.\., 3\), .*got \(4,\)"),
+        (torch.zeros(()), 1, r"`theta` must have shape .*got \(\)"),
+        (torch.zeros(3), 0, "`k` must be an integer >= 1, got 0"),
+        (torch.zeros(3), 3.0, r"`k` must be an integer >= 1, got 3\.0"),
+        (torch.zeros(3, dtype=torch.int64), 3, "`theta` must have a floating-point dtype, got torch.int64"),
     ],
 )
 def test_bad_arguments_are_named(theta, k, message):

@@ -40,10 +40,10 @@ class Counter(TorchDispatchMode):
 
 
 @contextmanager
-def counted(flops: int, products: list[flops.Product], others: int) -> Iterator[None]:
+def counted(expected: int, products: list[flops.Product], others: int) -> Iterator[None]:
     with FlopCounterMode(display=False) as flop_counter, Counter() as counter:
         yield
-    assert flop_counter.get_total_flops() == flops == flops.flops(products)
+    assert flop_counter.get_total_flops() == expected == flops.flops(products)
     assert counter.products == sum(product.elements for product in products)
     assert counter.others <= others
 
