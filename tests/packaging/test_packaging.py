@@ -173,7 +173,7 @@ def test_extension_of_another_torch_is_not_imported(cpu_site, tmp_path):
     for library in (site / "ssvd_kernels").glob("_C*"):
         library.write_text("importing this would fail with another message")
     available, reason = state(site)
-    assert not available and str(reason).startswith("_C was built for torch 1.0.0, this is torch ")
+    assert not available and str(reason).startswith("_C was built for torch 1.0.0, but torch ")
 
 
 def test_extension_of_another_cuda_is_not_imported(cpu_site, tmp_path):
