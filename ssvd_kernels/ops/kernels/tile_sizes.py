@@ -51,16 +51,16 @@ LINEAR = {
         TileConfig(128, 128, 32, 8, 3),
     ),
     "mixed_odd": (TileConfig(16, 32, 64, 4, 3), TileConfig(32, 64, 32, 4, 3), TileConfig(64, 128, 32, 8, 3)),
-    "float32": (TileConfig(16, 32, 32, 4, 3), TileConfig(32, 32, 16, 4, 3), TileConfig(32, 64, 16, 4, 3)),
-    "float32_odd": (TileConfig(16, 32, 32, 4, 3), TileConfig(32, 32, 16, 4, 3)),
+    "float32": (TileConfig(16, 32, 16, 4, 4), TileConfig(32, 32, 16, 4, 3), TileConfig(32, 64, 16, 4, 3)),
+    "float32_odd": (TileConfig(16, 32, 16, 4, 4), TileConfig(32, 32, 16, 4, 3)),
 }
 ONE_PASS = {
     "half": (TileConfig(16, 32, 128, 4, 4, 128), TileConfig(32, 64, 64, 4, 4, 64), TileConfig(64, 64, 64, 4, 3, 64)),
     "half_odd": (TileConfig(16, 32, 32, 4, 2, 64), TileConfig(32, 32, 32, 4, 2, 64)),
     "mixed": (TileConfig(16, 32, 64, 4, 2, 128), TileConfig(32, 64, 64, 4, 3, 64)),
     "mixed_odd": (TileConfig(16, 32, 32, 4, 3, 64), TileConfig(32, 32, 32, 4, 3, 64)),
-    "float32": (TileConfig(16, 16, 32, 4, 3, 32), TileConfig(32, 32, 16, 4, 3, 32)),
-    "float32_odd": (TileConfig(16, 16, 32, 4, 3, 32),),
+    "float32": (TileConfig(16, 16, 16, 4, 3, 32), TileConfig(32, 32, 16, 4, 3, 32)),
+    "float32_odd": (TileConfig(16, 16, 16, 4, 3, 32),),
 }
 COMPOSE = {
     "half": (TileConfig(64, 64, 32, 4, 3), TileConfig(128, 128, 32, 8, 3)),
