@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..layers.adapter import Adapter
 from ..layers.base import AdaptedLinear
 from ..model.lookup import unsharded_layers, unwrapped
 
@@ -93,7 +94,7 @@ def to_lora(
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     attentions = [module for module in model.modules() if type(module).__name__ == "WavLMAttention"]
-    if any(isinstance(part, AdaptedLinear) for attention in attentions for part in attention.modules()):
+    if any(isinstance(part, Adapter) for attention in attentions for part in attention.modules()):
         logger.warning("WavLM's attention bypasses LoRA layers: call merge_and_unload() after loading the adapter")
     total = sum(pair.norm**2 for pair in pairs.values()) ** 0.5
     return LoraReport(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..basis.batch import Plan, factorize_all
 from ..basis.factorize import BASIS, SAFE_GAP, Factorization, basis_error, fingerprint, match_signs
 from ..basis.linears import base_weight, check_adaptable
-from ..layers.base import AdaptedLinear, adapted_layers, check_own
+from ..layers.base import AdaptedLinear, own_layers
 from ..layers.quantized import check_method
 from ..model.inject import install
 from ..model.lookup import check_not_ddp, require_layers, unwrapped
@@ -105,17 +105,14 @@ def load_adapter(
     whose precision would be lost; the model is then unchanged.
     """
     file = read_adapter(Path(path))
-    if not adapted_layers(model):
-        check_not_ddp(model)
-    model = unwrapped(model)
-    layers = adapted_layers(model)
-    check_own(layers)
+    layers = own_layers(unwrapped(model))
     if not layers:
+        check_not_ddp(model)
         plan = _plan(file, model)
         found = _factorizations(file, plan, progress, cache_dir, share)
         changes = {name: _change(file, name, found[name].sketch) for name in plan}
         install(model, plan, found)
-        layers = adapted_layers(model)
+        layers = own_layers(model)
     elif any(layer.inactive for layer in layers.values()):  # their bases belong to other adapters, too
         changes = {name: _Change(values) for name, values in adapter_values(layers, file).items()}
     else:
@@ -140,7 +137,7 @@ class _Change(NamedTuple):
             layer.flip_basis(self.signs)
         for key, parameter in layer.adapter().items():
             assign(parameter, self.values[key])
-        layer._forget()
+        layer.forget()
 
 
 def adapter_values(layers: Mapping[str, AdaptedLinear], file: AdapterFile) -> dict[str, dict[str, Tensor]]:

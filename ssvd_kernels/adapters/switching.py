@@ -141,7 +141,7 @@ def average_adapters(model: nn.Module, weights: Mapping[str, float], into: str) 
     for name, layer in layers.items():
         for key, parameter in layer.adapter(into).items():
             parameter.copy_(means[name][key])
-        layer._forget()
+        layer.forget()
 
 
 def _mean(terms: list[tuple[float, Tensor]]) -> Tensor:
@@ -169,4 +169,4 @@ def _park(layer: AdaptedLinear, adapters: Mapping[str, InactiveAdapter]) -> None
     layer._modules.pop("parked", None)
     if adapters:
         layer.add_module("parked", InactiveAdapters(layer.active_adapter, adapters).train(layer.training))
-    layer._forget()
+    layer.forget()

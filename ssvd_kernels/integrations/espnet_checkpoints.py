@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from ..adapters.save_load import load_adapter, save_adapter
 from ..basis.factorize import MATCH_TOLERANCE, Factorization, fingerprint, sketch
 from ..config import SSVDConfig, check_choice
-from ..layers.base import AdaptedLinear, adapted_layers
+from ..layers.adapter import Adapter
+from ..layers.base import adapted_layers
 from ..layers.ssvd import SSVDLinear
 from ..model.lookup import ssvd_layers
 
@@ -299,7 +300,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float64).tiny))
 
 
-def _exportable(name: str, layer: AdaptedLinear) -> SSVDLinear:
+def _exportable(name: str, layer: Adapter) -> SSVDLinear:
     if not isinstance(layer, SSVDLinear):
         raise ConversionError(f"{name} must be adapted by SSVD for ESPnet, got {layer.config_type.method}")
     if layer.rotation not in MAPS:

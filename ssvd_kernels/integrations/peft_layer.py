@@ -14,7 +14,7 @@ from ..basis.factorize import BASIS, SAFE_GAP, SKETCH_ROWS, Factorization, facto
 from ..basis.linears import base_weight, check_adaptable
 from ..config import SSVDConfig
 from ..layers.merging import merged_weight
-from ..layers.ssvd import SSVDLinear
+from ..layers.ssvd import SSVDAdapter
 from ..ops import reference
 from ..ops.functional import ssvd_linear
 
@@ -51,11 +51,8 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
         found = self._factorization(max(k_in, k_out or 0))
-        self.ssvd_adapter[adapter_name] = self._new_adapter(config, found)
+        self.ssvd_adapter[adapter_name] = PeftAdapter(self, config, found)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-
-    def _new_adapter(self, config: SSVDConfig, found: Factorization) -> PeftAdapter:
-        return PeftAdapter(self, config, found)
 
     def _factorization(self, k: int) -> Factorization:
         for adapter in self._adapters():
@@ -104,7 +101,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         super().set_adapter(adapter_names, inference_mode)
         for adapter in self._adapters():
             if not adapter.in_use:
-                adapter._forget()  # a composed weight each
+                adapter.forget()  # a composed weight each
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         names = self._to_merge(adapter_names)
@@ -161,7 +158,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         return self
 
 
-class PeftAdapter(SSVDLinear):
+class PeftAdapter(SSVDAdapter):
     """One adapter of an `SSVDPeftLinear`, whose base weight and bias it uses.
 
     State: theta, delta_sigma (theta_out) and, as extra state, the identity of its basis: format version, fingerprint
@@ -173,39 +170,33 @@ class PeftAdapter(SSVDLinear):
     managed_by = "PEFT"
 
     def __init__(self, layer: SSVDPeftLinear, config: SSVDConfig, found: Factorization) -> None:
+        super().__init__(layer.base_weight, config, found)
         self.__dict__["layer"] = layer  # not a submodule, but the other way round
-        super().__init__(layer.base_layer, config, found)
+        self.training = layer.training
 
-    def _hold(self, linear: nn.Linear) -> None:
-        """Nothing: the base layer keeps its own."""
-
-    def _hold_basis(self, found: Factorization) -> None:
+    def hold_basis(self, found: Factorization) -> None:
         self.__dict__.update(U=found.U, sigma=found.sigma, V=found.V)
+
+    def replace_basis(self, values: dict[str, Tensor]) -> None:
+        """By new tensors: other adapters share the present ones."""
+        self.__dict__.update({name: value.to(getattr(self, name), copy=True) for name, value in values.items()})
 
     @property
     def base_weight(self) -> Tensor:
         return self.layer.base_weight
 
     @property
-    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+    def bias(self) -> nn.Parameter | None:
         return self.layer.base_layer.bias
 
     @property
     def merged(self) -> bool:
+        """Whether the base layer's weight holds this adapter's update."""
         return any(self.layer.ssvd_adapter[name] is self for name in self.layer.merged_adapters)
 
     @property
     def in_use(self) -> bool:
         return any(adapter is self for adapter in self.layer.running())
-
-    def merge(self, composed: Tensor | None = None, *, rounding: str = "nearest") -> None:
-        raise RuntimeError(f"{self.layer.name} was adapted through PEFT: use the PEFT model's merge_adapter()")
-
-    def original(self) -> nn.Linear:
-        raise RuntimeError(f"{self.layer.name} was adapted through PEFT: use the PEFT model's unload()")
-
-    def _share_parameters(self) -> None:
-        """There is nothing to share: the base layer keeps its own."""
 
     # -- state -------------------------------------------------------------------------------------------------
 
@@ -250,17 +241,6 @@ class PeftAdapter(SSVDLinear):
         if prefix + "theta" in state_dict and prefix + "_extra_state" not in state_dict:
             raise AdapterError(f"the adapter does not record the basis of {self.layer.name} it was trained with")
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def set_basis(self, U: Tensor, sigma: Tensor, V: Tensor) -> None:
-        self._unshare()
-        super().set_basis(U, sigma, V)
-
-    def flip_basis(self, signs: Tensor) -> None:
-        self._unshare()
-        super().flip_basis(signs)
-
-    def _unshare(self) -> None:
-        self.__dict__.update({name: getattr(self, name).clone() for name in BASIS})
 
 
 def _sum(adapters: list[PeftAdapter]) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..basis.factorize import Factorization
-from ..config import SSVDConfig
-from ..layers.quantized import SSVDQuantizedLinear, plain_linear
-from .peft_layer import PeftAdapter, SSVDPeftLinear
+from ..layers.quantized import plain_linear
+from .peft_layer import SSVDPeftLinear
 
 
 class SSVDPeftQuantizedLinear(SSVDPeftLinear):
@@ -24,11 +22,8 @@ class SSVDPeftQuantizedLinear(SSVDPeftLinear):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
         for adapter in self.running():
-            y = y + adapter.update(x).to(y.dtype)  # type: ignore[operator]
+            y = y + adapter.update(x).to(y.dtype)
         return y
-
-    def _new_adapter(self, config: SSVDConfig, found: Factorization) -> PeftAdapter:
-        return QuantizedPeftAdapter(self, config, found)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raises ValueError if there is something to merge."""
@@ -48,11 +43,3 @@ class SSVDPeftQuantizedLinear(SSVDPeftLinear):
             weight = self._merged_weight(names, self.unloaded_dtype)
             self.base_layer = plain_linear(weight, self.base_layer.bias).train(self.training)
         return self.base_layer
-
-
-class QuantizedPeftAdapter(PeftAdapter, SSVDQuantizedLinear):
-    """One adapter of an `SSVDPeftQuantizedLinear`: a `PeftAdapter` on the dequantised weight."""
-
-    @property
-    def base(self) -> nn.Linear:  # type: ignore[override]
-        return self.layer.base_layer

@@ -7,6 +7,7 @@ factored form, so the quantised weight is never modified.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..basis.factorize import Factorization
 from ..basis.linears import base_weight, is_bitsandbytes, is_quantized
 from ..config import Config, SpectralFTConfig
-from ..ops.functional import ssvd_update
 from .base import AdaptedLinear
+from .base_layer import OTHER_WEIGHT, REMEDY, BaseLayer
 from .spectralft import SpectralFTLinear
 from .ssvd import SSVDLinear
 
@@ -75,6 +76,48 @@ def forget_quantization(model: nn.Module) -> None:
         quantizer.remove_quantization_config(model)
 
 
+class QuantizedBase(BaseLayer):
+    """A layer quantised by bitsandbytes or torchao, the adapted layer's submodule `base`."""
+
+    def read(self, linear: nn.Linear) -> Tensor:
+        if not is_quantized(linear):
+            raise TypeError(
+                f"`linear` must be a layer quantised by bitsandbytes or torchao, got {type(linear).__name__}"
+            )
+        return base_weight(linear)
+
+    def attach(self, layer: AdaptedLinear, linear: nn.Linear) -> None:
+        layer.base = linear.requires_grad_(False)
+        prevent_repacking(linear)
+
+    def weight(self, layer: AdaptedLinear) -> Tensor:
+        """Dequantised anew."""
+        return base_weight(self.original(layer))
+
+    def bias(self, layer: AdaptedLinear) -> nn.Parameter | None:
+        return self.original(layer).bias
+
+    def original(self, layer: AdaptedLinear) -> nn.Linear:
+        return layer.base  # type: ignore[return-value]
+
+    def unloaded(self, layer: AdaptedLinear, weight: Tensor) -> nn.Linear:
+        """A new one, and the bias in its dtype."""
+        return plain_linear(weight, layer.bias).train(layer.training)
+
+    def merge_refusal(self, name: str) -> str | None:
+        return (
+            f"cannot merge {name} in place: its base weight is quantised. Use merge(model, unload=True), which "
+            "leaves plain layers with weight W', or do not merge"
+        )
+
+    def load_refusal(self, layer: AdaptedLinear, state_dict: Mapping[str, Any], prefix: str) -> str | None:
+        """The base itself is loaded by its library."""
+        loaded = state_dict.get(f"{prefix}base.weight")
+        if loaded is None or _same(loaded, self.original(layer).weight):
+            return None
+        return f"{prefix}base.weight {OTHER_WEIGHT}: {REMEDY}"
+
+
 class SSVDQuantizedLinear(SSVDLinear):
     """SSVDLinear on a quantised layer: y = base(x) + ((x V) core^T) U^T; W' = dequantised W + U core V^T.
 
@@ -87,72 +130,17 @@ class SSVDQuantizedLinear(SSVDLinear):
     """
 
     base: nn.Linear
+    base_layer = QuantizedBase()
     unloaded_dtype: torch.dtype | None = None  # by default what the library dequantises to
-
-    @staticmethod
-    def _weight_of(linear: nn.Linear) -> Tensor:
-        if not is_quantized(linear):
-            raise TypeError(
-                f"`linear` must be a layer quantised by bitsandbytes or torchao, got {type(linear).__name__}"
-            )
-        return base_weight(linear)
-
-    def _hold(self, linear: nn.Linear) -> None:
-        self.base = linear.requires_grad_(False)
-        prevent_repacking(linear)
-
-    @property
-    def base_weight(self) -> Tensor:
-        """The pretrained weight W (d_out, d_in), dequantised anew."""
-        return base_weight(self.base)
-
-    @property
-    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
-        """The base layer's."""
-        return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         return y if self.disabled else y + self.update(x).to(y.dtype)
 
-    def update(self, x: Tensor) -> Tensor:
-        """((x V) core^T) U^T (..., d_out), in x's dtype or autocast's."""
-        if self.mode not in ("auto", "factored"):
-            raise ValueError(f"`mode` must be 'auto' or 'factored' for a quantised layer, got {self.mode!r}")
-        return ssvd_update(x, self.U, self.V, self._core_for(x), weight_cache=self._weight_cache)
-
     def composed_for_merge(
         self, name: str = "weight", rounding: str = "nearest", unload: bool = False, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """W' for `merge(model, unload=True)`; else a ValueError."""
-        if not unload:
-            raise ValueError(
-                f"cannot merge {name} in place: its base weight is quantised. Use merge(model, unload=True), which "
-                "leaves plain layers with weight W', or do not merge"
-            )
         return super().composed_for_merge(name, rounding, unload, dtype or self.unloaded_dtype)
-
-    def unloaded(self, weight: Tensor) -> nn.Linear:
-        """A new nn.Linear with W', and the base's bias in its dtype."""
-        return plain_linear(weight, self.bias).train(self.training)
-
-    def original(self) -> nn.Linear:
-        """The quantised layer that this one was made from."""
-        return self.base
-
-    def _share_parameters(self) -> None:
-        """Nothing to do: the base layer is a submodule."""
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Refuses another base weight, as the plain layer does; the base itself is loaded by its library."""
-        loaded = state_dict.get(f"{prefix}base.weight")
-        if loaded is not None and not _same(loaded, self.base.weight):
-            args[-1].append(
-                f"{prefix}base.weight differs from the base weight whose singular vectors this layer holds: load base "
-                "weights before inject"
-            )
-            return
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..basis.factorize import Factorization
 from ..config import SpectralFTConfig
 from ..ops.functional import compute_dtype
-from .base import AdaptedLinear, Factors
+from .adapter import Factors
+from .base import AdaptedLinear
 
 
 class SpectralFTLinear(AdaptedLinear):
@@ -73,13 +74,13 @@ class SpectralFTLinear(AdaptedLinear):
         V, S = torch.linalg.qr(Q.double())
         return U, V, R @ S.mT
 
-    def _adapted(self, x: Tensor) -> Tensor:
+    def adapted(self, x: Tensor) -> Tensor:
         if self.mode not in ("auto", "factored"):
             raise ValueError(f"`mode` must be 'auto' or 'factored' for a SpectralFT layer, got {self.mode!r}")
-        if self._may_cache():
-            P, Q, _ = self._cached_factors()
+        if self.kept.serves(self):
+            P, Q, _ = self.kept.factors(self)
         else:
-            self._cache = None
+            self.kept.drop_factors()
             P, Q = self._low_rank()
         dtype = compute_dtype(x)
         return F.linear(x, self.base_weight, self.bias) + F.linear(x @ Q.to(dtype), P.to(dtype))
@@ -105,4 +106,4 @@ class SpectralFTLinear(AdaptedLinear):
         return f"SpectralFT, top={self.k}, rank={self.rank}"
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, top={self.k}, rank={self.rank}{', merged' if self.merged else ''}"
+        return f"{super().extra_repr()}, top={self.k}, rank={self.rank}"

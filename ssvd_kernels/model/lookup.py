@@ -5,21 +5,20 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..layers.base import AdaptedLinear, adapted_layers, check_own
-from ..layers.ssvd import SSVDLinear
+from ..layers.base import AdaptedLinear, adapted_layers, own_layers
+from ..layers.ssvd import SSVDAdapter
 
 
-def ssvd_layers(model: nn.Module) -> dict[str, SSVDLinear]:
-    """Name -> SSVDLinear for every layer of `model` that is adapted by SSVD (or SVFT)."""
-    return {name: layer for name, layer in adapted_layers(model).items() if isinstance(layer, SSVDLinear)}
+def ssvd_layers(model: nn.Module) -> dict[str, SSVDAdapter]:
+    """Name -> layer for every layer of `model` that is adapted by SSVD (or SVFT)."""
+    return {name: layer for name, layer in adapted_layers(model).items() if isinstance(layer, SSVDAdapter)}
 
 
 def require_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """`adapted_layers` of the model within wrappers; ValueError if there is none, or if PEFT put them there."""
-    layers = adapted_layers(unwrapped(model))
+    layers = own_layers(unwrapped(model))
     if not layers:
         raise ValueError(f"`model` ({type(model).__name__}) has no SSVD layer: call inject() first")
-    check_own(layers)
     return layers
 
 

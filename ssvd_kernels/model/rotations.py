@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layers.base import AdaptedLinear
+from ..layers.adapter import Adapter
 from ..layers.input_sharing import InputSharing
 from ..layers.precomputed import PrecomputedRotation
 from ..layers.quantized import prevent_repacking
-from ..layers.ssvd import SSVDLinear
+from ..layers.ssvd import SSVDAdapter
 from ..ops.functional import rotation_deltas
 
 
@@ -59,7 +59,7 @@ def _precompute_rotations(root: nn.Module, args: Any) -> None:
     """
     layers = [layer for layer in _rotating(root) if layer.in_use and type(layer.theta) is nn.Parameter]
     if not torch.is_grad_enabled():
-        layers = [layer for layer in layers if not layer.has_cache()]
+        layers = [layer for layer in layers if not layer.kept.holds(layer)]
     thetas = [layer.theta for layer in layers]
     ranks = [layer.k_in for layer in layers]
     outer = [layer for layer in layers if layer.theta_out is not None]
@@ -82,16 +82,16 @@ def _end_of_forward(root: nn.Module, args: Any, output: Any) -> None:
         layer._precomputed = None
 
 
-def _rotating(root: nn.Module) -> Iterator[SSVDLinear]:
-    return (layer for layer in _walk(root, set()) if isinstance(layer, SSVDLinear))
+def _rotating(root: nn.Module) -> Iterator[SSVDAdapter]:
+    return (layer for layer in _walk(root, set()) if isinstance(layer, SSVDAdapter))
 
 
-def _walk(module: nn.Module, seen: set[nn.Module]) -> Iterator[AdaptedLinear]:
+def _walk(module: nn.Module, seen: set[nn.Module]) -> Iterator[Adapter]:
     """Adapted layers below `module`, not entered: a compiled forward would be bound to the adapters parked there."""
     if module in seen:
         return
     seen.add(module)
-    if isinstance(module, AdaptedLinear):
+    if isinstance(module, Adapter):
         yield module
         return
     for child in module.children():

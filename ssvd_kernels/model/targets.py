@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..basis.linears import check_adaptable, is_adaptable
 from ..config import PRESETS, Config
-from ..layers.base import AdaptedLinear
+from ..layers.adapter import Adapter
 
 
 def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
@@ -56,7 +56,7 @@ def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
 
 def _match(model: nn.Module, targets: str | Sequence[str]) -> tuple[dict[str, nn.Module], bool]:
     """(name -> module matched by `targets`, whether the user listed them by name)."""
-    modules = {name: module for name, module in model.named_modules() if name and not isinstance(module, AdaptedLinear)}
+    modules = {name: module for name, module in model.named_modules() if name and not isinstance(module, Adapter)}
     modules = {name: module for name, module in modules.items() if not _within_layer(model, name)}
     if targets == "all-linear":
         return modules, False
@@ -104,7 +104,7 @@ def _match_names(names: Sequence[str], pattern: str | Sequence[str]) -> list[str
 
 def _within_layer(model: nn.Module, name: str) -> bool:
     parent = name.rpartition(".")[0]
-    return bool(parent) and isinstance(model.get_submodule(parent), AdaptedLinear)
+    return bool(parent) and isinstance(model.get_submodule(parent), Adapter)
 
 
 def weight_holders(model: nn.Module) -> dict[tuple, list[str]]:

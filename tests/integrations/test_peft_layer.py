@@ -292,9 +292,9 @@ def test_idle_adapters_keep_no_composed_weight():
     layer = next(iter(layers(model).values()))
     with torch.no_grad():
         run(model)
-        assert layer.ssvd_adapter["default"].has_cache()
+        assert (adapter := layer.ssvd_adapter["default"]).kept.holds(adapter)
         model.set_adapter("b")
-        assert not layer.ssvd_adapter["default"].has_cache()
+        assert not (adapter := layer.ssvd_adapter["default"]).kept.holds(adapter)
 
 
 # -- conversion --------------------------------------------------------------------------------------------------------

@@ -225,7 +225,7 @@ def _sharded_eval_between(rank: int, wrap: Wrap) -> tuple[Tensor, list[bool]]:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     model = wrap(_model())
     outputs, layers = _eval_between(rank, SIZE, model), sk.ssvd_layers(model).values()
-    return outputs, [layer._cache is None and layer._weight_cache._cached is None for layer in layers]
+    return outputs, [layer.kept._factors is None and layer.kept.weights._cached is None for layer in layers]
 
 
 @pytest.mark.parametrize("wrap", SHARDED)

@@ -169,7 +169,7 @@ def test_second_derivatives_pass_through_a_saved_input():
     plain, exact = references(model, compute)
     for _ in range(2):
         assert_all_within(compute(model), plain, exact)
-    assert sk.ssvd_layers(model)["q"]._weight_cache.save_input
+    assert sk.ssvd_layers(model)["q"].kept.weights.save_input
 
 
 # -- the composed weight ------------------------------------------------------------------------------------------
@@ -239,9 +239,9 @@ def test_train_eval_and_merging_free_the_kept_weight():
     for free in (lambda layer: layer.train(), lambda layer: layer.eval(), lambda layer: layer.merge()):
         layer = composed_layer()
         layer(x_of_block())
-        assert layer._weight_cache._cached is not None
+        assert layer.kept.weights._cached is not None
         free(layer)
-        assert layer._weight_cache._cached is None
+        assert layer.kept.weights._cached is None
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -251,7 +251,7 @@ def test_copies_carry_nothing_kept(copied):
         square_loss(model(x_of_block())).backward()
     expected = gradients(model)
     twin = copied(model)
-    kept = [layer._weight_cache for layer in sk.ssvd_layers(twin).values()]
+    kept = [layer.kept.weights for layer in sk.ssvd_layers(twin).values()]
     assert not any(weight_cache.save_input or weight_cache._cached for weight_cache in kept)
     square_loss(twin(x_of_block())).backward()
     square_loss(model(x_of_block())).backward()
@@ -265,7 +265,7 @@ def test_inference_mode_keeps_nothing_and_transforms_are_right():
     net = nn.Sequential(layer)  # whose twin is to be made
     with torch.inference_mode():
         y = layer(x_of_block().detach())
-    assert layer._weight_cache._cached is None
+    assert layer.kept.weights._cached is None
 
     def compute(net: nn.Module) -> tuple[Tensor, Tensor]:
         out = net(x_of_block())
@@ -305,15 +305,15 @@ def test_what_a_graph_reads_outlives_forgetting_and_what_it_makes_serves_no_eage
     x = x_of_block().detach()
     with torch.no_grad():
         graph(lambda: layer(x))  # nothing was kept before
-        assert layer._cache is None and layer._weight_cache._cached is None and not layer._weight_cache._in_graphs
+        assert layer.kept._factors is None and layer.kept.weights._cached is None and not layer.kept.weights._in_graphs
         layer(x)
-        kept = [layer._cache[1][-1], layer._weight_cache._cached.weight]
+        kept = [layer.kept._factors[1][-1], layer.kept.weights._cached.weight]
         graph(lambda: layer(x))
     layer.train()
-    assert layer._cache is None and layer._weight_cache._cached is None
-    assert {id(tensor) for tensor in kept} == set(layer._weight_cache._in_graphs)
-    operand = graph(lambda: layer._weight_cache.operand("U", layer.U, torch.bfloat16))
-    assert layer._weight_cache._operands == {} and operand.dtype == torch.bfloat16
+    assert layer.kept._factors is None and layer.kept.weights._cached is None
+    assert {id(tensor) for tensor in kept} == set(layer.kept.weights._in_graphs)
+    operand = graph(lambda: layer.kept.weights.operand("U", layer.U, torch.bfloat16))
+    assert layer.kept.weights._operands == {} and operand.dtype == torch.bfloat16
 
 
 def test_a_training_step_in_a_graph_composes_once(graph, compositions):

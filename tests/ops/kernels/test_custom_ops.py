@@ -115,7 +115,7 @@ def test_a_layer_of_an_odd_rank(dtype, base, mode, T):
 
 def test_the_padded_operands_are_made_once_and_dropped_with_the_rest():
     layer = sk.SSVDLinear.from_linear(nn.Linear(D, 64, device=DEVICE), sk.SSVDConfig(rank=K))
-    weight_cache = layer._weight_cache
+    weight_cache = layer.kept.weights
     layer.mode = "factored"
     x = torch.randn(5, D, device=DEVICE)
     layer(x)

@@ -1,0 +1,197 @@
+"""Adapter: what a method trains on one frozen weight W, and the effective weight W' = W + U core V^T."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..basis.factorize import BASIS, BasisIdentity, Factorization, factorize, match_signs, sketch
+from ..basis.factorize import fingerprint as fingerprint_of
+from ..config import Config
+from ..ops import reference
+from ..utils.fsdp import assign, gathered, is_sharded
+from .caching import EvalCache, multiplies_kept_weight
+from .precomputed import unseen_by_checkpoints
+
+Factors = tuple[Tensor, Tensor, Tensor]  # U (d_out, r), V (d_in, r), core (r, r)
+
+
+class Adapter(nn.Module, ABC):
+    """A basis U, sigma, V of W and the Parameters that train; forward: x (..., d_in) -> x W'^T + b (..., d_out).
+
+    A method is a subclass: its configuration, the names of what it trains, and `update_factors` and what follows it
+    below. Where W and b are kept is up to `AdaptedLinear`, which replaces a linear layer, and to PEFT's `PeftAdapter`.
+    """
+
+    config_type: ClassVar[type[Config]]
+    trained_names: ClassVar[tuple[str, ...]]  # of an adapter's Parameters; every layer has the first
+    managed_by: ClassVar[str | None] = None  # another library, e.g. PEFT
+
+    U: Tensor
+    sigma: Tensor
+    V: Tensor
+
+    def __init__(self, weight: Tensor, config: Config, factorization: Factorization | None = None) -> None:
+        if not isinstance(config, self.config_type):
+            raise TypeError(
+                f"`config` of {type(self).__name__} must be of type {self.config_type.__name__}, got {config!r}"
+            )
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.k = config.triplets(self.in_features, self.out_features)
+        self.mode = "auto"
+        found = factorization or factorize(weight, self.k)
+        self.basis = BasisIdentity(found.fingerprint, found.gap, found.sketch)
+        self.kept = EvalCache()
+        self.hold_basis(found)
+
+    # -- what a method defines ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def update_factors(self) -> Factors:
+        """(U, V, core) in float32 at least with W' = W + U core V^T, exactly W before training."""
+
+    @abstractmethod
+    def orthonormal_factors(self) -> Factors:
+        """`update_factors` with orthonormal columns in U and V."""
+
+    @abstractmethod
+    def adapted(self, x: Tensor) -> Tensor:
+        """x W'^T + b by the factors."""
+
+    @abstractmethod
+    def new_adapter(self) -> dict[str, nn.Parameter]:
+        """The Parameters of an adapter that changes nothing yet."""
+
+    @abstractmethod
+    def flipped(self, values: dict[str, Tensor], signs: Tensor) -> dict[str, Tensor]:
+        """An adapter's values that mean in the basis (s_i u_i, s_i v_i) what the given ones mean in (u_i, v_i)."""
+
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """What an adapter file says of this layer, as plain JSON values; see adapters/file_format.py."""
+
+    @abstractmethod
+    def summary(self) -> str:
+        """Ranks and choices in a few words, for `InjectReport`."""
+
+    # -- where the frozen tensors are kept ---------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def base_weight(self) -> Tensor:
+        """The untouched pretrained weight W (d_out, d_in)."""
+
+    @property
+    @abstractmethod
+    def bias(self) -> nn.Parameter | None:
+        """The base layer's b (d_out,), frozen."""
+
+    @property
+    @abstractmethod
+    def in_use(self) -> bool:
+        """Whether a forward of the model needs this adapter's update."""
+
+    def hold_basis(self, found: Factorization) -> None:
+        for name in BASIS:
+            # frozen parameters, not buffers: DDP broadcasts buffers, even non-persistent ones, every step
+            self.register_parameter(name, nn.Parameter(getattr(found, name), requires_grad=False))
+
+    @torch.no_grad()
+    def replace_basis(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            assign(getattr(self, name), value)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 has sharded the layer: its parameters are whole within a forward or backward only."""
+        return is_sharded(self._parameters.get("weight"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept.serves(self) and multiplies_kept_weight(self, x):
+            return F.linear(x, self.kept.weight(self), self.bias)
+        return self.adapted(x)
+
+    # -- values ------------------------------------------------------------------------------------------------
+
+    @property
+    def first_trained(self) -> nn.Parameter:
+        """One of the Parameters that train, to ask for their dtype, device and kind."""
+        parameter = self._parameters[self.trained_names[0]]
+        assert parameter is not None
+        return parameter
+
+    def adapter(self) -> dict[str, nn.Parameter]:
+        """The Parameters that train, by `trained_names`."""
+        return {key: p for key in self.trained_names if (p := self._parameters[key]) is not None}
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight W' (d_out, d_in) in the base weight's dtype, differentiable; SSVD's is composed once a
+        forward of the model, SpectralFT's at each reading."""
+        try:
+            return self.effective_weight()
+        except AttributeError as error:  # nn.Module would take it for a missing property and give the base weight
+            raise RuntimeError(f"the effective weight could not be composed: {error}") from error
+
+    def effective_weight(self) -> Tensor:
+        return self.kept.weight(self) if self.kept.serves(self) else self.compose()
+
+    def compose(self) -> Tensor:
+        """W + U core V^T (d_out, d_in), computed in float32 at least and rounded once to the base weight's dtype."""
+        with unseen_by_checkpoints(), torch.autocast(self.sigma.device.type, enabled=False):
+            return reference.compose_ref(self.base_weight, *self.update_factors())
+
+    def forget(self) -> None:
+        """Frees what is kept between calls, which then is made anew."""
+        self.kept.forget()
+
+    # -- the basis ---------------------------------------------------------------------------------------------
+
+    def set_basis(self, U: Tensor, sigma: Tensor, V: Tensor) -> None:
+        """Replaces the basis by another of the same weight, e.g. an adapter's own. Shapes as the present ones."""
+        values = dict(zip(BASIS, (U, sigma, V)))
+        for name, value in values.items():
+            present: Tensor = getattr(self, name)
+            if value.shape != present.shape:
+                raise ValueError(
+                    f"`{name}` must have the layer's own shape {tuple(present.shape)}, got {tuple(value.shape)}"
+                )
+        self.replace_basis(values)
+        self.recognise_basis()
+        self.forget()
+
+    def flip_basis(self, signs: Tensor) -> None:
+        """Multiplies each pair (u_i, v_i) by signs[i] = +-1: the same W, and the basis that other values mean."""
+        pairs = {name: gathered(getattr(self, name)) for name in ("U", "V")}
+        self.replace_basis({name: tensor * signs.to(tensor.device, tensor.dtype) for name, tensor in pairs.items()})
+        self.basis = self.basis._replace(sketch=self.basis.sketch * signs)
+        self.forget()
+
+    def recognise_basis(self) -> None:
+        """Brings `basis` up to date with U and V; one that W's own factorisation cannot give gets gap 0 (see save)."""
+        found, known = sketch(gathered(self.U), gathered(self.V)), self.basis
+        same = match_signs(known.sketch, found) is not None
+        self.basis = BasisIdentity(fingerprint_of(gathered(self.base_weight)), known.gap if same else 0.0, found)
+
+    # -- nn.Module ---------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Adapter:
+        self.forget()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
+        self.forget()
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.forget()
+        super()._load_from_state_dict(*args)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
