@@ -18,7 +18,6 @@ from torch import Tensor
 from ..config import check_choice
 from . import extension, reference
 from . import kernels as triton_backend
-from .cuda_graphs import replayed
 from .flops import linear_flops
 from .kernels.tile_sizes import CONCAT_MAX_D
 from .weight_cache import Compose, WeightCache, padded
@@ -101,10 +100,6 @@ def linear_mode(
 
 def cayley_delta(theta: Tensor, k: int) -> Tensor:
     """E (B, n, n) from theta (B, m): n = k, or more with zeros beyond k where the kernels want it."""
-    return replayed(_cayley_delta, (theta,), k, _variant)
-
-
-def _cayley_delta(theta: Tensor, k: int) -> Tensor:
     backend = _cayley_backend(theta)
     if backend == "triton":
         return _kernels().cayley_delta(theta, k)
@@ -116,10 +111,6 @@ def _cayley_delta(theta: Tensor, k: int) -> Tensor:
 
 def cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
     """dtheta (B, m) from dE and E (B, n, n), as `cayley_delta` gave it."""
-    return replayed(_cayley_delta_backward, (grad, E), k, _variant)
-
-
-def _cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
     backend = _cayley_backend(grad, E)
     if backend == "triton":
         pad = -E.shape[-1] % 16  # not zero only where another backend computed E
@@ -139,10 +130,6 @@ def _cayley_backend(*tensors: Tensor) -> str:
             raise RuntimeError(NO_VMAP)
         return "reference"
     return backend
-
-
-def _variant(tensor: Tensor) -> str:
-    return f"{_cayley_backend(tensor)} {torch.get_float32_matmul_precision()}"
 
 
 def ssvd_linear(

@@ -176,6 +176,7 @@ def tiny(kind: str) -> tuple[nn.Module, dict[str, Tensor]]:
     return OPTForCausalLM(config), {"input_ids": torch.randint(3, 40, (2, 7))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whisper", "opt"])
 def test_plain_peft_in_a_new_process(tmp_path, kind):
     pytest.importorskip("peft")

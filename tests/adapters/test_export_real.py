@@ -22,7 +22,7 @@ from experiments.asr import fetch, speech  # noqa: E402
 from experiments.asr.recognizer import load_recognizer  # noqa: E402
 from experiments.asr.whisper_ct2 import load_whisper_ct2  # noqa: E402
 
-pytestmark = pytest.mark.data
+pytestmark = [pytest.mark.data, pytest.mark.slow]
 
 PROMPTS = 4
 

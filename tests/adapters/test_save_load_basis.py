@@ -46,8 +46,7 @@ OTHER_BASES = {"flipped": flipped, "transposed": _transposed, "gram": _gram}
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("other", OTHER_BASES)
-@pytest.mark.parametrize("into", ["base", "injected"])
+@pytest.mark.parametrize(("other", "into"), [("flipped", "injected"), ("transposed", "base"), ("gram", "injected")])
 def test_adapter_loads_on_a_base_factorised_otherwise(tmp_path, monkeypatch, other, side, into):
     config = sk.SSVDConfig(ratio=0.4, side=side)
     base = Net(96, 160, 72)
@@ -85,7 +84,7 @@ AMBIGUOUS = {
 
 
 @pytest.mark.parametrize("spectrum", AMBIGUOUS)
-@pytest.mark.parametrize("other", [factorize, flipped, _transposed])
+@pytest.mark.parametrize("other", [factorize, _transposed])
 def test_basis_that_cannot_be_recomputed_is_stored_and_loads(tmp_path, monkeypatch, caplog, spectrum, other):
     base = Net(8, 12, 10)
     with torch.no_grad():

@@ -45,10 +45,8 @@ def test_any_adapter_is_saved_as_if_it_were_in_use(base, tmp_path):
     assert_same_outputs(fresh, net)
 
 
-@pytest.mark.parametrize("save_bases", [False, True])
-@pytest.mark.parametrize("rotation", ROTATIONS)
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("by", ["add", "load"])
+@pytest.mark.parametrize(("by", "save_bases"), [("add", False), ("add", True), ("load", False)])
+@pytest.mark.parametrize(("side", "rotation"), list(zip(SIDES, (*ROTATIONS, *ROTATIONS))))
 def test_file_that_means_other_signs_leaves_the_other_adapters_alone(
     base, tmp_path, monkeypatch, by, side, rotation, save_bases
 ):

@@ -174,8 +174,9 @@ def two_threads():
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("driver", [top_triplets, by_svd, _numpy, _transposed, _flipped])
+@pytest.mark.parametrize(
+    ("driver", "side"), list(zip([top_triplets, by_svd, _numpy, _transposed, _flipped], [*SIDES, *SIDES]))
+)
 def test_adapter_reloads_with_another_driver_and_thread_count(tmp_path, monkeypatch, two_threads, driver, side):
     base = Net(96, 160, 72)
     with torch.no_grad():

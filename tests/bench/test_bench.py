@@ -44,6 +44,7 @@ PLAIN = {"frozen linear", "full fine-tuning", "naive", "rebuilt weight", "ssvd"}
 OTHERS = {"LoRA r16", "LoRA r32", "OFT", "PSOFT"}
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_every_version_of_every_operation(tmp_path, capsys):
     assert bench(tmp_path / "new" / "cpu.csv") == 0
     rows = rows_of(tmp_path / "new" / "cpu.csv")
@@ -196,6 +197,7 @@ def test_a_pass_that_is_wrong_on_its_own_is_refused(tmp_path, monkeypatch, wrong
     assert row["pass"] == wrong and row["note"] == "refused: wrong result" and not row["p50_ms"]
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_not_there_is_named_and_refuses_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
     only(monkeypatch, cases.layer_case(torch.float32, *TINY), cases.inject_case(16, 16, 4))

@@ -233,6 +233,7 @@ def _without(results: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]
     return [{**r, "scores": {key: score for key, score in r["scores"].items() if key not in names}} for r in results]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("results", "drawn"),
     [
@@ -295,6 +296,7 @@ def test_an_own_manifest_is_tuned_and_compared_and_nothing_is_done_twice(
     assert experiment.main(command) == 0
 
 
+@pytest.mark.slow
 def test_a_run_out_of_time_says_so_and_the_next_one_goes_on(command, tmp_path, capsys) -> None:
     assert experiment.main([*command, "--tune"]) == 0
     before = set((tmp_path / "runs").glob("*/result.json"))
@@ -317,6 +319,7 @@ def test_a_cell_goes_on_from_where_its_time_was_up(command, tmp_path, monkeypatc
     assert not (tmp_path / "cut" / shift.key / "checkpoint.pt").exists()
 
 
+@pytest.mark.slow
 def test_other_speech_under_the_same_name_is_not_the_same_cell(command, tmp_path, capsys) -> None:
     own = [*command, "--methods", "ssvd"]
     assert experiment.main([*own, "--tune"]) == 0
@@ -329,7 +332,8 @@ def test_other_speech_under_the_same_name_is_not_the_same_cell(command, tmp_path
     assert "1 clips of more than 2 s are left out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_failing_cell_does_not_stop_the_others(command, tmp_path, capsys, workers) -> None:
     """A folder that holds something else where a cell is to be kept."""
     command = [*command, "--methods", "ssvd", "--workers", workers]

@@ -151,6 +151,7 @@ def command(ct2_folder: SimpleNamespace, tmp_path: Path) -> list[str]:
     return [*speech_given, *recipe, "--out", str(tmp_path / "run")]
 
 
+@pytest.mark.slow
 def test_demo_on_a_users_speech(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,6 +174,7 @@ def test_demo_on_a_users_speech(
     assert "Adapter reloaded in a new process transcribes the same: NO" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_demo_stops_and_goes_on(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from models import references
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
-from ssvd_kernels.ops import cuda_graphs, extension
+from ssvd_kernels.ops import extension
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -37,14 +37,6 @@ def cayley_backend(request: pytest.FixtureRequest) -> str:
         pytest.skip(reason)
     with sk.use_backend(request.param):
         yield request.param
-
-
-@pytest.fixture(params=[False, True], ids=["called", "replayed"])
-def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """The Cayley op as it is, and as one CUDA graph per bucket."""
-    monkeypatch.setenv(cuda_graphs.VARIABLE, str(int(request.param)))
-    yield
-    cuda_graphs._graphs.clear()
 
 
 def in_float64(k: int) -> float:
@@ -106,7 +98,7 @@ def test_cayley_of_an_empty_batch(cayley_backend, k):
 
 
 @pytest.mark.parametrize("k", [65, 512])
-def test_cayley_on_another_stream(cayley_backend, graphs, as_trained, k):
+def test_cayley_on_another_stream(cayley_backend, as_trained, k):
     """theta is written by the stream of the caller, late: a kernel on any other stream would read NaN."""
     ready, grad = theta_of_norm(k, 0.7, 2, torch.float32).to(DEVICE), torch.randn(2, k, k, device=DEVICE)
     cayley_passes(ready, grad, k)
@@ -124,43 +116,13 @@ def test_cayley_on_another_stream(cayley_backend, graphs, as_trained, k):
 
 
 @pytest.mark.parametrize("k", [1, 64, 409])
-def test_cayley_does_not_wait_for_the_device(cayley_backend, graphs, as_trained, no_sync, k):
+def test_cayley_does_not_wait_for_the_device(cayley_backend, as_trained, no_sync, k):
     theta, grad = theta_of_norm(k, 0.7, 3, torch.float32).to(DEVICE), torch.randn(3, k, k, device=DEVICE)
     expected = cayley_passes(theta, grad, k)
     no_sync()
     again = cayley_passes(theta, grad, k)
     torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(a, b) for a, b in zip(again, expected))
-
-
-def test_replayed_buckets_do_not_mix(cayley_backend, as_trained, monkeypatch):
-    """Two ranks, two batches, forwards before backwards, results kept while their bucket is used again."""
-    monkeypatch.setenv(cuda_graphs.VARIABLE, "1")
-    draws = [(theta_of_norm(k, 0.7, B, torch.float32).to(DEVICE), torch.randn(B, k, k, device=DEVICE), k)
-             for B, k in [(2, 65), (3, 65), (2, 130), (2, 65)]]  # fmt: skip
-    kept = [sk.cayley_delta(theta.requires_grad_(), k) for theta, _, k in draws]
-    gradients = [torch.autograd.grad(E, theta, grad)[0] for E, (theta, grad, _) in zip(kept, draws)]
-    assert len(cuda_graphs._graphs) == 6
-    monkeypatch.setenv(cuda_graphs.VARIABLE, "0")
-    for E, dtheta, draw in zip(kept, gradients, draws):
-        wanted = cayley_passes(*draw)
-        assert torch.equal(E, wanted[0]) and torch.equal(dtheta, wanted[1])
-    cuda_graphs._graphs.clear()
-
-
-def test_measured_tiles_change_no_result(as_trained, monkeypatch, tmp_path):
-    from ssvd_kernels.ops.kernels import tuning
-
-    monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / "choices.json"))
-    with sk.use_backend("triton"):
-        for mode in ("factored", "composed"):
-            linear_is_accurate([on_device((300, 384, 640, 153), torch.bfloat16)], torch.bfloat16, mode)
-        theta, grad = theta_of_norm(153, 0.7, 3, torch.float32), torch.randn(3, 153, 153)
-        E, dtheta = (t.cpu() for t in cayley_passes(theta.to(DEVICE), grad.to(DEVICE), 153))
-    plain, exact = (solve_passes(theta.to(kind), grad.to(kind), 153) for kind in (torch.float32, torch.float64))
-    assert_within(E, plain[0], exact[0])
-    assert_within(dtheta, plain[1], exact[1])
-    assert len((tmp_path / "choices.json").read_text()) > 100
 
 
 # -- the linear op -------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import ssvd_kernels as sk
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "options"),
     [

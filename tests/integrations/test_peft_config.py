@@ -219,6 +219,7 @@ def test_folder_names_the_import_once(tmp_path):
     assert "library_name: peft" in (tmp_path / "README.md").read_text()  # the card that PEFT wrote
 
 
+@pytest.mark.slow
 def test_without_the_import_peft_names_what_it_does_not_know(tmp_path):
     adapted().save_pretrained(str(tmp_path))
     in_new_process(f"""

@@ -247,6 +247,7 @@ assert_within(exact + (run(model).detach() - expected), plain, exact)
 """
 
 
+@pytest.mark.slow
 @kinds
 def test_an_adapter_comes_back_in_a_new_process_with_more_threads(load, kind, folders, tmp_path):
     model = adapted(load())

@@ -159,6 +159,7 @@ for load in (
 """
 
 
+@pytest.mark.slow
 def test_reload_in_a_new_process_with_more_threads(tmp_path):
     base_model().save_pretrained(tmp_path / "base")
     base = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "base")

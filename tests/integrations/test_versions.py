@@ -41,6 +41,7 @@ metadata.version = lambda name: {"transformers": "5.24.0", "peft": "0.21.2"}.get
 """
 
 
+@pytest.mark.slow
 def test_importing_the_integration_and_info_say_so():
     pytest.importorskip("peft")
     program = PRETEND + "import ssvd_kernels.integrations.peft\nfrom ssvd_kernels.cli.info import info\nprint(info())"

@@ -128,8 +128,9 @@ def _trained_alone(model: nn.Module, first: int = 0) -> tuple[Tensor, dict[str, 
     return torch.tensor(losses, dtype=torch.float64), moves
 
 
-@pytest.mark.parametrize("options", [{}, {"side": "both", "rotation": "linear"}], ids=["input", "both"])
-@pytest.mark.parametrize("wrap", [_ddp, *SHARDED])
+@pytest.mark.parametrize(
+    ("wrap", "options"), list(zip([_ddp, *SHARDED], [{"side": "both", "rotation": "linear"}, {}] * 2))
+)
 def test_losses_and_parameters_are_those_of_one_process(ranks, wrap, options):
     """Two micro-batches a step, gradients exchanged once."""
     start = _adapter(_model(**options))

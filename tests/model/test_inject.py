@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from roundtrip import (
     PROPERTY,
     Net,
@@ -65,7 +65,7 @@ def test_remove_gives_back_the_very_modules_weights_and_flags(case):
     assert torch.equal(net(example(net)).detach(), expected)
 
 
-@PROPERTY
+@settings(PROPERTY, max_examples=10)
 @given(cases())
 def test_merged_equals_unmerged_and_unmerge_is_exact(case):
     net = injected(case)

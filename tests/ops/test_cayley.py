@@ -11,7 +11,7 @@ from cases import CAYLEY_RANKS, KAPPAS, exact_delta, relative_error, solved_delt
 from torch.autograd import gradcheck, gradgradcheck
 
 import ssvd_kernels as sk
-from ssvd_kernels.ops import cuda_graphs, extension, reference
+from ssvd_kernels.ops import extension, reference
 from ssvd_kernels.ops.functional import rotation_delta, rotation_deltas
 
 EXT = pytest.param(
@@ -187,13 +187,3 @@ def test_reduced_precision_products_are_not_used(backend):
 def test_bad_arguments_are_named(theta, k, message):
     with pytest.raises((ValueError, TypeError), match=message):
         sk.cayley(theta, k)
-
-
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_asking_for_cuda_graphs_changes_nothing_on_the_cpu(monkeypatch, backend):
-    theta = torch.randn(2, 10)
-    with sk.use_backend(backend):
-        expected = sk.cayley_delta(theta, 5)
-        monkeypatch.setenv(cuda_graphs.VARIABLE, "1")
-        assert torch.equal(sk.cayley_delta(theta, 5), expected)
-    assert not [key for key in cuda_graphs._graphs if torch.device("cpu") in key]

@@ -13,7 +13,7 @@ import pytest
 from test_packaging import USE, install, run, setup_info, state
 from torch.utils import cpp_extension
 
-pytestmark = pytest.mark.xdist_group("wheels")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheels")]
 
 CUDA_TORCH = """
 import os, torch, torch.utils.cpp_extension as e

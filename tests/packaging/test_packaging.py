@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("wheels")  # which are built once a worker
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheels")]  # which are built once a worker
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"]

@@ -15,9 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ssvd_kernels.ops.kernels.launch import current_device
-from ssvd_kernels.ops.kernels.tile_sizes import CAYLEY, CAYLEY_LEAF, CAYLEY_PACK, TileConfig, cayley_config
+from ssvd_kernels.ops.kernels.tile_sizes import CAYLEY_LEAF, CAYLEY_PACK, cayley_config
 from ssvd_kernels.ops.kernels.tiles import accumulate
-from ssvd_kernels.ops.kernels.tuning import tuned
 
 
 @triton.jit
@@ -176,17 +175,12 @@ def _inverse_delta_(N: Tensor, scratch: Tensor, precision: str) -> None:
 def _multiply_add(out: Tensor, beta: float, C: Tensor, alpha: float, A: Tensor, B: Tensor, precision: str) -> None:
     """out = beta C + alpha A B for batches of matrices; out is C or overlaps nothing."""
     batch, M, N = out.shape
-
-    def launch(config: TileConfig, out: Tensor) -> None:
-        _cayley_product_kernel[(batch * triton.cdiv(M, config.rows) * triton.cdiv(N, config.cols),)](
-            out, *out.stride()[:2], C, *C.stride()[:2], A, *A.stride(), B, *B.stride(), beta, alpha, M, N, A.shape[-1],
-            BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth, PRECISION=precision,
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
-
-    kernel, default = f"cayley {precision}", cayley_config(precision, batch, M, N)
-    shape, table = (batch, M, N, A.shape[-1]), CAYLEY[precision]
-    launch(tuned(kernel, shape, table, default, out, lambda config: launch(config, torch.empty_like(out))), out)
+    config = cayley_config(precision, batch, M, N)
+    _cayley_product_kernel[(batch * triton.cdiv(M, config.rows) * triton.cdiv(N, config.cols),)](
+        out, *out.stride()[:2], C, *C.stride()[:2], A, *A.stride(), B, *B.stride(), beta, alpha, M, N, A.shape[-1],
+        BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth, PRECISION=precision,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
 
 
 def _precision(k: int) -> str:

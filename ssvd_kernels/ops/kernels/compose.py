@@ -12,9 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ssvd_kernels.ops.kernels.launch import aligned, current_device
-from ssvd_kernels.ops.kernels.tile_sizes import COMPOSE, COMPOSE_PRECISION, GROUP, TileConfig, compose_config, table_key
+from ssvd_kernels.ops.kernels.tile_sizes import COMPOSE_PRECISION, GROUP, compose_config, table_key
 from ssvd_kernels.ops.kernels.tiles import accumulate, cast, grouped_program, round_stochastically
-from ssvd_kernels.ops.kernels.tuning import tuned
 
 
 @triton.jit
@@ -73,15 +72,12 @@ def compose(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dty
     out = torch.empty((d_out, d_in), dtype=dtype, device=weight.device)
     key = table_key(dtype, (weight.dtype, V.dtype), dtype != torch.float16 and aligned(weight, P, V))
 
-    def launch(config: TileConfig) -> None:
+    config = compose_config(key, d_out, d_in)
+    with current_device(weight):
         _compose_kernel[(triton.cdiv(d_out, config.rows) * triton.cdiv(d_in, config.cols),)](
             weight, *weight.stride(), P, *P.stride(), V, *V.stride(), out, *out.stride(), d_out, d_in, k,
             BLOCK_N=config.rows, BLOCK_D=config.cols, BLOCK_K=config.depth, GROUP_N=GROUP,
             PRECISION=COMPOSE_PRECISION[dtype],
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-
-    with current_device(weight):
-        kernel, default = f"compose {key}", compose_config(key, d_out, d_in)
-        launch(tuned(kernel, (d_out, d_in, k), COMPOSE[key], default, weight, launch))
     return out

@@ -12,9 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ssvd_kernels.ops.kernels.launch import aligned, current_device
-from ssvd_kernels.ops.kernels.tile_sizes import GROUP, LINEAR, TileConfig, linear_config, table_key
+from ssvd_kernels.ops.kernels.tile_sizes import GROUP, linear_config, table_key
 from ssvd_kernels.ops.kernels.tiles import accumulate, cast, grouped_program
-from ssvd_kernels.ops.kernels.tuning import tuned
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -81,18 +80,15 @@ def concat(x: Tensor, composed: Tensor, V: Tensor, bias: Tensor | None) -> tuple
     y, z = x.new_empty((T, d_out)), x.new_empty((T, k))
     key = table_key(x.dtype, (composed.dtype, V.dtype), aligned(rows, composed, V))
 
-    def launch(config: TileConfig) -> None:
-        columns = triton.cdiv(d_out, config.cols) + triton.cdiv(k, config.cols)
-        _ssvd_linear_concat_kernel[(triton.cdiv(T, config.rows) * columns,)](
-            rows, *rows.stride(), composed, *composed.stride(), V, *V.stride(),
-            y if bias is None else bias, 0 if bias is None else bias.stride(0), y, *y.stride(), z, *z.stride(),
-            T, d_in, d_out, k,
-            HAS_BIAS=bias is not None, BLOCK_T=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth,
-            GROUP_T=GROUP, PRECISION="ieee", num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
-
+    config = linear_config(key, T, d_out + k)
+    columns = triton.cdiv(d_out, config.cols) + triton.cdiv(k, config.cols)
     if T:
         with current_device(x):
-            kernel, default = f"concat {key}", linear_config(key, T, d_out + k)
-            launch(tuned(kernel, (T, d_out, d_in, k), LINEAR[key], default, x, launch))
+            _ssvd_linear_concat_kernel[(triton.cdiv(T, config.rows) * columns,)](
+                rows, *rows.stride(), composed, *composed.stride(), V, *V.stride(),
+                y if bias is None else bias, 0 if bias is None else bias.stride(0), y, *y.stride(), z, *z.stride(),
+                T, d_in, d_out, k,
+                HAS_BIAS=bias is not None, BLOCK_T=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth,
+                GROUP_T=GROUP, PRECISION="ieee", num_warps=config.warps, num_stages=config.stages,
+            )  # fmt: skip
     return y.view(*x.shape[:-1], d_out), z.view(*x.shape[:-1], k)

@@ -13,9 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ssvd_kernels.ops.kernels.launch import aligned, current_device
-from ssvd_kernels.ops.kernels.tile_sizes import CORE_GRAD, TileConfig, core_grad_config, core_grad_splits, table_key
+from ssvd_kernels.ops.kernels.tile_sizes import core_grad_config, core_grad_splits, table_key
 from ssvd_kernels.ops.kernels.tiles import accumulate
-from ssvd_kernels.ops.kernels.tuning import tuned
 
 
 @triton.jit(do_not_specialize=["T", "chunk"])
@@ -60,19 +59,14 @@ def core_grad(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.to(dtype), b.to(dtype)
     T, ka = a.shape
     kb = b.shape[1]
-    key = table_key(dtype, (), aligned(a, b))
-
-    def launch(config: TileConfig) -> Tensor:
-        chunk, splits = core_grad_splits(config, T, ka, kb)
-        out = torch.empty((splits, ka, kb), dtype=torch.float32, device=a.device)
-        grid = (triton.cdiv(ka, config.rows) * triton.cdiv(kb, config.cols), splits)
+    config = core_grad_config(table_key(dtype, (), aligned(a, b)), ka, kb)
+    chunk, splits = core_grad_splits(config, T, ka, kb)
+    out = torch.empty((splits, ka, kb), dtype=torch.float32, device=a.device)
+    grid = (triton.cdiv(ka, config.rows) * triton.cdiv(kb, config.cols), splits)
+    with current_device(a):
         _core_grad_kernel[grid](
             a, *a.stride(), b, *b.stride(), out, *out.stride(), T, ka, kb, chunk,
             BLOCK_A=config.rows, BLOCK_B=config.cols, BLOCK_T=config.depth,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-        return out[0] if splits == 1 else out.sum(0)
-
-    with current_device(a):
-        kernel, default = f"core_grad {key}", core_grad_config(key, ka, kb)
-        return launch(tuned(kernel, (T, ka, kb), CORE_GRAD[key], default, a, launch))
+    return out[0] if splits == 1 else out.sum(0)

@@ -21,7 +21,6 @@ from ssvd_kernels.ops.kernels.launch import aligned, current_device
 from ssvd_kernels.ops.kernels.split_k import core_grad
 from ssvd_kernels.ops.kernels.tile_sizes import (
     GROUP,
-    LINEAR,
     TileConfig,
     linear_config,
     one_pass_config,
@@ -29,7 +28,6 @@ from ssvd_kernels.ops.kernels.tile_sizes import (
     table_key,
 )
 from ssvd_kernels.ops.kernels.tiles import accumulate, cast, grouped_program, product
-from ssvd_kernels.ops.kernels.tuning import tuned
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -172,17 +170,14 @@ def _products(x: Tensor, weight: Tensor, q: Tensor | None, U: Tensor | None, bia
         k = q.shape[1]
     key = table_key(x.dtype, (weight.dtype, U.dtype), aligned(x, weight, q, U))
 
-    def launch(config: TileConfig) -> None:
+    config = linear_config(key, T, d_out)
+    with current_device(x):
         _ssvd_linear_fwd_kernel[(triton.cdiv(T, config.rows) * triton.cdiv(d_out, config.cols),)](
             x, *x.stride(), weight, *weight.stride(), q, *q.stride(), U, *U.stride(),
             y if bias is None else bias, 0 if bias is None else bias.stride(0), y, *y.stride(), T, d_in, d_out, k,
             HAS_BIAS=bias is not None, BLOCK_T=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth,
             GROUP_T=GROUP, PRECISION="ieee", num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-
-    with current_device(x):
-        kernel, default = f"linear {key}", linear_config(key, T, d_out)
-        launch(tuned(kernel, (T, d_out, d_in, k), LINEAR[key], default, x, launch))
     return y
 
 

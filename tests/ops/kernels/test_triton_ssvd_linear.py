@@ -196,8 +196,7 @@ def test_every_partial_holds_a_token_and_every_token_is_held_once(chunk, k):
             assert (splits - 1) * size < chunk <= splits * size
 
 
-@pytest.mark.parametrize("path", ["one pass", "products"])
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("path", "dtype"), [("one pass", F32), ("products", BF16)])
 def test_two_runs_give_the_same_bits(path, dtype, monkeypatch):
     force(monkeypatch, path)
     case = inputs((70, 40, 50, 17), dtype, F32)
