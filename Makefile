@@ -50,6 +50,7 @@ lock:
 	    --custom-compile-command "make lock" --all-extras --group build --group no-deps -c - -o $(LOCK) pyproject.toml
 
 matrix: $(READY)
+	$(PY) -m pip install -q uv
 	$(PY) .ci/matrix.py $(ARGS)
 
 data: $(READY)

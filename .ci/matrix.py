@@ -41,13 +41,7 @@ class Row:
 
 ROWS = (
     Row("lowest", "3.10", "torch==2.11.0", lowest=True),
-    Row(
-        "lowest-core",
-        "3.10",
-        "torch==2.11.0",
-        ("--extra", "triton", "--extra", "test", "--group", "build"),
-        lowest=True,
-    ),
+    Row("lowest-core", "3.10", "torch==2.11.0", CORE, lowest=True),
     Row("torch-2.11", "3.12", "torch==2.11.*"),
     Row("torch-2.13", "3.11", "torch==2.13.*"),
     Row("torch-2.14", "3.11", "torch==2.14.*"),

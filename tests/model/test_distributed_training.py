@@ -128,9 +128,7 @@ def _trained_alone(model: nn.Module, first: int = 0) -> tuple[Tensor, dict[str, 
     return torch.tensor(losses, dtype=torch.float64), moves
 
 
-@pytest.mark.parametrize(
-    ("wrap", "options"), list(zip([_ddp, *SHARDED], [{"side": "both", "rotation": "linear"}, {}] * 2))
-)
+@pytest.mark.parametrize(("wrap", "options"), zip([_ddp, *SHARDED], [{"side": "both", "rotation": "linear"}, {}] * 2))
 def test_losses_and_parameters_are_those_of_one_process(ranks, wrap, options):
     """Two micro-batches a step, gradients exchanged once."""
     start = _adapter(_model(**options))
