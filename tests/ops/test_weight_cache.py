@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ssvd_kernels as sk
-import ssvd_kernels.layers.base as adapted_module
+import ssvd_kernels.layers.caching as adapted_module
 from ssvd_kernels.ops import reference, weight_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
