@@ -51,13 +51,11 @@ class Case(NamedTuple):
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _operands(key: str) -> list[tuple[str, str, str]]:
-    """(x, weight, U and V) dtypes that a table serves."""
+def _operands(key: str, halves: tuple[str, ...] = ("bf16",)) -> list[tuple[str, str, str]]:
+    """(x, weight, U and V) dtypes that a table serves: fp16 needs what bf16 needs, but for `compose`."""
     if key.startswith("float32"):
         return [("fp32", "fp32", "fp32"), ("fp32", "bf16", "fp32")]
-    if key.startswith("half"):
-        return [("bf16", "bf16", "bf16"), ("fp16", "fp16", "fp16")]
-    return [("bf16", "fp32", "bf16"), ("fp16", "fp32", "fp16")]
+    return [(half, half if key.startswith("half") else "fp32", half) for half in halves]
 
 
 def _pointers(weight: str, bases: str) -> dict[str, str]:
@@ -100,7 +98,7 @@ def _one_pass_cases() -> Iterator[Case]:
 
 def _compose_cases() -> Iterator[Case]:
     unit = ("stride_w_d", "stride_v_k", "stride_p_k", "stride_out_d")
-    for key, config, (out, w, uv) in _entries(COMPOSE):
+    for key, config, (out, w, uv) in _entries(COMPOSE, "bf16", "fp16"):
         blocks = {"BLOCK_N": config.rows, "BLOCK_D": config.cols, "BLOCK_K": config.depth}
         flags: dict[str, object] = {"GROUP_N": GROUP, "PRECISION": COMPOSE_PRECISION[DTYPES[out]]}
         if out == "fp16" and not key.endswith("odd"):
@@ -133,8 +131,12 @@ def _cayley_cases() -> Iterator[Case]:
     yield Case("cayley:_unskew_kernel", CAYLEY_PACK, "fp32", {}, (), False, pack, False)
 
 
-def _entries(tables: dict[str, tuple[TileConfig, ...]]) -> Iterator[tuple[str, TileConfig, tuple[str, str, str]]]:
-    return ((key, config, operands) for key in tables for config in tables[key] for operands in _operands(key))
+def _entries(
+    tables: dict[str, tuple[TileConfig, ...]], *halves: str
+) -> Iterator[tuple[str, TileConfig, tuple[str, str, str]]]:
+    for key in tables:
+        for config in tables[key]:
+            yield from ((key, config, operands) for operands in _operands(key, halves or ("bf16",)))
 
 
 def cases() -> list[Case]:
