@@ -14,25 +14,25 @@ import torch
 import ssvd_kernels as sk
 from bench import cases, run
 from bench.harness import BACKWARD, FORWARD, ROUNDS, WHOLE, Case, Passes, Version, gate, relative_error
-from bench.layers import Factors, Problem, ssvd_layer
+from bench.layers import Problem, ssvd_layer
 from bench.records import CASE, COLUMNS, Table, latest, of_each, read_rows
 from bench.versions import leaf
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread):
-    """The shapes are tiny."""
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "a.csv"
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    return read_rows(path)
-
-
-def bench(path: Path, *options: str) -> int:
-    return run.main(["--quick", "--device", "cpu", "--out", str(path), *options])
+def bench(path: Path, *options: str, status: int = 0) -> list[dict[str, str]]:
+    """The rows of the file after a run that ends with `status`."""
+    assert run.main(["--quick", "--device", "cpu", "--out", str(path), *options]) == status
+    return read_rows(path) if path.exists() else []
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *planned: Case) -> None:
@@ -46,8 +46,7 @@ OTHERS = {"LoRA r16", "LoRA r32", "OFT", "PSOFT"}
 
 @pytest.mark.slow
 def test_a_quick_run_measures_every_version_of_every_operation(tmp_path, capsys):
-    assert bench(tmp_path / "new" / "cpu.csv") == 0
-    rows = rows_of(tmp_path / "new" / "cpu.csv")
+    rows = bench(tmp_path / "new" / "cpu.csv")
     timed = [row for row in rows if not row["note"]]
     lines = of_each(timed, ("operation", "model", "version", "backend", "mode", "pass"))
     assert all(len(group) == ROUNDS for group in lines.values())
@@ -84,21 +83,18 @@ def test_a_quick_run_measures_every_version_of_every_operation(tmp_path, capsys)
     assert all(f"## {name}" in table for name in cases.OPERATIONS if name != "whisper")  # which needs its data
 
 
-def test_the_passes_of_a_layer_are_timed_together_and_apart(tmp_path, monkeypatch):
+def test_the_passes_of_a_layer_are_timed_together_and_apart(path, monkeypatch):
     case = cases.layer_case(torch.float32, *TINY)
-    frozen_first = replace(case, build=lambda device: case.build(device)[:1])
-    only(monkeypatch, frozen_first)
-    assert bench(tmp_path / "a.csv") == 0
-    rows = rows_of(tmp_path / "a.csv")
+    only(monkeypatch, replace(case, build=lambda device: case.build(device)[:1]))
+    rows = bench(path)
     assert [row["pass"] for row in rows] == [p for p in (WHOLE, FORWARD, BACKWARD) for _ in range(ROUNDS)]
     assert [bool(row["floor_ms"]) for row in rows] == [True] * ROUNDS + [False] * 2 * ROUNDS
 
 
 def test_what_a_layer_keeps_is_dropped_before_every_forward():
-    f = Factors.draw(torch.float32, 32, 48, 8, CPU)
     begun = []
     version = next(v for v in cases.layer_case(torch.float32, *TINY).build(CPU) if v.name == "ssvd")
-    assert isinstance(version.run, Passes) and version.run.begin.__func__ is type(ssvd_layer(f)).train
+    assert isinstance(version.run, Passes) and version.run.begin.__func__ is sk.SSVDLinear.train
     counted = replace(version.run, begin=lambda: begun.append(1))
     counted(), counted.only_forward(), counted.of_input(counted.leaves[0])
     backward = counted.only_backward()
@@ -106,25 +102,15 @@ def test_what_a_layer_keeps_is_dropped_before_every_forward():
     assert len(begun) == 4
 
 
-def test_rows_are_appended_to_those_of_an_earlier_run(tmp_path, monkeypatch):
+def test_rows_are_appended_to_those_of_an_earlier_run(path, monkeypatch):
     only(monkeypatch, cases.cayley_case(1, 4))
-    path = tmp_path / "a.csv"
-    assert bench(path) == 0
+    bench(path)
     first = path.read_bytes()
-    assert bench(path) == 0
-    assert path.read_bytes().startswith(first) and len(rows_of(path)) == 2 * first.count(b"\n") - 2
+    assert len(bench(path)) == 2 * first.count(b"\n") - 2
+    assert path.read_bytes().startswith(first)
 
 
-def test_a_file_with_other_columns_is_refused_and_stays(tmp_path, capsys):
-    path = tmp_path / "a.csv"
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(SystemExit) as stopped:
-        bench(path)
-    assert stopped.value.code == 2 and "other columns" in capsys.readouterr().err
-    assert path.read_text() == "a,b\n1,2\n"
-
-
-def test_a_wrong_version_is_refused_and_reports_no_speed(tmp_path, monkeypatch, capsys):
+def test_a_wrong_version_is_refused_and_reports_no_speed(path, monkeypatch, capsys):
     case = cases.linear_case(torch.float32, *TINY)
 
     def no_kernel(y, dx, dcore):
@@ -146,8 +132,7 @@ def test_a_wrong_version_is_refused_and_reports_no_speed(tmp_path, monkeypatch, 
         return [good[0], last, *wrong]
 
     only(monkeypatch, replace(case, build=build))
-    assert bench(tmp_path / "a.csv") == 1
-    rows = rows_of(tmp_path / "a.csv")
+    rows = bench(path, status=1)
     refused = [row for row in rows if row["note"]]
     assert [row["version"] for row in refused] == list(defects)
     for row in refused:
@@ -165,19 +150,17 @@ def test_the_gate_bounds_each_result_on_its_own():
     assert relative_error(torch.tensor([float("inf")]), torch.ones(1, dtype=torch.float64)) == float("inf")
 
 
-def test_the_gate_runs_with_nan_in_memory_that_nobody_wrote(tmp_path, monkeypatch):
-    def unwritten() -> tuple[torch.Tensor, ...]:
-        return (torch.empty(64).isnan().float(),)
-
-    version = Version("unwritten", unwritten, [torch.zeros(64, dtype=torch.float64)], [1e-6])
+def test_the_gate_runs_with_nan_in_memory_that_nobody_wrote(path, monkeypatch, as_trained):
+    """Not the suite's poison but the benchmark's own."""
+    exact = [torch.zeros(64, dtype=torch.float64)]
+    version = Version("unwritten", lambda: (torch.empty(64).isnan().float(),), exact, [1e-6])
     only(monkeypatch, Case("linear", torch.float32, lambda device: [version], "unwritten", T=1))
-    torch.use_deterministic_algorithms(False)  # not the suite's poison but the benchmark's own
-    assert bench(tmp_path / "a.csv") == 1
+    bench(path, status=1)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize("wrong", [FORWARD, BACKWARD])
-def test_a_pass_that_is_wrong_on_its_own_is_refused(tmp_path, monkeypatch, wrong):
+def test_a_pass_that_is_wrong_on_its_own_is_refused(path, monkeypatch, wrong):
     calls = []
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -192,17 +175,15 @@ def test_a_pass_that_is_wrong_on_its_own_is_refused(tmp_path, monkeypatch, wrong
     case = Case("layer", torch.float32, lambda device: [Version("v", passes, exact, [1e-6] * 2)], "v", passes=(wrong,))
     calls += [1] if wrong == FORWARD else []
     only(monkeypatch, case)
-    assert bench(tmp_path / "a.csv") == 1
-    (row,) = rows_of(tmp_path / "a.csv")
+    (row,) = bench(path, status=1)
     assert row["pass"] == wrong and row["note"] == "refused: wrong result" and not row["p50_ms"]
 
 
 @pytest.mark.slow
-def test_a_peer_that_is_not_there_is_named_and_refuses_nothing(tmp_path, monkeypatch, capsys):
+def test_a_peer_that_is_not_there_is_named_and_refuses_nothing(path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
     only(monkeypatch, cases.layer_case(torch.float32, *TINY), cases.inject_case(16, 16, 4))
-    assert bench(tmp_path / "a.csv") == 0
-    notes = [(row["operation"], row["version"]) for row in rows_of(tmp_path / "a.csv") if row["note"]]
+    notes = [(row["operation"], row["version"]) for row in bench(path) if row["note"]]
     assert sorted(notes) == [*(("inject", n) for n in ("LoRA r16", "PSOFT")), *(("layer", n) for n in sorted(OTHERS))]
     assert "## Not run" in (text := capsys.readouterr().out) and "## Refused" not in text
 
@@ -211,16 +192,7 @@ def interrupt(device: torch.device) -> list[Version]:
     raise KeyboardInterrupt
 
 
-def test_an_interrupted_run_keeps_what_it_measured(tmp_path, monkeypatch):
-    first, second = cases.cayley_case(2, 8), cases.linear_case(torch.float32, *TINY)
-    only(monkeypatch, first, replace(second, build=interrupt))
-    path = tmp_path / "a.csv"
-    assert bench(path) == 130
-    assert {row["operation"] for row in rows_of(path)} == {"cayley"}
-    assert f"## Not measured\n\n- {second}" in path.with_suffix(".md").read_text()
-
-
-def test_a_case_cut_in_two_keeps_its_rows_and_is_not_complete(tmp_path, monkeypatch):
+def test_a_case_cut_in_two_keeps_its_rows_and_is_not_complete(path, monkeypatch):
     case = cases.layer_case(torch.float32, *TINY)
 
     def build(device: torch.device) -> list[Version]:
@@ -229,46 +201,39 @@ def test_a_case_cut_in_two_keeps_its_rows_and_is_not_complete(tmp_path, monkeypa
         return [replace(first, run=replace(first.run, begin=stop))]
 
     def stop() -> None:
-        frames = {frame.name for frame in traceback.extract_stack()}
-        if "only_backward" in frames:
+        if "only_backward" in {frame.name for frame in traceback.extract_stack()}:
             raise KeyboardInterrupt
 
     only(monkeypatch, replace(case, build=build))
-    path = tmp_path / "a.csv"
-    assert bench(path) == 130
-    rows = rows_of(path)
+    rows = bench(path, status=130)
     assert [row["pass"] for row in rows] == [WHOLE] * ROUNDS + [FORWARD] * ROUNDS
     assert not any(row["last"] for row in rows)
     only(monkeypatch, replace(case, build=lambda device: case.build(device)[:1]))
-    assert bench(path, "--resume") == 0
-    assert [row["last"] for row in rows_of(path)][-1] == "1" and len(rows_of(path)) == 5 * ROUNDS
+    rows = bench(path, "--resume")
+    assert rows[-1]["last"] == "1" and len(rows) == 5 * ROUNDS
     assert f"- {case}" not in path.with_suffix(".md").read_text()
 
 
-def test_resuming_skips_what_is_complete_and_says_at_which_commit(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_keeps_what_it_measured_and_resuming_skips_that(path, monkeypatch, capsys):
     first, second = cases.cayley_case(1, 4), cases.cayley_case(2, 4)
-    path = tmp_path / "a.csv"
     only(monkeypatch, first, replace(second, build=interrupt))
-    assert bench(path) == 130
-    before = rows_of(path)
+    before = bench(path, status=130)
+    assert {row["batch"] for row in before} == {"1"}
+    assert f"## Not measured\n\n- {second}" in path.with_suffix(".md").read_text()
     only(monkeypatch, replace(first, build=interrupt), second)
-    assert bench(path, "--resume") == 0
+    after = bench(path, "--resume")
     assert f"skipped, measured at commit {before[0]['commit']}: {first}" in capsys.readouterr().out
-    after = rows_of(path)
     assert after[: len(before)] == before and {row["batch"] for row in after[len(before) :]} == {"2"}
     text = path.with_suffix(".md").read_text()
     assert "k=4 batch=1" in text and "k=4 batch=2" in text and "Not measured" not in text
 
 
-def test_the_table_shows_the_latest_run_of_each_case_and_can_be_made_again(tmp_path, monkeypatch):
-    path = tmp_path / "a.csv"
+def test_the_table_shows_the_latest_run_of_each_case_and_can_be_made_again(path, monkeypatch):
     only(monkeypatch, cases.cayley_case(1, 4))
-    assert bench(path) == 0
-    rows = rows_of(path)
-    table = Table(path)
+    rows, table = bench(path), Table(path)
     for row in rows:
         table.append({**row, "run": "9999", "commit": "later", "p50_ms": "123.456"})
-    assert {row["commit"] for row in latest(rows_of(path))} == {"later"}
+    assert {row["commit"] for row in latest(read_rows(path))} == {"later"}
     for row in rows:  # of a still later run that did not complete the case
         table.append({**row, "run": "99999", "commit": "cut", "last": ""})
     table.append({**rows[0], "batch": "7", "commit": "other"})
@@ -277,44 +242,46 @@ def test_the_table_shows_the_latest_run_of_each_case_and_can_be_made_again(tmp_p
     assert "123.5" in text and "cut" not in text and "| commit |" in text and "| other |" in text
 
 
-def test_operations_can_be_chosen_and_listed(tmp_path, capsys):
-    path = tmp_path / "a.csv"
-    assert bench(path, "--only", "cayley,linear", "--list") == 0
+def test_operations_can_be_chosen_and_listed(path, capsys):
+    bench(path, "--only", "cayley,linear", "--list")
     listed = capsys.readouterr().out.split("\n")
     assert [line.split()[0] for line in listed if line] == ["linear", "cayley"] and not path.exists()
-    assert bench(path, "--only", "cayley") == 0
-    assert {row["operation"] for row in rows_of(path)} == {"cayley"}
-    for arguments, message in (
-        (["--only", "cayly"], "--only must be one or more of layer, linear"),
-        (["--table", "none.csv"], "none.csv"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            bench(path, *arguments)
-        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert {row["operation"] for row in bench(path, "--only", "cayley")} == {"cayley"}
 
 
-def test_no_case_is_begun_after_the_limit(tmp_path, capsys):
-    assert bench(tmp_path / "a.csv", "--limit-seconds", "0") == 0
-    assert rows_of(tmp_path / "a.csv") == []
+def test_no_case_is_begun_after_the_limit(path, capsys):
+    assert bench(path, "--limit-seconds", "0") == [] and path.exists()
     assert capsys.readouterr().out.count("\n- ") == len(cases.table(CPU, quick=True))
 
 
-def test_rows_survive_a_killed_process(tmp_path):
-    path = tmp_path / "a.csv"
+def test_rows_survive_a_killed_process(path):
     code = f"import os, pathlib; from bench.records import *; t = Table(pathlib.Path({str(path)!r}))\n"
     code += "t.append(dict.fromkeys(COLUMNS, 'a,b')); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 9
-    assert [row["note"] for row in rows_of(path)] == ["a,b"]
+    assert [row["note"] for row in read_rows(path)] == ["a,b"]
     Table(path).append(dict.fromkeys(COLUMNS, 2))
-    assert len(rows_of(path)) == 2
+    assert len(read_rows(path)) == 2
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_is_refused_clearly_where_there_is_none(tmp_path, capsys):
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "content", "message"),
+    [
+        ([], "a,b\n1,2\n", "other columns"),
+        (["--only", "cayly"], None, "--only must be one or more of layer, linear"),
+        (["--table", "none.csv"], None, "none.csv"),
+        pytest.param(["--device", "cuda"], None, "no CUDA device is visible", marks=NO_CUDA),
+    ],
+)
+def test_what_cannot_be_run_is_refused_and_changes_no_file(path, capsys, arguments, content, message):
+    if content:
+        path.write_text(content)
     with pytest.raises(SystemExit) as stopped:
-        run.main(["--device", "cuda", "--out", str(tmp_path / "a.csv")])
-    assert stopped.value.code == 2 and "no CUDA device is visible" in capsys.readouterr().err
-    assert not (tmp_path / "a.csv").exists()
+        bench(path, *arguments)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert (path.read_text() if path.exists() else None) == content
 
 
 # -- timings by pytest-benchmark -----------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bounds import assert_within, unit_roundoff
@@ -18,21 +20,17 @@ from bench.records import machine
 from ssvd_kernels.model import rotations
 from ssvd_kernels.ops import reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 T, D_IN, D_OUT, K = 24, 32, 48, 8
 TINY = (torch.float32, T, D_IN, D_OUT, K)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread):
-    """The shapes are tiny."""
-
-
 def rows_of(case, *names: str) -> dict[tuple[str, str], dict]:
     """The rows of the first round by version and mode, of the versions in `names` alone."""
     chosen = versions_of(case, *names)
-    shown = case.__class__(**{**vars(case), "build": lambda device: chosen})
-    rows = measure(shown, Clock(CPU, quick=True), 0.001, machine(CPU))
+    rows = measure(replace(case, build=lambda device: chosen), Clock(CPU, quick=True), 0.001, machine(CPU))
     return {(r["version"], r["mode"].partition(" ")[0]): r for r in rows if r["round"] == 1 and r["pass"] == WHOLE}
 
 
@@ -95,11 +93,10 @@ def test_a_composed_layer_saves_its_weight_and_a_factored_one_does_not():
 
 def test_the_plain_layers_agree_with_this_package_in_float64():
     x, dy, f = Problem.draw(torch.float64, T, D_IN, D_OUT, K, CPU)
-    results = []
-    for module in (layers.NaiveLayer(f), layers.RebuiltLayer(f), layers.ssvd_layer(f)):
-        results.append(versions.in_float64(module, x, dy))
-    for found in results[1:]:
-        for got, want in zip(found, results[0], strict=True):
+    makes = (layers.NaiveLayer, layers.RebuiltLayer, layers.ssvd_layer)
+    first, *others = (versions.in_float64(make(f), x, dy) for make in makes)
+    for found in others:
+        for got, want in zip(found, first, strict=True):
             # U, V and sigma were rounded to float32, in three layers that hold them
             assert relative_error(got, want) <= 8 * unit_roundoff(torch.float32)
 
@@ -121,8 +118,7 @@ def test_a_peer_is_gated_by_its_own_float64(name):
     frozen, *_ = versions_of(cases.layer_case(*TINY), "frozen linear")
     assert relative_error(version.exact[0], frozen.exact[0]) > 1e-3  # the adapter does something
     assert all(gradient.abs().max() > 0 for gradient in version.exact)
-    broken = Passes(lambda x, *_: version.run.forward(x) * (1 + 1e-4), version.run.leaves, version.run.dy)
-    wrong = Version(name, broken, version.exact, version.bound)
+    wrong = replace(version, run=replace(version.run, forward=lambda x, *_: version.run.forward(x) * (1 + 1e-4)))
     case = cases.Case("layer", torch.float32, lambda device: [wrong], "")
     (row,) = measure(case, Clock(CPU, quick=True), 0.001, machine(CPU))
     assert row["note"] == "refused: wrong result" and row["last"] == 1

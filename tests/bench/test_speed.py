@@ -6,27 +6,21 @@ Processor time of one thread, so that other programs on the machine hardly count
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from bounds import assert_within
+from cases import solved_delta
 from models import references
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
-from ssvd_kernels.ops import dispatch, reference
+from ssvd_kernels.ops import dispatch
 
-pytestmark = [pytest.mark.timing, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.timing, pytest.mark.usefixtures("one_thread", "as_trained")]
 
 D, K = 768, 306
-
-
-@pytest.fixture(autouse=True)
-def _as_users_run_it() -> Iterator[None]:
-    """Without NaN in uninitialised memory."""
-    torch.use_deterministic_algorithms(False)
-    yield
 
 
 def times_faster(ours: Callable[[], object], theirs: Callable[[], object], repeats: int = 12) -> float:
@@ -41,11 +35,6 @@ def times_faster(ours: Callable[[], object], theirs: Callable[[], object], repea
     return best[1] / best[0]
 
 
-def solved(theta: Tensor, k: int) -> Tensor:
-    K = reference.skew(theta, k)
-    return -2 * torch.linalg.solve(torch.eye(k) + K, K)
-
-
 @pytest.mark.parametrize(("batch", "k", "least"), [(4, 153, 2.0), (4, 256, 1.9), (2, 409, 1.5), (1, 512, 1.3)])
 def test_the_compiled_cayley_beats_a_loop_of_solves(batch, k, least):
     if reason := dispatch.refusals("cayley", torch.device("cpu"), torch.float32)["ext"]:
@@ -57,7 +46,7 @@ def test_the_compiled_cayley_beats_a_loop_of_solves(batch, k, least):
         return torch.autograd.grad(sk.cayley_delta(theta, k), theta, dE)
 
     def theirs() -> object:
-        return torch.autograd.grad(torch.stack([solved(row, k) for row in theta]), theta, dE)
+        return torch.autograd.grad(solved_delta(theta, k), theta, dE)
 
     assert times_faster(ours, theirs) >= least
 
@@ -77,7 +66,7 @@ class Rebuilt(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         U, sigma, Vt = self.factors
         rest = len(sigma) - K
-        G = nn.functional.pad(solved(self.theta, K), (0, rest, 0, rest)) + torch.eye(len(sigma))
+        G = nn.functional.pad(solved_delta(self.theta[None], K)[0], (0, rest, 0, rest)) + torch.eye(len(sigma))
         scale = sigma + nn.functional.pad(self.delta_sigma, (0, rest))
         return nn.functional.linear(x, (U * scale) @ (G @ Vt), self.bias)
 
@@ -122,44 +111,29 @@ def test_the_layer_costs_little_more_than_full_fine_tuning_at_many_tokens(layers
 
 
 @pytest.mark.parametrize("T", [64, 1024])
-def test_the_chosen_mode_is_not_much_slower_than_the_other(layers, T):
+def test_the_chosen_mode_is_not_much_slower_than_the_other(layers, monkeypatch, T):
     layer, x = layers[0], torch.randn(T, D, requires_grad=True)
     run = both_passes(layer, x)
+    monkeypatch.setattr(layer, "mode", "auto")  # as it is again afterwards
 
-    def forced(mode: str) -> Callable[[], object]:
-        def run_forced() -> object:
-            layer.mode = mode
-            return run()
+    def forced(mode: str) -> None:
+        layer.mode = mode
+        run()
 
-        return run_forced
-
-    try:
-        for mode in ("composed", "factored"):
-            assert times_faster(forced("auto"), forced(mode)) >= 0.75
-    finally:
-        layer.mode = "auto"
+    for mode in ("composed", "factored"):
+        assert times_faster(lambda: forced("auto"), lambda mode=mode: forced(mode)) >= 0.75
 
 
-def test_gradient_accumulation_composes_once(layers):
+def test_gradient_accumulation_composes_once(layers, monkeypatch):
     """Four micro-batches cost less than four steps: the rotation is not shared by a lone layer, W' is."""
     layer, x = layers[0], torch.randn(256, D, requires_grad=True)
-    layer.mode = "composed"
+    monkeypatch.setattr(layer, "mode", "composed")
 
-    def micro_batch() -> None:
-        y = layer(x)
-        torch.autograd.grad(y, [x, layer.theta, layer.delta_sigma], torch.ones_like(y))
-
-    def accumulated() -> None:
+    def micro_batches(train: Callable[[], object]) -> None:
         layer.train()
         for _ in range(4):
-            micro_batch()
+            train()
+            y = layer(x)
+            torch.autograd.grad(y, [x, layer.theta, layer.delta_sigma], torch.ones_like(y))
 
-    def separate() -> None:
-        for _ in range(4):
-            layer.train()
-            micro_batch()
-
-    try:
-        assert times_faster(accumulated, separate) >= 1.1
-    finally:
-        layer.mode = "auto"
+    assert times_faster(lambda: micro_batches(lambda: None), lambda: micro_batches(layer.train)) >= 1.1

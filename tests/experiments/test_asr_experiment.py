@@ -243,10 +243,7 @@ def _without(results: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]
             [r for r in _everything() if r["cell"]["method"] in ("ssvd-o-25", "lora")],
             {"wer-parameters", "curves", "spectra"},
         ),
-        (
-            [r for r in _everything() if r["cell"]["budget"] in (None, 0.02)],
-            set(figures.FIGURES) - {"wer-parameters"},
-        ),
+        ([r for r in _everything() if r["cell"]["budget"] in (None, 0.02)], set(figures.FIGURES) - {"wer-parameters"}),
         ([r for r in _everything() if r["cell"]["method"] == "zero-shot"], set()),
     ],
     ids=["everything", "target alone", "two methods", "one budget", "nothing trained"],

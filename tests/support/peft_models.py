@@ -37,10 +37,7 @@ def llama() -> nn.Module:
 
 
 # name -> (constructor, adapted layers where the configuration names none)
-MODELS = {
-    **{name: (make, count) for name, (make, _, count) in speech_models.MODELS.items()},
-    "llama": (llama, 2 * 7),
-}
+MODELS = {**{name: (make, count) for name, (make, _, count) in speech_models.MODELS.items()}, "llama": (llama, 2 * 7)}
 
 
 def base_model(name: str = "whisper", seed: int = 5) -> nn.Module:
