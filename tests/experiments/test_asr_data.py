@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # -- audio -------------------------------------------------------------------------------------------------------------
 
 
-def test_child_voice_moves_pitch_and_keeps_duration() -> None:
+def test_child_voice_moves_pitch_and_keeps_duration():
     for seconds in (0.7, 2.0, 9.5):
         raised = raise_voice(tone(300, seconds), 1.6)
         assert len(raised) == round(seconds * RATE)
@@ -30,7 +30,7 @@ def test_child_voice_moves_pitch_and_keeps_duration() -> None:
         assert np.abs(raised).max() == pytest.approx(0.5, abs=0.1)
 
 
-def test_wav_is_resampled_to_16_khz(tmp_path: Path) -> None:
+def test_wav_is_resampled_to_16_khz(tmp_path):
     samples = read_audio(write_wav(tmp_path / "a.wav", tone(440, 1.5, 8000), 8000))
     assert samples.dtype == np.float32
     assert len(samples) == pytest.approx(1.5 * RATE, abs=32)
@@ -44,7 +44,7 @@ def share(samples: np.ndarray, low: float, high: float) -> float:
     return float(energy[(hertz >= low) & (hertz < high)].sum() / energy.sum())
 
 
-def test_telephone_is_narrow_noisy_and_always_the_same() -> None:
+def test_telephone_is_narrow_noisy_and_always_the_same():
     chirp = np.random.default_rng(0).standard_normal(2 * RATE + 1).astype(np.float32) / 10  # an odd number of samples
     heard = telephone(chirp, "a.wav")
     assert heard.dtype == np.float32 and len(heard) == len(chirp)
@@ -55,7 +55,7 @@ def test_telephone_is_narrow_noisy_and_always_the_same() -> None:
 
 
 @pytest.mark.parametrize("snr", [0.0, 10.0])
-def test_telephone_noise_has_its_level_and_the_spectrum_of_the_speech(snr: float) -> None:
+def test_telephone_noise_has_its_level_and_the_spectrum_of_the_speech(snr):
     speech_like = tone(1000, 2) * np.hanning(2 * RATE).astype(np.float32)
     line = telephone(speech_like, "a", snr=100.0)  # no noise: what the line does
     noise = telephone(speech_like, "a", snr) - line
@@ -63,23 +63,22 @@ def test_telephone_noise_has_its_level_and_the_spectrum_of_the_speech(snr: float
     assert share(noise, 900, 1100) > 0.9
 
 
-def test_duration_is_read_without_decoding(tmp_path: Path) -> None:
+def test_duration_is_read_without_decoding(tmp_path):
     assert duration(write_wav(tmp_path / "a.wav", tone(300, 1.25))) == 1.25
     (tmp_path / "b.g722").write_bytes(bytes(12000))
     assert duration(tmp_path / "b.g722") == len(read_audio(tmp_path / "b.g722")) / RATE == 1.5
-    with pytest.raises(AudioError, match=r"none.wav: there is no such audio file"):
-        duration(tmp_path / "none.wav")
-    (tmp_path / "text.wav").write_text("not audio at all")
-    with pytest.raises(AudioError, match=r"text.wav: cannot be opened as audio"):
-        duration(tmp_path / "text.wav")
 
 
-def test_bad_audio_names_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("read", "cannot"), [(duration, "opened as audio"), (read_audio, "decoded")])
+def test_bad_audio_names_the_file(tmp_path, read, cannot):
     with pytest.raises(AudioError, match=r"none.wav: there is no such audio file"):
-        read_audio(tmp_path / "none.wav")
+        read(tmp_path / "none.wav")
     (tmp_path / "text.wav").write_text("not audio at all")
-    with pytest.raises(AudioError, match=r"text.wav: cannot be decoded"):
-        read_audio(tmp_path / "text.wav")
+    with pytest.raises(AudioError, match=rf"text.wav: cannot be {cannot}"):
+        read(tmp_path / "text.wav")
+
+
+def test_audio_without_samples_is_refused(tmp_path):
     with pytest.raises(AudioError, match=r"empty.wav: .*(0 samples|cannot be decoded)"):
         read_audio(write_wav(tmp_path / "empty.wav", tone(440, 0)))
 
@@ -87,30 +86,22 @@ def test_bad_audio_names_the_file(tmp_path: Path) -> None:
 # -- corpus ------------------------------------------------------------------------------------------------------------
 
 
-def test_prompts_are_parsed_and_chosen() -> None:
-    lines = [
-        "; comment",
-        "",
-        "a/b:  Press  1: to go on...",
-        "beep: [a simple tone]",
-        "hi: Hello there.",
-        "key: press the #",
-    ]
-    text = "".join(f"{line}\n" for line in lines)
-    prompts = parse_prompts(text)
+def test_prompts_are_parsed_and_chosen():
+    spoken = "hi: Hello there.\nkey: press the #\n"
+    prompts = parse_prompts(f"; comment\n\na/b:  Press  1: to go on...\nbeep: [a simple tone]\n{spoken}")
     assert prompts["a/b"] == "Press 1: to go on"
     assert [key for key, spoken in prompts.items() if usable(spoken)] == ["a/b"]
     with pytest.raises(DemoError, match="no colon"):
         parse_prompts("key without end\n")
 
 
-def test_changed_prompt_package_is_refused(tmp_path: Path) -> None:
+def test_changed_prompt_package_is_refused(tmp_path):
     (tmp_path / "prompts.txt").write_text("".join(f"k{i}: these are words {i}\n" for i in range(250)))
     with pytest.raises(DemoError, match="250 of them without sound"):
         check_prompts(tmp_path)
 
 
-def test_split_is_disjoint_stable_and_by_text() -> None:
+def test_split_is_disjoint_stable_and_by_text():
     texts = [f"This is sentence number {i}." for i in range(400)]
     again = ["... " + text.upper().replace(".", "!") for text in texts]
     clips = [speech.Clip(f"{i}", text, Path(f"{i}")) for i, text in enumerate(texts + again)]
@@ -118,34 +109,29 @@ def test_split_is_disjoint_stable_and_by_text() -> None:
     assert len(training) + len(test) == 800
     assert not {speech.words(c.text) for c in training} & {speech.words(c.text) for c in test}
     assert len(test) == pytest.approx(200, abs=50)
-    assert [speech.held_out(text) for text in texts[:8]] == EXPECTED_SIDES  # runs of other days keep the same split
+    sides = [True, False, False, False, False, True, True, False]
+    assert [speech.held_out(text) for text in texts[:8]] == sides  # runs of other days keep the same split
+    less, more = speech.split(clips, 0.4)  # a larger share holds out more of the same
+    assert {c.name for c in test} < {c.name for c in more} and {c.name for c in less} < {c.name for c in training}
+    assert len(more) == pytest.approx(320, abs=60)
 
 
-def test_a_larger_share_holds_out_more_of_the_same() -> None:
-    clips = [speech.Clip(f"{i}", f"This is sentence number {i}.", Path(f"{i}")) for i in range(400)]
-    rest, test = speech.split(clips)
-    training, both = speech.split(clips, 0.4)
-    assert {c.name for c in test} < {c.name for c in both} and {c.name for c in training} < {c.name for c in rest}
-    assert len(both) == pytest.approx(160, abs=30)
-
-
-EXPECTED_SIDES = [True, False, False, False, False, True, True, False]
-
-
-def test_manifest_is_read_as_it_is(tmp_path: Path) -> None:
+def test_manifest_is_read_as_it_is(tmp_path):
     write_wav(tmp_path / "a.wav", tone(300, 1))
     line = {"audio": "a.wav", "text": "three short\u2028words"}
     plain, raised = speech.read_manifest(manifest(tmp_path, line, {**line, "pitch": 1.6}))
     assert (plain.text, plain.voice, plain.path) == (line["text"], 1.0, tmp_path / "a.wav")
-    data = speech.Speech([plain, raised], "test")
-    assert pitch(data.samples(0)) == pytest.approx(300, abs=2)
-    assert pitch(data.samples(1)) == pytest.approx(480, abs=3)
     called = speech.Clip("call", line["text"], tmp_path / "a.wav", channel="telephone")
     data = speech.Speech([plain, raised, called], "test")
+    assert pitch(data.samples(0)) == pytest.approx(300, abs=2)
+    assert pitch(data.samples(1)) == pytest.approx(480, abs=3)
     speech.write_manifest(tmp_path / "again.jsonl", data.clips)
     again = speech.Speech(speech.read_manifest(tmp_path / "again.jsonl"), "test")
     assert again.fingerprint == data.fingerprint
     assert not np.array_equal(data.samples(2), data.samples(0))
+
+
+GOOD = {"audio": "a.wav", "text": "three short words"}
 
 
 @pytest.mark.parametrize(
@@ -157,35 +143,28 @@ def test_manifest_is_read_as_it_is(tmp_path: Path) -> None:
         ({"audio": "a.wav"}, 'm.jsonl:2: no text under the key "text"'),
         ({"audio": "a.wav", "text": " ... "}, "m.jsonl:2: the text ' ... ' contains no words"),
         ({"audio": "b.wav", "text": "words"}, "m.jsonl:2: there is no audio file .*b.wav"),
-        (
-            {"audio": "a.wav", "text": "words", "pitch": 9},
-            "m.jsonl:2: `pitch` must be a factor from 0.5 to 2 .*, got 9",
-        ),
-        (
-            {"audio": "a.wav", "text": "words", "channel": "tin"},
-            "m.jsonl:2: `channel` must be one of '', 'telephone', got 'tin'",
-        ),
+        ({**GOOD, "pitch": 9}, "m.jsonl:2: `pitch` must be a factor from 0.5 to 2 .*, got 9"),
+        ({**GOOD, "channel": "tin"}, "m.jsonl:2: `channel` must be one of '', 'telephone', got 'tin'"),
     ],
 )
-def test_bad_manifest_lines_are_named(tmp_path: Path, second: object, message: str) -> None:
+def test_bad_manifest_lines_are_named(tmp_path, second, message):
     write_wav(tmp_path / "a.wav", tone(300, 1))
-    good = {"audio": "a.wav", "text": "three short words"}
     with pytest.raises(DemoError, match=message):
-        speech.read_manifest(manifest(tmp_path, good, second, good))
+        speech.read_manifest(manifest(tmp_path, GOOD, second, GOOD))
 
 
-def test_bad_manifest_audio_is_named_with_its_line(tmp_path: Path) -> None:
+def test_bad_manifest_audio_is_named_with_its_line(tmp_path):
     write_wav(tmp_path / "a.wav", tone(300, 31))
     (tmp_path / "b.wav").write_text("no sound")
     for name, message in (("a.wav", "m.jsonl:1: .*31.0 s; at most 30 s"), ("b.wav", "m.jsonl:1: .*cannot be decoded")):
-        clips = speech.read_manifest(manifest(tmp_path, {"audio": name, "text": "three short words"}))
+        clips = speech.read_manifest(manifest(tmp_path, {**GOOD, "audio": name}))
         with pytest.raises(DemoError, match=message):
             speech.Speech(clips, "test")
 
 
-def test_manifest_without_both_sides_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_manifest_without_both_sides_is_refused(tmp_path, capsys):
     write_wav(tmp_path / "a.wav", tone(300, 1))
-    path = manifest(tmp_path, {"audio": "a.wav", "text": "three short words"})
+    path = manifest(tmp_path, GOOD)
     with pytest.raises(DemoError, match="give --eval-manifest"):
         speech.from_manifest(path, None)
     corpus = speech.from_manifest(path, path)
@@ -197,7 +176,7 @@ def test_manifest_without_both_sides_is_refused(tmp_path: Path, capsys: pytest.C
             speech.read_manifest(path)
 
 
-def test_audio_beyond_the_cache_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_audio_beyond_the_cache_is_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(speech, "CACHE_BYTES", 4 * RATE)
     clips = [speech.Clip(str(i), f"text {i}", write_wav(tmp_path / f"{i}.wav", tone(200 + i, 1))) for i in range(3)]
     data = speech.Speech(clips, "test")
@@ -207,21 +186,21 @@ def test_audio_beyond_the_cache_is_read_again(tmp_path: Path, monkeypatch: pytes
     assert len(speech.Speech(clips[1:], "test", drop_above=0.5)) == 0
 
 
-def test_what_is_made_of_a_recording_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_made_of_a_recording_is_kept(tmp_path, monkeypatch):
     path, cache = write_wav(tmp_path / "a.wav", tone(300, 1)), tmp_path / "cache"
-    plain, raised = (speech.Clip("a", "text", path, voice, cache=cache) for voice in (1.0, 1.6))
-    called = speech.Clip("a", "text", path, channel="telephone", cache=cache)
-    made = [clip.read() for clip in (plain, raised, called)]
+    ways = ({}, {"voice": 1.6}, {"channel": "telephone"})
+    clips = [speech.Clip("a", "text", path, **how, cache=cache) for how in ways]
+    made = [clip.read() for clip in clips]
     assert len(list(cache.iterdir())) == 3
-    monkeypatch.setattr(speech, "read_audio", lambda path: 1 / 0)
-    for clip, samples in zip((plain, raised, called), made, strict=True):
-        np.testing.assert_array_equal(clip.read(), samples)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(speech, "read_audio", lambda path: 1 / 0)
+        for clip, samples in zip(clips, made, strict=True):
+            np.testing.assert_array_equal(clip.read(), samples)
     write_wav(path, tone(400, 1))  # another recording under the same name
-    assert pitch(plain.read()) == pytest.approx(400, abs=2) and len(list(cache.iterdir())) == 4
+    assert pitch(clips[0].read()) == pytest.approx(400, abs=2) and len(list(cache.iterdir())) == 4
     path.unlink()
     with pytest.raises(AudioError, match="there is no such audio file"):
-        plain.read()
+        clips[0].read()
 
 
 # -- obtaining data ----------------------------------------------------------------------------------------------------
@@ -251,7 +230,7 @@ def fake_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespac
     return SimpleNamespace(data=data, file=file, part=part)
 
 
-def test_data_are_obtained_once_and_repaired(fake_part: SimpleNamespace) -> None:
+def test_data_are_obtained_once_and_repaired(fake_part):
     data = fake_part.data
     fetch.ensure(data, ("thing",))
     assert (data / "thing/a.txt").read_text() == "content"
@@ -266,7 +245,7 @@ def test_data_are_obtained_once_and_repaired(fake_part: SimpleNamespace) -> None
     assert sorted(p.name for p in data.iterdir()) == ["downloads", "thing"]
 
 
-def test_changed_package_warns_or_fails(fake_part: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_package_warns_or_fails(fake_part, capsys):
     fake_part.part("0" * 64, deb=False)
     with pytest.raises(DemoError, match="never changes, so it is damaged"):
         fetch.ensure(fake_part.data, ("thing",))
@@ -282,7 +261,7 @@ def test_changed_package_warns_or_fails(fake_part: SimpleNamespace, capsys: pyte
         fetch.ensure(fake_part.data, ("thing",))
 
 
-def test_unobtainable_data_stop_with_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unobtainable_data_stop_with_instructions(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))  # no apt-get, no dpkg-deb
     with pytest.raises(DemoError) as raised:
         fetch.ensure(tmp_path / "data", (fetch.ASTERISK,))
@@ -306,7 +285,7 @@ def data() -> Path:
 
 
 @pytest.mark.data
-def test_real_corpus(data: Path) -> None:
+def test_real_corpus(data):
     corpus = speech.built_in(data)
     assert len(corpus.train) + len(corpus.test) >= 250
     assert not {speech.words(c.text) for c in corpus.train} & {speech.words(c.text) for c in corpus.test}
@@ -316,7 +295,7 @@ def test_real_corpus(data: Path) -> None:
 
 
 @pytest.mark.data
-def test_real_model_hears_real_speech(data: Path) -> None:
+def test_real_model_hears_real_speech(data):
     recognizer = load_recognizer(None, data, torch.device("cpu"))
     assert sum(p.numel() for p in recognizer.model.parameters()) == 37_760_256
     recognizer.set_window(10)

@@ -27,14 +27,10 @@ def write_prompts(folder: Path, prompts: dict[str, tuple[str, float]], signature
     return folder
 
 
-def test_foreign_prompts_are_clear_and_at_a_speakers_pace(tmp_path: Path) -> None:
+def test_foreign_prompts_are_clear_and_at_a_speakers_pace(tmp_path):
     spoken = {f"k{i}": (f"una persona número {'x' * (i + 1)}", 1.5 + i / 16) for i in range(5)}
-    other = {
-        "digit": ("premere 1 per uscire", 1.5),
-        "lost": ("la porta ? aperta", 1.5),
-        "beep": ("un suono di beep discendente", 0.4),
-        "spelled": ("Radio U S B", 4.0),
-    }
+    other = {"digit": ("premere 1 per uscire", 1.5), "lost": ("la porta ? aperta", 1.5)}
+    other |= {"beep": ("un suono di beep discendente", 0.4), "spelled": ("Radio U S B", 4.0)}
     folder = write_prompts(tmp_path / "it", spoken | other, signature=True)
     assert [(key, text) for key, text, _ in read_foreign_prompts(folder)] == [(k, t) for k, (t, _) in spoken.items()]
     (folder / "audio/k0.g722").unlink()
@@ -55,7 +51,7 @@ def made_up(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_shift_is_split_in_three_by_text(made_up: Path) -> None:
+def test_a_shift_is_split_in_three_by_text(made_up):
     whole, short = (shifts.load_shift("child", made_up, longest) for longest in (4.0, 3.0))
     sides = [whole.train, whole.validation, whole.test]
     assert sum(map(len, sides)) == 60
@@ -74,7 +70,7 @@ def test_a_shift_is_split_in_three_by_text(made_up: Path) -> None:
     assert call.train[0].read().dtype == "float32" and len(list((made_up / shifts.CACHE).iterdir())) == 1
 
 
-def test_bad_shifts_are_named(made_up: Path) -> None:
+def test_bad_shifts_are_named(made_up):
     with pytest.raises(DemoError, match=r"`shift` must be one of child, .*, italian or a manifest, .*got 'dutch'"):
         shifts.load_shift("dutch", made_up, 4.0)
     with pytest.raises(DemoError, match=r"`shift` must be one of .*got 'dutch'"):
@@ -83,14 +79,14 @@ def test_bad_shifts_are_named(made_up: Path) -> None:
         shifts.load_shift("child", made_up, 0.5)
 
 
-def test_parts_are_parts() -> None:
+def test_parts_are_parts():
     known = {part.folder for part in fetch.PARTS}
     needed = {name: set(shifts.parts_of(name)) for name in shifts.SHIFTS}
     assert all(parts < known for parts in needed.values())
     assert [len(needed[name]) for name in ("child", "telephone", "french", "spanish", "italian")] == [3, 3, 4, 4, 4]
 
 
-def test_a_sonnet_is_cut_into_its_lines(tmp_path: Path) -> None:
+def test_a_sonnet_is_cut_into_its_lines(tmp_path):
     pieces = np.concatenate([tone(hertz, 1) for hertz in (200, 300, 400)])
     write_wav(tmp_path / "tone.wav", pieces).rename(tmp_path / "audio.mp3")  # the format is told by the contents
     parts = [
@@ -109,7 +105,7 @@ def test_a_sonnet_is_cut_into_its_lines(tmp_path: Path) -> None:
 
 @pytest.mark.data
 @pytest.mark.parametrize("name", shifts.SHIFTS)
-def test_real_shift(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_shift(name, monkeypatch):
     data = fetch.default_data()
     if broken := [folder for folder in shifts.parts_of(name) if fetch.damage(data / folder)]:
         pytest.skip(f"no real data in {data} ({', '.join(broken)}); python -m experiments.asr.fetch --all obtains them")

@@ -6,11 +6,11 @@ import json
 import os
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from asr_tiny import manifest, tone, tone_clips, write_ct2_folder, write_wav
+from asr_tiny import command as tiny_command
+from asr_tiny import tone, write_wav
 
 import ssvd_kernels as sk
 from experiments.asr import DemoError, demo, report, runfolder, speech, train, transcribe
@@ -19,27 +19,17 @@ from experiments.asr.recognizer import Recognizer, Score, load_recognizer
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def ct2_folder(tmp_path: Path) -> SimpleNamespace:
-    return write_ct2_folder(tmp_path)
-
-
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def clips(tmp_path: Path) -> speech.Speech:
-    return tone_clips(tmp_path)
-
-
-def test_batches_cover_every_epoch() -> None:
+def test_batches_cover_every_epoch():
     seen = [i for step in range(6) for i in train.batch_indices(4, 2, step, seed=7)]
     assert [sorted(seen[e : e + 4]) for e in (0, 4, 8)] == [[0, 1, 2, 3]] * 3
     assert len({tuple(seen[e : e + 4]) for e in (0, 4, 8)}) > 1
     assert len(train.batch_indices(3, 8, 0, seed=0)) == 8
 
 
-def test_learning_rate_warms_up_and_decays() -> None:
+def test_learning_rate_warms_up_and_decays():
     rates = [train.Recipe(steps=100, lr=1.0).lr_at(step) for step in range(100)]
     assert rates[0] == 0.1 and max(rates) == 1.0 and rates[9] == 1.0
     assert rates[99] == 1 / 90 and all(r > 0 for r in rates)
@@ -58,9 +48,7 @@ def fit(
 
 
 @pytest.mark.parametrize("how", ["signal", "crash"])
-def test_resumed_training_equals_uninterrupted(
-    how: str, ct2_folder: SimpleNamespace, clips: speech.Speech, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_training_equals_uninterrupted(how, ct2_folder, clips, tmp_path, monkeypatch):
     whole, weights = fit(tmp_path / "whole", ct2_folder.path, clips)
     assert len(whole.losses) == 6 and whole.losses[-1] < whole.losses[0]
     loss, calls, on_interrupt = train.cross_entropy, [], signal.getsignal(signal.SIGINT)
@@ -83,16 +71,14 @@ def test_resumed_training_equals_uninterrupted(
     assert signal.getsignal(signal.SIGINT) is on_interrupt
 
 
-def test_divergence_is_reported(
-    ct2_folder: SimpleNamespace, clips: speech.Speech, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_divergence_is_reported(ct2_folder, clips, tmp_path, monkeypatch):
     loss = train.cross_entropy
     monkeypatch.setattr(train, "cross_entropy", lambda *args: loss(*args) * float("nan"))
     with pytest.raises(DemoError, match=r"step 1: the loss is nan"):
         fit(tmp_path / "run", ct2_folder.path, clips)
 
 
-def test_run_folder_refuses_other_settings_and_damage(tmp_path: Path) -> None:
+def test_run_folder_refuses_other_settings_and_damage(tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(DemoError, match="--resume requires a checkpoint"):
         runfolder.RunFolder(folder, {"rank": 4}, resume=True)
@@ -107,19 +93,18 @@ def test_run_folder_refuses_other_settings_and_damage(tmp_path: Path) -> None:
     assert runfolder.RunFolder(folder, {"rank": 8}, fresh=True).load_checkpoint() is None
 
 
-def test_evaluations_are_kept_by_what_they_depend_on(tmp_path: Path) -> None:
+def test_evaluations_are_kept_by_what_they_depend_on(tmp_path):
     run, calls = runfolder.RunFolder(tmp_path, {}), []
 
     def compute() -> list[str]:
         calls.append(1)
         return [f"heard {len(calls)}"]
 
-    assert run.transcripts("before", {"weights": "a"}, compute) == ["heard 1"]
-    assert run.transcripts("before", {"weights": "a"}, compute) == ["heard 1"]
-    assert run.transcripts("before", {"weights": "b"}, compute) == ["heard 2"]
+    for weights, heard in (("a", 1), ("a", 1), ("b", 2)):
+        assert run.transcripts("before", {"weights": weights}, compute) == [f"heard {heard}"]
 
 
-def test_report_shows_all_numbers_and_failed_checks(tmp_path: Path) -> None:
+def test_report_shows_all_numbers_and_failed_checks(tmp_path):
     before, after = Score([(20, 60, 70, 300), (10, 40, 10, 100)]), Score([(8, 100, 20, 400)])
     rows = [report.Row("target", before, after, after),
             report.Row("source", Score([(1, 20, 3, 90)]), Score([(2, 20, 3, 90)]))]  # fmt: skip
@@ -127,8 +112,7 @@ def test_report_shows_all_numbers_and_failed_checks(tmp_path: Path) -> None:
     result = report.Report("title", rows, facts, {"Merged the same": False}, [3.0, 2.0, 1.5], {"total": 600})
     assert not result.passed
     text = report.write(result, tmp_path)
-    for shown in ("30.0 %", "8.0 %", "5.0 %", "10.0 %", "12 of 600", "Merged the same: NO"):
-        assert shown in text
+    assert all(shown in text for shown in ("30.0 %", "8.0 %", "5.0 %", "10.0 %", "12 of 600", "Merged the same: NO"))
     kept = json.loads((tmp_path / "report.json").read_text())
     assert kept["rows"][0]["before"]["wer"] == 0.3 and kept["rows"][0]["before"]["cer"] == 0.2
     assert kept["rows"][0]["before"]["utterances"] == 2 and kept["rows"][1]["merged"] is None
@@ -140,21 +124,13 @@ def test_report_shows_all_numbers_and_failed_checks(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def command(ct2_folder: SimpleNamespace, tmp_path: Path) -> list[str]:
-    """The demo's arguments for the tiny model and a manifest of tones."""
-    lines = []
-    for i in range(8):
-        write_wav(tmp_path / f"{i}.wav", tone(150 + 60 * i, 1.2))
-        lines.append({"audio": f"{i}.wav", "text": f"tone number {i}"})
-    speech_given = ["--model", str(ct2_folder.path), "--manifest", str(manifest(tmp_path, *lines)), "--no-source"]
-    recipe = ["--rank", "4", "--steps", "3", "--batch", "2", "--eval-window", "2", "--device", "cpu"]
-    return [*speech_given, *recipe, "--out", str(tmp_path / "run")]
+def command(tmp_path) -> list[str]:
+    recipe = ["--rank", "4", "--steps", "3", "--batch", "2", "--eval-window", "2"]
+    return [*tiny_command(tmp_path, 8, 60, 1.2), *recipe, "--out", str(tmp_path / "run")]
 
 
 @pytest.mark.slow
-def test_demo_on_a_users_speech(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_demo_on_a_users_speech(command, tmp_path, monkeypatch, capsys):
     assert demo.main(command) == 0
     kept = json.loads((tmp_path / "run/report.json").read_text())
     assert kept["checks"] == {name: True for name in kept["checks"]} and len(kept["checks"]) == 2
@@ -175,9 +151,7 @@ def test_demo_on_a_users_speech(
 
 
 @pytest.mark.slow
-def test_demo_stops_and_goes_on(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_demo_stops_and_goes_on(command, tmp_path, monkeypatch, capsys):
     loss = train.cross_entropy
 
     def interrupted(*args: object) -> torch.Tensor:
@@ -206,16 +180,12 @@ def test_demo_stops_and_goes_on(
         (["--eval-window", "31"], "`window` must be greater than 0 and at most 2 s, got 31.0 s"),
     ],
 )
-def test_demo_names_bad_arguments(
-    command: list[str], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_demo_names_bad_arguments(command, arguments, message, capsys):
     assert demo.main([*command, *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_transcribe_prints_what_it_hears(
-    ct2_folder: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_transcribe_prints_what_it_hears(ct2_folder, tmp_path, monkeypatch, capsys):
     audio = write_wav(tmp_path / "a.wav", tone(300, 1))
     base = ["transcribe", "--model", str(ct2_folder.path), "--window", "2"]
     monkeypatch.setattr("sys.argv", [*base, str(audio)])

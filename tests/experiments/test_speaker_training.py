@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from asr_tiny import pitch, tone, write_ct2_folder, write_wav
+from asr_tiny import pitch, rows_of, tone, write_ct2_folder, write_wav
 from bounds import assert_within, unit_roundoff
 from torch import nn
 
@@ -76,7 +75,7 @@ def test_layers_are_weighted_and_statistics_standardised():
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.2])
-def test_loss_is_the_formula(margin: float):
+def test_loss_is_the_formula(margin):
     loss_of = AAMSoftmax(torch.randn(4, 7, dtype=torch.float64), margin, 30.0)
     embeddings, labels = torch.randn(6, 7, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, 1])
     cosine = F.normalize(embeddings) @ F.normalize(loss_of.weight).T
@@ -110,7 +109,7 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_methods_have_one_budget_and_change_nothing_at_first(name: str):
+def test_methods_have_one_budget_and_change_nothing_at_first(name):
     if name == "lora":
         pytest.importorskip("peft")
     model, x = Attention(), torch.randn(2, 384)
@@ -155,14 +154,14 @@ def test_the_band_takes_out_what_tells_channels_apart():
     assert len(voices.narrow(gap)) == 0
 
 
-def test_short_recordings_are_joined_and_long_ones_cut(tmp_path: Path):
+def test_short_recordings_are_joined_and_long_ones_cut(tmp_path):
     lengths = (1.0, 1.0, 1.5, 9.0, 1.0)
     files = [write_wav(tmp_path / f"{i}.wav", tone(500, length)) for i, length in enumerate(lengths)]
     seconds = [len(samples) / RATE for samples in voices.utterances(files)]
     assert seconds == [pytest.approx(3.5, abs=0.1), voices.LONGEST]  # what is left over at the end is too short
 
 
-def test_tags_in_another_alphabet_do_not_stop_reading(tmp_path: Path):
+def test_tags_in_another_alphabet_do_not_stop_reading(tmp_path):
     path = write_wav(tmp_path / "tagged.wav", tone(500, 0.5))
     tag = b"LIST" + (16).to_bytes(4, "little") + b"INFO" + b"IART" + (4).to_bytes(4, "little") + b"\xcc\xe8\xf8\x00"
     data = bytearray(path.read_bytes()) + tag
@@ -200,12 +199,11 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None)
     return ["--folder", str(tmp_path / "speech"), "--model", str(tmp_path / "model"), "--out", out, "--batch", "6"]
 
 
-def test_a_run_trains_reports_and_resumes(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_trains_reports_and_resumes(arguments, tmp_path, monkeypatch):
     arguments += ["--steps", "3", "--seeds", "2", "--methods", "untrained", "head", "ssvd", "--device", "cpu"]
     assert runner.main(arguments) == 0
     out = tmp_path / "out"
-    with (out / "results.csv").open() as stream:
-        rows = list(csv.DictReader(stream))
+    rows = rows_of(out / "results.csv")
     expected = {("untrained", "0")} | {(name, seed) for name in ("head", "ssvd") for seed in "01"}
     assert {(row["method"], row["seed"]) for row in rows} == expected
     assert {row["list"] for row in rows} == {UNSEEN, HELD_OUT} and len(rows) == 2 * len(expected)
@@ -227,20 +225,18 @@ def test_a_run_trains_reports_and_resumes(arguments: list[str], tmp_path: Path, 
     lost.unlink()
     assert runner.main(arguments) == 0
     assert trained == ["ssvd, seed 1, lr 0.01"]  # all else was kept
-    again = json.loads(lost.read_text())
-    assert again["scores"] == cells[lost.name]["scores"]
+    assert json.loads(lost.read_text())["scores"] == cells[lost.name]["scores"]
 
 
-def test_tuning_measures_validation_alone(arguments: list[str], tmp_path: Path):
+def test_tuning_measures_validation_alone(arguments, tmp_path):
     assert runner.main([*arguments, "--steps", "2", "--tune", "--methods", "untrained", "ssvd"]) == 0
-    with (tmp_path / "out/tune.csv").open() as stream:
-        rows = list(csv.DictReader(stream))
+    rows = rows_of(tmp_path / "out/tune.csv")
     assert [(row["method"], float(row["lr"])) for row in rows] == [("ssvd", lr) for lr in runner.RATES]
     for path in (tmp_path / "out/cells").iterdir():
         assert list(json.loads(path.read_text())["scores"]) == [VALIDATION]
 
 
-def test_the_adapter_and_the_head_alone_learn(arguments: list[str]):
+def test_the_adapter_and_the_head_alone_learn(arguments):
     args = runner.parse([*arguments, "--device", "cpu"])
     recognizer = runner.load_recognizer(args.model, args.data, torch.device("cpu"))
     encoder = runner.speaker_encoder(recognizer)
@@ -259,7 +255,7 @@ def test_the_adapter_and_the_head_alone_learn(arguments: list[str]):
     assert changed == trainable and any("theta" in name for name in changed)
 
 
-def test_bad_commands_are_refused(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_bad_commands_are_refused(arguments, tmp_path, capsys):
     for extra, message in (
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--lr", "2"], "--lr must be in (0, 1), got 2.0"),
@@ -279,8 +275,7 @@ def test_bad_commands_are_refused(arguments: list[str], tmp_path: Path, capsys: 
 
 
 def test_learning_rates_are_those_that_validation_chose():
-    with (RESULTS / "tune.csv").open() as stream:
-        rows = list(csv.DictReader(stream))
+    rows = rows_of(RESULTS / "tune.csv")
     assert {row["method"] for row in rows} == set(METHODS)
     for name, method in METHODS.items():
         best = min((row for row in rows if row["method"] == name), key=lambda row: float(row["eer"]))

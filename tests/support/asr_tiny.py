@@ -6,6 +6,7 @@ A test file that imports this is skipped on a machine without the extra `demo`.
 # ruff: noqa: E402  (the imports below need that extra)
 from __future__ import annotations
 
+import csv
 import json
 import struct
 import wave
@@ -120,6 +121,11 @@ def logits(model: WhisperForConditionalGeneration) -> torch.Tensor:
 # -- the speech --------------------------------------------------------------------------------------------------------
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
 def write_wav(path: Path, samples: np.ndarray, rate: int = RATE) -> Path:
     with wave.open(str(path), "wb") as stream:
         stream.setnchannels(1)
@@ -149,3 +155,11 @@ def manifest(folder: Path, *lines: object) -> Path:
     path = folder / "m.jsonl"
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
     return path
+
+
+def command(folder: Path, count: int, step: float, seconds: float) -> list[str]:
+    """Arguments for the tiny model and a manifest of `count` tones, `step` Hz apart."""
+    files = [write_wav(folder / f"{i}.wav", tone(150 + step * i, seconds)) for i in range(count)]
+    lines = manifest(folder, *({"audio": file.name, "text": f"tone number {file.stem}"} for file in files))
+    model = write_ct2_folder(folder).path
+    return ["--model", str(model), "--manifest", str(lines), "--no-source", "--device", "cpu"]
