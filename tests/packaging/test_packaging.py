@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheels")]  # which are built once a worker
 
@@ -92,14 +93,8 @@ def pure_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(site: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Python outside the checkout, with the installed wheel before everything else."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env=environment(PYTHONPATH=str(site)),
-        cwd=site.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command, env = [sys.executable, *arguments], environment(PYTHONPATH=str(site))
+    done = subprocess.run(command, env=env, cwd=site.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 or not check, done.stdout + done.stderr
     return done
 
@@ -124,16 +119,16 @@ def test_wheel_holds_what_it_should(cpu_site, pure_site):
         names = zipfile.ZipFile(wheel).namelist()
         assert any(name.startswith("ssvd_kernels/_C.") for name in names) == compiled
         assert wheel.name.endswith("-none-any.whl") != compiled
-        assert {"ssvd_kernels/py.typed", "ssvd_kernels/_build_info.json", "ssvd_kernels/ops/kernels/__init__.py"} <= {
-            *names
-        }
-        assert {f"ssvd_kernels/cli/{name}.py" for name in ("info", "merge", "convert")} <= {*names}
+        modules = ("ops/kernels/__init__", "cli/info", "cli/merge", "cli/convert")
+        wanted = {"py.typed", "_build_info.json", *(f"{module}.py" for module in modules)}
+        assert {f"ssvd_kernels/{name}" for name in wanted} <= {*names}
         assert all(name.startswith(("ssvd_kernels/", "ssvd_kernels-")) for name in names)
 
 
 def test_with_and_without_the_extension(cpu_site, pure_site):
     assert state(cpu_site) == (True, None)
     assert state(pure_site) == (False, "_C was not built: SSVD_BUILD=none")
+    assert "SSVD_BUILD=none" in run(pure_site, "-m", "ssvd_kernels", "info").stdout
 
 
 @pytest.mark.parametrize("hidden", ["nothing", "triton"])
@@ -149,16 +144,10 @@ def test_import_loads_neither_triton_nor_the_extension(cpu_site):
 
 @pytest.mark.parametrize("hidden", ["nothing", "torch", "triton"])
 def test_info_says_what_is_missing(cpu_site, hidden):
-    code = (
-        "import runpy, sys; sys.argv = ['ssvd_kernels', 'info']; runpy.run_module('ssvd_kernels', run_name='__main__')"
-    )
-    done = run(cpu_site, "-c", HIDE.format(name=hidden) + code)
+    code = HIDE.format(name=hidden) + "import runpy; sys.argv = ['ssvd_kernels', 'info']\n"
+    done = run(cpu_site, "-c", code + "runpy.run_module('ssvd_kernels', run_name='__main__')")
     assert done.stdout.strip() and not done.stderr.strip()
     assert hidden == "nothing" or f"No module named '{hidden}'" in done.stdout
-
-
-def test_info_says_why_there_is_no_extension(pure_site):
-    assert "SSVD_BUILD=none" in run(pure_site, "-m", "ssvd_kernels", "info").stdout
 
 
 def test_selftest_checks_what_is_installed(cpu_site, pure_site):
@@ -168,25 +157,22 @@ def test_selftest_checks_what_is_installed(cpu_site, pure_site):
     assert all("checks passed" in text and "FAIL" not in text for text in (compiled, pure))
 
 
-def test_extension_of_another_torch_is_not_imported(cpu_site, tmp_path):
-    site = edited(cpu_site, tmp_path, torch="1.0.0")
-    for library in (site / "ssvd_kernels").glob("_C*"):
-        library.write_text("importing this would fail with another message")
-    available, reason = state(site)
-    assert not available and str(reason).startswith("_C was built for torch 1.0.0, but torch ")
-
-
-def test_extension_of_another_cuda_is_not_imported(cpu_site, tmp_path):
-    available, reason = state(edited(cpu_site, tmp_path, built="cuda", cuda="1.0"))
-    assert not available and str(reason).startswith("_C was built for CUDA 1.0, ")
-
-
-def test_broken_extension_is_bypassed(cpu_site, tmp_path):
-    site = edited(cpu_site, tmp_path)
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"torch": "1.0.0"}, "_C was built for torch 1.0.0, but torch "),
+        ({"built": "cuda", "cuda": "1.0"}, "_C was built for CUDA 1.0, "),
+        ({}, "_C could not be loaded: "),
+    ],
+    ids=["another torch", "another cuda", "broken"],
+)
+def test_an_extension_that_does_not_fit_is_bypassed(cpu_site, tmp_path, record, reason):
+    """What importing it says is not the reason where the build record tells one."""
+    site = edited(cpu_site, tmp_path, **record)
     for library in (site / "ssvd_kernels").glob("_C*"):
         library.write_text("not a library")
-    available, reason = state(site)
-    assert not available and str(reason).startswith("_C could not be loaded: ")
+    available, why = state(site)
+    assert not available and str(why).startswith(reason)
     run(site, "-c", USE)
 
 
@@ -225,8 +211,6 @@ def test_without_torch_or_compiler(tmp_path, before, env, reason):
 
 
 def test_cuda_is_refused_without_its_torch(tmp_path):
-    import torch
-
     if torch.version.cuda is not None:
         pytest.skip("this torch is built with CUDA")
     done = setup_info(tmp_path, SSVD_BUILD="cuda")
