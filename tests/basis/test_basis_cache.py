@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import safetensors.torch
 import torch
-from roundtrip import Net, assert_same_outputs, train_randomly
-from safetensors import safe_open
-from safetensors.torch import save_file
+from roundtrip import Net, assert_equal_state, assert_same_outputs, factorised, train_randomly
 from torch import nn
 
 import ssvd_kernels as sk
-from ssvd_kernels.basis import batch, cache
+from ssvd_kernels.basis import cache
 from ssvd_kernels.basis.cache import load, store
 from ssvd_kernels.basis.factorize import Factorization, factorize
 
@@ -36,21 +36,11 @@ def _inject(folder: Path | None, net: nn.Module | None = None) -> nn.Module:
     return net
 
 
-def _bases(net: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p for name, p in net.named_parameters() if name.rpartition(".")[2] in ("U", "sigma", "V")}
-
-
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def counted() -> Iterator[list[str]]:
     """Names of the weights that were factorised rather than found."""
-    names: list[str] = []
-
-    def spy(weight, k, name="weight"):
-        names.append(name)
-        return factorize(weight, k, name)
-
-    monkeypatch.setattr(batch, "factorize", spy)
-    return names
+    with factorised() as names:
+        yield names
 
 
 def test_second_time_nothing_is_factorised_and_every_bit_is_the_same(tmp_path, counted):
@@ -58,8 +48,7 @@ def test_second_time_nothing_is_factorised_and_every_bit_is_the_same(tmp_path, c
     assert len(counted) == 3
     second = _inject(tmp_path / "made" / "here")
     assert len(counted) == 3
-    for (name, a), (_, b) in zip(_bases(first).items(), _bases(second).items(), strict=True):
-        assert torch.equal(a, b), name
+    assert_equal_state(second, first.state_dict())
     for a, b in zip(sk.ssvd_layers(first).values(), sk.ssvd_layers(second).values(), strict=True):
         assert a.basis[:2] == b.basis[:2] and torch.equal(a.basis.sketch, b.basis.sketch)
     for net in (first, second):
@@ -77,29 +66,17 @@ def test_load_adapter_uses_it_too(tmp_path, counted):
     assert_same_outputs(fresh, net)
 
 
-@pytest.mark.parametrize("value", ["", "folder"])
-def test_environment_names_the_folder(tmp_path, monkeypatch, counted, value):
-    monkeypatch.setenv("SSVD_CACHE", value and str(tmp_path / value))
-    for _ in range(2):
-        _inject(None)
-    assert len(counted) == (3 if value else 6)
-    _inject(tmp_path / "another")
-    assert len(list((tmp_path / "another").iterdir())) == 3
-
-
-def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch, counted):
+@pytest.mark.parametrize("value", [None, "", "folder"])
+def test_environment_names_the_folder_or_nothing_is_written(tmp_path, monkeypatch, counted, value):
     monkeypatch.delenv("SSVD_CACHE", raising=False)
     monkeypatch.chdir(tmp_path)
+    if value is not None:
+        monkeypatch.setenv("SSVD_CACHE", value and str(tmp_path / value))
     for _ in range(2):
         _inject(None)
-    assert len(counted) == 6 and not list(tmp_path.iterdir())
-
-
-def _changed(weight: torch.Tensor) -> torch.Tensor:
-    other = weight.clone()
-    other[0, 0] += torch.finfo(weight.dtype).eps * other[0, 0]
-    assert not torch.equal(other, weight)
-    return other
+    assert len(counted) == (3 if value else 6) and bool(list(tmp_path.iterdir())) == bool(value)
+    _inject(tmp_path / "another")
+    assert len(list((tmp_path / "another").iterdir())) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -108,8 +85,11 @@ def test_only_the_same_weight_rank_and_version_are_found(tmp_path, monkeypatch, 
     weight = torch.randn(9, 7, dtype=dtype)
     store(tmp_path, weight, factorize(weight, 3))
     assert isinstance(load(tmp_path, weight, 3), Factorization)
-    others = [_changed(weight), weight.mT.contiguous(), weight.view(7, 9), -weight]
-    assert [load(tmp_path, other, 3) for other in others] == [None] * 4
+    changed = weight.clone()
+    changed[0, 0] += torch.finfo(dtype).eps * changed[0, 0]
+    assert not torch.equal(changed, weight)
+    for other in (changed, weight.mT.contiguous(), weight.view(7, 9), -weight):
+        assert load(tmp_path, other, 3) is None
     assert load(tmp_path, weight, 2) is None
     double = load(tmp_path, weight.double(), 3)
     assert double is None or double.U.dtype == torch.float64
@@ -124,74 +104,41 @@ def test_weights_of_equal_values_share_an_entry(tmp_path):
     assert found is not None and torch.equal(found.U, factorize(weight.float(), 3).U)
 
 
-def _truncated(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-8])
-
-
-def _empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def _one_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
-
-
-def _other_metadata(path: Path) -> None:
-    with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
-    save_file(tensors, path, metadata={"ssvd_kernels": "[1]"})
-
-
-def _no_metadata(path: Path) -> None:
-    with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
-    save_file(tensors, path)
-
-
-def _another_entry(path: Path) -> None:
-    other = next(file for file in path.parent.iterdir() if file != path)
-    path.write_bytes(other.read_bytes())
-
-
-def _folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-DAMAGES = [_truncated, _empty, _one_bit, _other_metadata, _no_metadata, _another_entry]
+DAMAGES = {  # name -> (an entry's bytes, another entry's) to what is found in their place
+    "truncated": lambda content, other: content[:-8],
+    "empty": lambda content, other: b"",
+    "one bit": lambda content, other: content[:-5] + bytes([content[-5] ^ 1]) + content[-4:],
+    "other metadata": lambda content, other: safetensors.torch.save(safetensors.torch.load(content), OTHER),
+    "no metadata": lambda content, other: safetensors.torch.save(safetensors.torch.load(content)),
+    "another entry": lambda content, other: other,
+}
+OTHER = {"ssvd_kernels": "[1]"}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_entry_is_named_and_replaced(tmp_path, caplog, counted, damage):
-    expected = _bases(_inject(tmp_path))
-    path = sorted(tmp_path.iterdir())[0]
-    damage(path)
-    with caplog.at_level(logging.WARNING, logger="ssvd_kernels"):
-        found = _bases(_inject(tmp_path))
+    expected = _inject(tmp_path).state_dict()
+    path, other, _ = sorted(tmp_path.iterdir())
+    path.write_bytes(DAMAGES[damage](path.read_bytes(), other.read_bytes()))
+    assert_equal_state(_inject(tmp_path), expected)
     assert len(counted) == 4 and path.name in caplog.text and "damaged" in caplog.text
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
     _inject(tmp_path)
     assert len(counted) == 4
 
 
 def test_where_nothing_can_be_written_the_model_is_injected_all_the_same(tmp_path, monkeypatch, caplog):
-    def disk_full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(cache, "write_atomically", disk_full)
-    with caplog.at_level(logging.WARNING, logger="ssvd_kernels"):
-        net = _inject(tmp_path)
+    monkeypatch.setattr(cache, "write_atomically", Mock(side_effect=OSError(28, "No space left on device")))
+    net = _inject(tmp_path)
     assert len(sk.ssvd_layers(net)) == 3 and "No space left on device" in caplog.text
     _inject(tmp_path)
 
 
 def test_entry_that_is_a_folder(tmp_path, caplog):
     _inject(tmp_path)
-    _folder(sorted(tmp_path.iterdir())[0])
-    with caplog.at_level(logging.WARNING, logger="ssvd_kernels"):
-        assert len(sk.ssvd_layers(_inject(tmp_path))) == 3
+    path = next(tmp_path.iterdir())
+    path.unlink()
+    path.mkdir()
+    assert len(sk.ssvd_layers(_inject(tmp_path))) == 3
     assert "damaged" in caplog.text and "could not cache" in caplog.text
 
 
@@ -204,18 +151,16 @@ def test_cache_dir_that_is_a_file(tmp_path):
 
 
 RACE = """
-import sys, torch
+import pathlib, sys, torch
 from ssvd_kernels.basis.cache import load, store
 from ssvd_kernels.basis.factorize import factorize
-weight = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
+folder, weight, hits = pathlib.Path(sys.argv[1]), torch.randn(48, 32, generator=torch.Generator().manual_seed(0)), 0
 expected = factorize(weight, 8)
-hits = 0
 for _ in range(150):
-    found = load(__import__("pathlib").Path(sys.argv[1]), weight, 8)
-    if found is not None:
+    if (found := load(folder, weight, 8)) is not None:
         hits += 1
         assert torch.equal(found.U, expected.U) and torch.equal(found.V, expected.V)
-    store(__import__("pathlib").Path(sys.argv[1]), weight, expected)
+    store(folder, weight, expected)
 print(hits)
 """
 

@@ -7,11 +7,10 @@ import io
 
 import pytest
 import torch
-from roundtrip import Net
+from roundtrip import Net, factorised
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
-from ssvd_kernels.basis import batch
 from ssvd_kernels.basis.factorize import Factorization, factorize
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("processes")]
@@ -20,22 +19,6 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("pr
 def _net(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(Net(8, 12, 10), Net(8, 9, 7))
-
-
-@contextlib.contextmanager
-def _factorised(act=factorize):
-    """Names of the weights that `act` factorises within the block."""
-    names: list[str] = []
-
-    def spy(weight: Tensor, k: int, name: str = "weight") -> Factorization:
-        names.append(name)
-        return act(weight, k, name)
-
-    batch.factorize = spy
-    try:
-        yield names
-    finally:
-        batch.factorize = factorize
 
 
 def _inject(model: nn.Module, config: sk.SSVDConfig | None = None, **options) -> nn.Module:
@@ -48,9 +31,9 @@ def _state(model: nn.Module) -> dict:
     return {"state": model.state_dict(), "basis": {name: tuple(layer.basis) for name, layer in layers.items()}}
 
 
-def _shared(rank: int, share: bool, dtype: torch.dtype):
-    with _factorised() as names:
-        model = _inject(_net().to(dtype), share=share)
+def _shared(rank: int, share: bool = True, dtype: torch.dtype = torch.float32, folder: str | None = None):
+    with factorised() as names:
+        model = _inject(_net().to(dtype), share=share, cache_dir=folder)
     return names, _state(model)
 
 
@@ -70,13 +53,13 @@ def test_each_layer_is_factorised_on_one_rank_and_all_hold_the_same(ranks, dtype
 
 
 def test_opting_out(ranks):
-    (first, a), (second, b) = ranks.run(_shared, False, torch.float32)
+    (first, a), (second, b) = ranks.run(_shared, False)
     assert len(first) == len(second) == len(a["basis"]) == 6
     _same_bits(a, b)
 
 
 def _on_rank_0_alone(rank: int):
-    return _shared(rank, False, torch.float32)[0] if rank == 0 else []
+    return _shared(rank, False)[0] if rank == 0 else []
 
 
 def test_opting_out_needs_no_other_rank(ranks):
@@ -113,11 +96,9 @@ def _different(rank: int, how: str) -> str:
     ("how", "named"), [("weight", "1.block.inner"), ("layers", "0.first"), ("rank", "0.first"), ("dtype", "0.first")]
 )
 def test_different_models_are_refused_on_every_rank(ranks, how, named):
+    start = "ValueError: all processes must factorise the same layers and weights, but ranks 0 and 1 differ"
     for message in ranks.run(_different, how):
-        assert message.startswith(
-            "ValueError: all processes must factorise the same layers and weights, but ranks 0 and 1 differ"
-        ), message
-        assert named in message and "share=False" in message
+        assert message.startswith(start) and named in message and "share=False" in message, message
 
 
 def _fails_on_rank_1(rank: int) -> str:
@@ -126,7 +107,7 @@ def _fails_on_rank_1(rank: int) -> str:
             raise torch.linalg.LinAlgError("did not converge")
         return factorize(weight, k, name)
 
-    with _factorised(act):
+    with factorised(act):
         return _caught(_net())
 
 
@@ -147,23 +128,17 @@ def test_progress_bar_on_rank_0_only(ranks):
     assert "factorising" in first and "100%" in first and second == ""
 
 
-def _cached(rank: int, folder: str) -> tuple[int, dict]:
-    with _factorised() as names:
-        model = _inject(_net(), cache_dir=folder)
-    return len(names), _state(model)
-
-
 def test_ranks_share_a_cache(ranks, tmp_path):
-    (first, a), (second, b) = ranks.run(_cached, str(tmp_path))
-    assert first + second == 6
-    (none, again), (none_either, _) = ranks.run(_cached, str(tmp_path))
-    assert none == none_either == 0
+    (first, a), (second, b) = ranks.run(_shared, True, torch.float32, str(tmp_path))
+    assert len(first + second) == 6
+    (none, again), (none_either, _) = ranks.run(_shared, True, torch.float32, str(tmp_path))
+    assert none == none_either == []
     _same_bits(a, b)
     _same_bits(a, again)
 
 
 def _uneven(rank: int) -> list[int]:
-    with _factorised() as names:
+    with factorised() as names:
         _inject(nn.Sequential(nn.Linear(64, 64), *[nn.Linear(8, 8) for _ in range(5)]))
     return names
 
@@ -174,7 +149,7 @@ def test_work_is_balanced_by_cost_not_by_count(ranks):
 
 def _adapter(rank: int, path: str) -> tuple[int, dict]:
     model = _net()
-    with _factorised() as names:
+    with factorised() as names:
         sk.load_adapter(model, path, progress=False)
     return len(names), _state(model)
 

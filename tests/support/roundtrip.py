@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
+import pytest
 import torch
 from bounds import draws, unit_roundoff
 from cases import relative_error
@@ -15,6 +17,7 @@ from models import references
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
+from ssvd_kernels.basis import batch
 from ssvd_kernels.basis.factorize import Factorization, factorize, sketch
 
 SIDES = ["input", "output", "smaller", "both"]
@@ -141,6 +144,15 @@ def assert_equal_state(net: nn.Module, state: dict[str, Tensor]) -> None:
     assert list(now) == list(state)
     for name, value in state.items():
         assert now[name].dtype == value.dtype and torch.equal(now[name], value), name
+
+
+@contextmanager
+def factorised(act: Callable[..., Factorization] = factorize) -> Iterator[list[str]]:
+    """Names of the weights that `act` factorises within the block."""
+    names: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "factorize", lambda weight, k, name: names.append(name) or act(weight, k, name))
+        yield names
 
 
 def flipped(weight: Tensor, k: int, name: str = "weight") -> Factorization:
