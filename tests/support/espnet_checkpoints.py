@@ -71,11 +71,8 @@ def _compose(u, s_pre, v, K_vec, s, gate, rotation_map: str, dtype: type = np.fl
     u, s_pre, v, K_vec, s, gate = (array.astype(dtype) for array in (u, s_pre, v, K_vec, s, gate))
     k = len(s)
     K = np.zeros((k, k), dtype)
-    position = 0
-    for i in range(k):
-        for j in range(i + 1, k):
-            K[i, j], K[j, i] = K_vec[position], -K_vec[position]
-            position += 1
+    K[np.triu_indices(k, 1)] = K_vec  # row by row
+    K = K - K.T
     eye = np.eye(k, dtype=dtype)
     A = eye - 2 * K if rotation_map == "linear" else (eye - K) @ np.linalg.inv(eye + K)
     sigma, rotated = s_pre.copy(), v.copy()

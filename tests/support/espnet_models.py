@@ -61,9 +61,8 @@ def encoder(kind: str) -> nn.Module:
 
 def asr_model(kind: str = "e_branchformer") -> ESPnetASRModel:
     """Encoder of `kind`, Transformer decoder and CTC in evaluation mode, with random weights."""
-    decoder = TransformerDecoder(
-        len(TOKENS), 16, attention_heads=2, linear_units=24, num_blocks=2, dropout_rate=0.0, positional_dropout_rate=0.0
-    )
+    sizes = {"attention_heads": 2, "linear_units": 24, "num_blocks": 2}
+    decoder = TransformerDecoder(len(TOKENS), 16, **sizes, dropout_rate=0.0, positional_dropout_rate=0.0)
     model = ESPnetASRModel(
         len(TOKENS), TOKENS, None, None, None, None, encoder(kind), None, decoder, CTC(len(TOKENS), 16), None,
         report_cer=False, report_wer=False,
@@ -143,9 +142,8 @@ def write_data(folder: Path) -> list[str]:
         (folder / name).write_text("\n".join(lines) + "\n")
     arguments = []
     for part in ("train", "valid"):
-        for name, kind in (("speech", "npy"), ("text", "text_int")):
-            file = "feats.scp" if name == "speech" else "text"
-            arguments += [f"--{part}_data_path_and_name_and_type", f"{folder / file},{name},{kind}"]
+        for data in (f"{folder / 'feats.scp'},speech,npy", f"{folder / 'text'},text,text_int"):
+            arguments += [f"--{part}_data_path_and_name_and_type", data]
         arguments += [f"--{part}_shape_file", str(folder / "shape")]
     return arguments
 

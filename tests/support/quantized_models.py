@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from quantized_nets import needs
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -22,11 +22,7 @@ _CONFIGS = {
         importlib.import_module("torchao.quantization").Int8WeightOnlyConfig()
     ),
 }
-_LIBRARIES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao_int8": "torchao"}
-KINDS = [
-    pytest.param(kind, marks=pytest.mark.skipif(importlib.util.find_spec(library) is None, reason=f"needs {library}"))
-    for kind, library in _LIBRARIES.items()
-]
+KINDS = [*(needs("bitsandbytes", kind) for kind in ("nf4", "int8")), needs("torchao", "torchao_int8")]
 
 
 def quantized(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -59,13 +59,13 @@ def torchao_int4(net: nn.Module) -> None:
     quantize_(net, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
 
 
-def _needs(library: str, kind: Callable) -> object:
+def needs(library: str, kind: object) -> object:
     missing = importlib.util.find_spec(library) is None
     return pytest.param(kind, marks=pytest.mark.skipif(missing, reason=f"needs {library}"))
 
 
-BITSANDBYTES = [_needs("bitsandbytes", kind) for kind in (nf4, int8)]
-KINDS = [*BITSANDBYTES, *(_needs("torchao", kind) for kind in (torchao_int8, torchao_int4))]
+BITSANDBYTES = [needs("bitsandbytes", kind) for kind in (nf4, int8)]
+KINDS = [*BITSANDBYTES, *(needs("torchao", kind) for kind in (torchao_int8, torchao_int4))]
 
 
 def net_of(kind: Callable, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Net:

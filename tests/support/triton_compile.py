@@ -50,10 +50,8 @@ def inspect(case: Case, arch: int) -> dict[str, object]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage, sass = (
-            subprocess.run([CUOBJDUMP, flag, cubin.name], capture_output=True, text=True, check=True, timeout=60).stdout
-            for flag in ("--dump-resource-usage", "-sass")
-        )
+        commands = [[CUOBJDUMP, flag, cubin.name] for flag in ("--dump-resource-usage", "-sass")]
+        usage, sass = (subprocess.check_output(command, text=True, timeout=60) for command in commands)
     used = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     count = {op: len(re.findall(rf"\b{op}\b", sass)) for op in ("HGMMA", "HMMA", "STL", "LDL")}
     return {"label": case.label, "arch": arch, **used, "shared": compiled.metadata.shared, **count}
