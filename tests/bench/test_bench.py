@@ -7,6 +7,7 @@ import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ def only(monkeypatch: pytest.MonkeyPatch, *planned: Case) -> None:
 
 
 TINY = (24, 32, 48, 8)
+INTERRUPT = Mock(side_effect=KeyboardInterrupt)
 PLAIN = {"frozen linear", "full fine-tuning", "naive", "rebuilt weight", "ssvd"}
 OTHERS = {"LoRA r16", "LoRA r32", "OFT", "PSOFT"}
 
@@ -113,9 +115,6 @@ def test_rows_are_appended_to_those_of_an_earlier_run(path, monkeypatch):
 def test_a_wrong_version_is_refused_and_reports_no_speed(path, monkeypatch, capsys):
     case = cases.linear_case(torch.float32, *TINY)
 
-    def no_kernel(y, dx, dcore):
-        raise RuntimeError("no such kernel")
-
     defects = {
         "scaled": lambda y, dx, dcore: (y * (1 + 1e-5), dx, dcore),
         "nan": lambda y, dx, dcore: (y.index_fill(0, torch.tensor([3]), float("nan")), dx, dcore),
@@ -123,7 +122,7 @@ def test_a_wrong_version_is_refused_and_reports_no_speed(path, monkeypatch, caps
         "shape": lambda y, dx, dcore: (y, dx, dcore[None]),
         "count": lambda y, dx, dcore: (y, dx),
         "wrong gradient": lambda y, dx, dcore: (y, dx, dcore.mT.contiguous()),
-        "raises": no_kernel,
+        "raises": Mock(side_effect=RuntimeError("no such kernel")),
     }
 
     def build(device: torch.device) -> list[Version]:
@@ -188,10 +187,6 @@ def test_a_peer_that_is_not_there_is_named_and_refuses_nothing(path, monkeypatch
     assert "## Not run" in (text := capsys.readouterr().out) and "## Refused" not in text
 
 
-def interrupt(device: torch.device) -> list[Version]:
-    raise KeyboardInterrupt
-
-
 def test_a_case_cut_in_two_keeps_its_rows_and_is_not_complete(path, monkeypatch):
     case = cases.layer_case(torch.float32, *TINY)
 
@@ -216,11 +211,11 @@ def test_a_case_cut_in_two_keeps_its_rows_and_is_not_complete(path, monkeypatch)
 
 def test_an_interrupted_run_keeps_what_it_measured_and_resuming_skips_that(path, monkeypatch, capsys):
     first, second = cases.cayley_case(1, 4), cases.cayley_case(2, 4)
-    only(monkeypatch, first, replace(second, build=interrupt))
+    only(monkeypatch, first, replace(second, build=INTERRUPT))
     before = bench(path, status=130)
     assert {row["batch"] for row in before} == {"1"}
     assert f"## Not measured\n\n- {second}" in path.with_suffix(".md").read_text()
-    only(monkeypatch, replace(first, build=interrupt), second)
+    only(monkeypatch, replace(first, build=INTERRUPT), second)
     after = bench(path, "--resume")
     assert f"skipped, measured at commit {before[0]['commit']}: {first}" in capsys.readouterr().out
     assert after[: len(before)] == before and {row["batch"] for row in after[len(before) :]} == {"2"}
@@ -284,9 +279,6 @@ def test_what_cannot_be_run_is_refused_and_changes_no_file(path, capsys, argumen
     assert (path.read_text() if path.exists() else None) == content
 
 
-# -- timings by pytest-benchmark -----------------------------------------------------------------------------------
-
-
 def test_layer_passes(benchmark):
     x, dy, f = Problem.draw(torch.float32, 128, 256, 256, 102, CPU)
     layer, x = ssvd_layer(f), leaf(x)
@@ -302,7 +294,9 @@ def test_layer_passes(benchmark):
 
 def test_cayley_passes(benchmark):
     theta, dE = leaf(torch.randn(4, 128 * 127 // 2) / 128), torch.randn(4, 128, 128)
-    (dtheta,) = benchmark.pedantic(
-        lambda: torch.autograd.grad(sk.cayley_delta(theta, 128), theta, dE), rounds=20, warmup_rounds=2
-    )
+
+    def step() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(sk.cayley_delta(theta, 128), theta, dE)
+
+    (dtheta,) = benchmark.pedantic(step, rounds=20, warmup_rounds=2)
     assert dtheta.isfinite().all() and dtheta.shape == theta.shape

@@ -5,40 +5,36 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from test_bench_goals import row
 
 from bench import plot
-from bench.records import COLUMNS, Table
+from bench.records import Table
 
 pytest.importorskip("matplotlib")
 
-ABOUT = {"run": "2026", "device": "a machine", "threads": "2", "torch": "2", "triton": "none", "commit": "abc"}
-LAYER = {"operation": "layer", "dtype": "float32", "base": "float32", "d_in": "8", "d_out": "8", "k": "4"}
-LAYER |= {"static_bytes": "100", "saved_bytes": "50", "input_bytes": "0", "backend": "auto"}
+LAYER = {"operation": "layer", "d_in": 8, "d_out": 8, "k": 4, "backend": "auto"}
+LAYER |= {"static_bytes": 100, "saved_bytes": 50, "input_bytes": 0}
+CAYLEY = {"operation": "cayley", "batch": 2, "k": 4, "p50_ms": 1}
+MODEL = {"operation": "model", "model": "m", "T": 4, "p50_ms": 1, "pass": "step"}
 
 
 def write(path: Path, *rows: dict[str, str]) -> Path:
     table = Table(path)
-    common = {"pass": "forward+backward", "timing": "eager", "round": "1", "last": "1", **ABOUT}
-    for row in rows:
-        table.append({**dict.fromkeys(COLUMNS, ""), **common, **row})
+    for each in rows:
+        table.append(each)
     return path
 
 
 def layer(version: str, T: int, p50: float, mode: str = "") -> dict[str, str]:
-    return {**LAYER, "version": version, "T": str(T), "p50_ms": str(p50), "mode": mode}
+    return row(**LAYER, version=version, T=T, p50_ms=p50, mode=mode)
 
 
 ROWS = [
     *(layer("frozen linear", T, 1) for T in (64, 4096)),
     *(layer("ssvd", T, 2, mode) for T in (64, 4096) for mode in ("auto (composed)", "composed", "factored")),
-    *(
-        {"operation": "cayley", "version": version, "backend": backend, "batch": "2", "k": "4", "p50_ms": "1"}
-        for version, backend in (("linalg.solve", "torch"), ("ssvd", "ext"), ("parametrizations.orthogonal", "torch"))
-    ),
-    *(
-        {"operation": "model", "model": "m", "version": version, "T": "4", "p50_ms": "1", "pass": "step"}
-        for version in ("frozen linear", "ssvd")
-    ),
+    row(**CAYLEY, version="ssvd", backend="ext"),
+    *(row(**CAYLEY, version=name, backend="torch") for name in ("linalg.solve", "parametrizations.orthogonal")),
+    *(row(**MODEL, version=name) for name in ("frozen linear", "ssvd")),
 ]
 
 
@@ -65,7 +61,7 @@ def test_figures_without_rows_are_named_and_not_drawn(tmp_path, capsys):
 
 
 def test_each_machine_has_its_own_figures(tmp_path):
-    write(tmp_path / "a.csv", *ROWS, *({**row, "device": "another"} for row in ROWS[-2:]))
+    write(tmp_path / "a.csv", *ROWS, *({**each, "device": "another"} for each in ROWS[-2:]))
     assert plot.main([str(tmp_path / "a.csv")]) == 0
     assert {"a-model.png", "a-model-2.png"} <= set(drawn(tmp_path)) and "a-layer-2.png" not in drawn(tmp_path)
 
@@ -81,7 +77,5 @@ def test_a_bad_file_is_refused(tmp_path, capsys, content):
 
 
 def test_ratios_are_to_the_baseline_of_the_same_case():
-    rows = [
-        {**row, "timing": "eager"} for row in (layer("frozen linear", 64, 2), layer("ssvd", 64, 5, "auto (factored)"))
-    ]
-    assert plot._over(rows, "frozen linear", lambda row: row["version"]) == {"ssvd": [(64, 2.5)]}
+    rows = [layer("frozen linear", 64, 2), layer("ssvd", 64, 5, "auto (factored)")]
+    assert plot._over(rows, "frozen linear", lambda each: each["version"]) == {"ssvd": [(64, 2.5)]}

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from asr_tiny import manifest, pitch, tone, write_wav
+from asr_tiny import manifest, pitch, real_data, tone, write_wav
 
 from experiments.asr import DemoError, fetch, speech
 from experiments.asr.audio import RATE, AudioError, duration, raise_voice, read_audio, telephone
@@ -274,18 +274,9 @@ def test_unobtainable_data_stop_with_instructions(tmp_path, monkeypatch):
 # -- the real thing ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def data() -> Path:
-    folder = fetch.default_data()
-    broken = [f"{name}: {why}" for name in (fetch.MODEL, fetch.ASTERISK, fetch.SPHINX)
-              if (why := fetch.damage(folder / name))]  # fmt: skip
-    if broken:
-        pytest.skip(f"no real data in {folder} ({'; '.join(broken)}); python -m experiments.asr.fetch obtains them")
-    return folder
-
-
 @pytest.mark.data
-def test_real_corpus(data):
+def test_real_corpus():
+    data = real_data(fetch.ASTERISK, fetch.SPHINX)
     corpus = speech.built_in(data)
     assert len(corpus.train) + len(corpus.test) >= 250
     assert not {speech.words(c.text) for c in corpus.train} & {speech.words(c.text) for c in corpus.test}
@@ -295,7 +286,8 @@ def test_real_corpus(data):
 
 
 @pytest.mark.data
-def test_real_model_hears_real_speech(data):
+def test_real_model_hears_real_speech():
+    data = real_data(fetch.MODEL, fetch.ASTERISK, fetch.SPHINX)
     recognizer = load_recognizer(None, data, torch.device("cpu"))
     assert sum(p.numel() for p in recognizer.model.parameters()) == 37_760_256
     recognizer.set_window(10)

@@ -210,16 +210,15 @@ def _everything() -> list[dict[str, Any]]:
     return found
 
 
-def _without(results: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
-    return [{**r, "scores": {key: score for key, score in r["scores"].items() if key not in names}} for r in results]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("results", "drawn"),
     [
         (_everything(), set(figures.FIGURES)),
-        (_without(_everything(), AS_RECORDED, "others"), set(figures.FIGURES) - {"learning-forgetting"}),
+        (
+            [{**r, "scores": {"test": r["scores"]["test"]}} for r in _everything()],
+            set(figures.FIGURES) - {"learning-forgetting"},
+        ),
         (
             [r for r in _everything() if r["cell"]["method"] in ("ssvd-o-25", "lora")],
             {"wer-parameters", "curves", "spectra"},

@@ -17,9 +17,6 @@ from experiments.asr.whisper_ct2 import is_ct2_whisper, load_whisper_ct2, read_c
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# -- the model reader --------------------------------------------------------------------------------------------------
-
-
 def test_reader_rebuilds_the_model(ct2_folder):
     assert is_ct2_whisper(ct2_folder.path)
     model, tokenizer, extractor = load_whisper_ct2(ct2_folder.path)
@@ -75,9 +72,6 @@ def test_reader_refuses_damaged_files(ct2_folder):
     assert not is_ct2_whisper(ct2_folder.path)
     with pytest.raises(DemoError, match="TransformerSpec"):
         load_whisper_ct2(ct2_folder.path)
-
-
-# -- recognizer --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from asr_tiny import pitch, tone, write_wav
+from asr_tiny import pitch, real_data, tone, write_wav
 
 from experiments.asr import DemoError, fetch, shifts, speech
 from experiments.asr.audio import read_audio
@@ -89,9 +89,7 @@ def test_parts_are_parts():
 def test_a_sonnet_is_cut_into_its_lines(tmp_path):
     pieces = np.concatenate([tone(hertz, 1) for hertz in (200, 300, 400)])
     write_wav(tmp_path / "tone.wav", pieces).rename(tmp_path / "audio.mp3")  # the format is told by the contents
-    parts = [
-        {"id": f"f{i}", "begin": f"{i}.000", "end": f"{i + 1}.000", "lines": [f"line {i},", "on"]} for i in range(3)
-    ]
+    parts = [{"id": f"f{i}", "begin": f"{i}.0", "end": f"{i + 1}.0", "lines": [f"line {i},", "on"]} for i in range(3)]
     (tmp_path / "sonnet.json").write_text(json.dumps({"fragments": parts}))
     out = tmp_path / "out"
     out.mkdir()
@@ -106,9 +104,7 @@ def test_a_sonnet_is_cut_into_its_lines(tmp_path):
 @pytest.mark.data
 @pytest.mark.parametrize("name", shifts.SHIFTS)
 def test_real_shift(name, monkeypatch):
-    data = fetch.default_data()
-    if broken := [folder for folder in shifts.parts_of(name) if fetch.damage(data / folder)]:
-        pytest.skip(f"no real data in {data} ({', '.join(broken)}); python -m experiments.asr.fetch --all obtains them")
+    data = real_data(*shifts.parts_of(name))
     monkeypatch.setattr(speech, "read_audio", None)  # headers tell the durations: no recording is decoded
     shift = shifts.load_shift(name, data, 9.5)
     sides = [shift.train, shift.validation, shift.test]

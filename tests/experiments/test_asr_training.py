@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,9 +18,6 @@ from experiments.asr import DemoError, demo, report, runfolder, speech, train, t
 from experiments.asr.recognizer import Recognizer, Score, load_recognizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-# -- training ----------------------------------------------------------------------------------------------------------
 
 
 def test_batches_cover_every_epoch():
@@ -36,13 +34,11 @@ def test_learning_rate_warms_up_and_decays():
     assert train.Recipe(steps=1, lr=1.0).lr_at(0) == 1.0
 
 
-def fit(
-    folder: Path, ct2: Path, clips: speech.Speech, **changes: object
-) -> tuple[train.History, dict[str, torch.Tensor]]:
+def fit(folder: Path, ct2: Path, clips: speech.Speech) -> tuple[train.History, dict[str, torch.Tensor]]:
     recognizer = load_recognizer(str(ct2), ct2, torch.device("cpu"))
     sk.inject(recognizer.model, sk.SSVDConfig(rank=4), progress=False)
     recipe = train.Recipe(steps=6, batch=2, lr=1e-2, checkpoint_every=2)
-    run = runfolder.RunFolder(folder, {"recipe": vars(recipe), **changes})
+    run = runfolder.RunFolder(folder, {"recipe": vars(recipe)})
     history = train.train(recognizer, clips, recipe, run)
     return history, {n: p.detach().clone() for n, p in recognizer.model.named_parameters() if p.requires_grad}
 
@@ -120,9 +116,6 @@ def test_report_shows_all_numbers_and_failed_checks(tmp_path):
     assert (tmp_path / "report.md").read_text() == text
 
 
-# -- the commands ------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def command(tmp_path) -> list[str]:
     recipe = ["--rank", "4", "--steps", "3", "--batch", "2", "--eval-window", "2"]
@@ -139,10 +132,7 @@ def test_demo_on_a_users_speech(command, tmp_path, monkeypatch, capsys):
     assert kept["transcripts"]["reloaded"] == kept["transcripts"]["after"]
     assert kept["trainable"] == 22 * 10  # k(k+1)/2 = 10 a layer; two encoder layers of 6, one decoder layer of 10
     assert (tmp_path / "run/report.png").is_file() and "WER merged" in capsys.readouterr().out
-
-    def untouched(*args: object) -> None:
-        raise AssertionError("a finished run trains or transcribes again")
-
+    untouched = Mock(side_effect=AssertionError("a finished run trains or transcribes again"))
     monkeypatch.setattr(train, "cross_entropy", untouched)
     monkeypatch.setattr(Recognizer, "transcribe", untouched)
     monkeypatch.setattr(demo, "transcripts_of_new_process", lambda *args: ["something else"])

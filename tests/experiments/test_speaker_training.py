@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,22 +47,11 @@ def of_plain_torch(hidden: torch.Tensor) -> torch.Tensor:
     return torch.cat([hidden.mean(-2), (hidden.var(-2, unbiased=False) + 1e-6).sqrt()], dim=-1)
 
 
-class Layers(nn.Module):
-    """Hidden states that a test chooses."""
-
-    def __init__(self, hidden: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.hidden_states = hidden
-
-    def forward(self, features: torch.Tensor, output_hidden_states: bool) -> Layers:
-        assert output_hidden_states
-        return self
-
-
 def test_layers_are_weighted_and_statistics_standardised():
     hidden = [torch.randn(9, 6, 4) for _ in range(3)]
     frames = torch.full((9,), 6)
-    model = SpeakerEncoder(Layers(hidden), 3, 4)
+    layers = {True: SimpleNamespace(hidden_states=hidden)}
+    model = SpeakerEncoder(lambda features, output_hidden_states: layers[output_hidden_states], 3, 4)
     means = [of_plain_torch(sum(h.to(dtype) for h in hidden) / 3) for dtype in DTYPES]
     assert_within(model.pooled(hidden[0], frames).detach(), *means)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -14,11 +15,8 @@ import ssvd_kernels as sk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WAYS = [
-    {"use_cache": cache, "num_beams": beams, "do_sample": False, "max_new_tokens": 8}
-    for cache in (True, False)
-    for beams in (1, 3)
-]
+CHOICES = product((True, False), (1, 3))
+WAYS = [{"use_cache": c, "num_beams": b, "do_sample": False, "max_new_tokens": 8} for c, b in CHOICES]
 
 
 def check(model: nn.Module, base: nn.Module, features: Tensor, ways: list[dict]) -> None:
@@ -47,14 +45,11 @@ def test_tiny_whisper_generates_what_its_effective_weights_do():
 @pytest.mark.data
 @pytest.mark.slow
 def test_real_whisper_generates_what_its_effective_weights_do():
-    pytest.importorskip("av")
+    real_data = pytest.importorskip("asr_tiny").real_data
     from experiments.asr import fetch, speech
     from experiments.asr.recognizer import load_recognizer
 
-    data = fetch.default_data()
-    missing = [f"{name}: {why}" for name in (fetch.MODEL, fetch.ASTERISK) if (why := fetch.damage(data / name))]
-    if missing:
-        pytest.skip(f"no real data in {data} ({'; '.join(missing)}); python -m experiments.asr.fetch obtains them")
+    data = real_data(fetch.MODEL, fetch.ASTERISK)
     recognizer = load_recognizer(None, data, torch.device("cpu"))
     recognizer.set_window(10)
     clips = speech.source_speech(data)["prompts as recorded"][:1]

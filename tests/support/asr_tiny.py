@@ -23,14 +23,11 @@ for _needed in ("transformers", "av", "jiwer", "matplotlib", "tokenizers"):
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from experiments.asr import speech
+from experiments.asr import fetch, speech
 from experiments.asr.audio import RATE
 from experiments.asr.whisper_ct2 import DTYPES
 
 SPECIALS = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|startofprev|>", "<|notimestamps|>"]
-
-
-# -- the model ---------------------------------------------------------------------------------------------------------
 
 
 def tiny_tokenizer() -> Tokenizer:
@@ -118,7 +115,14 @@ def logits(model: WhisperForConditionalGeneration) -> torch.Tensor:
         return model(input_features=mel, decoder_input_ids=torch.tensor([[5, 6, 7], [8, 9, 10]])).logits
 
 
-# -- the speech --------------------------------------------------------------------------------------------------------
+def real_data(*names: str) -> Path:
+    """The folder that holds these parts whole, or a skip."""
+    folder = fetch.default_data()
+    if broken := [f"{name}: {why}" for name in names if (why := fetch.damage(folder / name))]:
+        pytest.skip(
+            f"no real data in {folder} ({'; '.join(broken)}); python -m experiments.asr.fetch --all obtains them"
+        )
+    return folder
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
