@@ -37,16 +37,15 @@ def test_ssvd_numbers_of_the_paper(layers, d, published):
     for k, millions in published.items():
         each = budget.trainable("ssvd", (d, 4 * d), k)
         assert each == k * (k + 1) // 2 and f"{layers * each / 1e6:.2f}" == millions
+        assert each == budget.trainable("ssvd", (d, d), k, rotation="linear")
+        assert budget.trainable("ssvd", (d, d), k, rotation="free") == k**2 + k
+        assert sk.SSVDConfig(rank=k).resolve_ranks(4 * d, d) == (k, None)
         if k != min(published):
             continue  # planning is slow
         plan = sk.plan(model, budget=layers * each)
         assert {layer.rank for layer in plan.layers} == {k} and plan.trainable == layers * each
         assert {layer.rank for layer in sk.plan(model, budget=layers * each - 1).layers} == {k - 1}
-
-
-def test_free_rotations_have_twice_the_numbers():
-    assert budget.trainable("ssvd", (1024, 1024), 409, rotation="free") == 409**2 + 409
-    assert budget.trainable("ssvd", (1024, 1024), 409, rotation="linear") == 409 * 410 // 2
+    assert sk.SSVDConfig(ratio=0.4).resolve_ranks(384, 1536) == (153, None)
 
 
 def test_spectralft_numbers_of_the_paper():
@@ -90,20 +89,16 @@ def test_injected_layers_have_the_numbers_planned(method, options, share):
     plan = sk.plan(net(), budget=int(share * most), method=method, **options)
     check_injected(plan)
     for layer in plan.layers:
-        counted = budget.trainable(
-            method, layer.shape, layer.rank, layer.rank_out, rotation=options.get("rotation", "cayley")
-        )
+        counted = budget.trainable(method, layer.shape, layer.rank, layer.rank_out, rotation=options["rotation"])
         assert counted == layer.trainable
 
 
-@pytest.mark.parametrize("share", [0.2, 0.9])
-def test_injected_svft_layers_have_the_numbers_planned(share):
-    check_injected(sk.plan(net(), budget=share, method="svft"))
-
-
-@pytest.mark.parametrize(("share", "top"), [(0.5, 2), (0.99, 256)])
-def test_injected_spectralft_layers_have_the_numbers_planned(share, top):
-    check_injected(sk.plan(net(), budget=share, method="spectralft", top=top))
+@pytest.mark.parametrize(
+    ("share", "options"),
+    [(0.2, {}), (0.9, {}), (0.5, {"method": "spectralft", "top": 2}), (0.99, {"method": "spectralft", "top": 256})],
+)
+def test_injected_layers_of_other_methods_have_the_numbers_planned(share, options):
+    check_injected(sk.plan(net(), budget=share, **{"method": "svft", **options}))
 
 
 # -- PEFT's layers -----------------------------------------------------------------------------------------------------
@@ -121,9 +116,8 @@ def test_peft_layers_have_the_numbers_planned(method, share):
     assert trained(adapted) == plan.trainable <= plan.budget
     tuned = [name for name, module in adapted.base_model.model.named_modules() if hasattr(module, "base_layer")]
     assert tuned == [layer.name for layer in plan.layers] and "model.encoder.layers.0.fc1" not in tuned
-    with pytest.raises(
-        ValueError, match=rf"method='{method}'.*peft\.get_peft_model\(model, plan\.peft_config\(model\)\)"
-    ):
+    call = r"peft\.get_peft_model\(model, plan\.peft_config\(model\)\)"
+    with pytest.raises(ValueError, match=rf"method='{method}'.*{call}"):
         sk.inject(model, plan)
 
 

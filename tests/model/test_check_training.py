@@ -8,7 +8,7 @@ import pytest
 import torch
 from bounds import assert_within
 from cases import relative_error
-from models import Stack, gradients, inject, references, train_randomly
+from models import Stack, gradients, inject, loss_of, references, train_randomly
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,29 +19,34 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ["encoder.blocks.0.0", "encoder.blocks.0.2", "encoder.blocks.1.0", "encoder.blocks.1.2", "head"]
 
 
+@pytest.fixture
+def model() -> Stack:
+    stack = Stack(None)
+    inject(stack)
+    return stack
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(4, 8)
+
+
 def lists(report: sk.TrainingReport) -> dict[str, list[str]]:
     found = {key: getattr(report, key) for key in ("ok", "none", "zero", "nonfinite")}
     return {key: names for key, names in found.items() if names}
 
 
-# -- the report --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("rank", [1, 5])
 @pytest.mark.parametrize("rotation", ["cayley", "linear", "free"])
-def test_at_initialisation_every_layer_that_is_called_trains(rotation, rank):
+def test_at_initialisation_every_layer_that_is_called_trains(x, rotation, rank):
     model = Stack(None)
     inject(model, rotation=rotation, rank=rank)
-    loss = model(torch.randn(4, 8)).square().mean()
-    report = sk.check_training(model, loss)
+    report = sk.check_training(model, model(x).square().mean())
     assert lists(report) == {"ok": NAMES}
     assert str(report) == "the loss trains 5 of 5 adapted layers"
 
 
-def test_a_loss_is_differentiated_without_a_trace():
-    model = Stack(None)
-    inject(model)
-    x = torch.randn(4, 8)
+def test_a_loss_is_differentiated_without_a_trace(model, x):
     model(x).sum().backward()
     before = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     loss = model(x).square().mean()
@@ -55,10 +60,7 @@ def test_a_loss_is_differentiated_without_a_trace():
     assert all(torch.equal(ours[name], grad) for name, grad in gradients(model).items())
 
 
-def test_layers_that_a_loss_does_not_reach():
-    model = Stack(None)
-    inject(model)
-    x = torch.randn(4, 8)
+def test_layers_that_a_loss_does_not_reach(model, x):
     report = sk.check_training(model, model.encoder.blocks[0](x).sum())  # alone: without batched rotations
     assert lists(report) == {"ok": NAMES[:2], "none": NAMES[2:]}
     assert str(report).splitlines() == [
@@ -72,12 +74,8 @@ def test_layers_that_a_loss_does_not_reach():
     assert str(long).endswith("9 (layer0, layer1, layer2, layer3, layer4, layer5, ...)")
 
 
-def test_zeros_and_values_that_are_not_finite():
-    model = Stack(None)
-    inject(model)
-    x = torch.randn(4, 8)
-    dead = model(x).sum() * 0.0
-    assert lists(sk.check_training(model, dead)) == {"zero": NAMES}
+def test_zeros_and_values_that_are_not_finite(model, x):
+    assert lists(sk.check_training(model, model(x).sum() * 0.0)) == {"zero": NAMES}
     model(x).square().sum().backward()
     model.head.theta.grad[2] = float("nan")
     model.encoder.blocks[0][0].delta_sigma.grad[0] = float("inf")
@@ -86,29 +84,21 @@ def test_zeros_and_values_that_are_not_finite():
     assert lists(sk.check_training(model)) == {"ok": NAMES[1:2], "zero": NAMES[2:4], "nonfinite": [NAMES[0], "head"]}
 
 
-def test_left_out_layers_have_zeros_where_rotations_are_batched():
+def test_left_out_layers_have_zeros_where_rotations_are_batched(model, x):
     """As LayerDrop leaves them: a shorter path through the model."""
-    model = Stack(None)
-    inject(model)
     model.encoder.blocks[1].forward = lambda x: x
-    report = sk.check_training(model, model(torch.randn(4, 8)).sum())
-    assert lists(report) == {"ok": [*NAMES[:2], "head"], "zero": NAMES[2:4]}
+    assert lists(sk.check_training(model, model(x).sum())) == {"ok": [*NAMES[:2], "head"], "zero": NAMES[2:4]}
 
 
-def test_frozen_parameters_and_parked_adapters_are_not_expected_to_train():
-    model = Stack(None)
-    inject(model)
+def test_frozen_parameters_and_parked_adapters_are_not_expected_to_train(model, x):
     sk.add_adapter(model, "b")
     model.head.requires_grad_(False)
     model.encoder.blocks[0][0].theta.requires_grad_(False)
-    report = sk.check_training(model, model(torch.randn(4, 8)).sum())
-    assert lists(report) == {"ok": NAMES[:-1]}
+    assert lists(sk.check_training(model, model(x).sum())) == {"ok": NAMES[:-1]}
 
 
-def test_reentrant_checkpointing_is_read_from_the_gradients():
-    model = Stack(None)
-    inject(model)
-    x = torch.randn(4, 8, requires_grad=True)
+def test_reentrant_checkpointing_is_read_from_the_gradients(model, x):
+    x.requires_grad_()
     for wholly in (True, False):  # checkpointed, or only the blocks
         model.zero_grad()
         model.encoder.use_reentrant = None if wholly else True
@@ -121,49 +111,24 @@ def test_reentrant_checkpointing_is_read_from_the_gradients():
     assert lists(sk.check_training(model, model(x).sum())) == {"ok": NAMES}
 
 
-def test_what_cannot_be_checked_is_refused():
-    model = Stack(None)
+def test_what_cannot_be_checked_is_refused(model, x):
+    base = Stack(None)
     with pytest.raises(ValueError, match="no trainable SSVD layer"):
-        sk.check_training(model, model(torch.randn(4, 8)).sum())
-    inject(model)
+        sk.check_training(base, base(x).sum())
     with pytest.raises(ValueError, match=r"`loss` must be a scalar, got shape \(4, 8\)"):
-        sk.check_training(model, model(torch.randn(4, 8)))
+        sk.check_training(model, model(x))
 
 
 def test_wrapped_parameters_are_found_by_their_names():
     """Of a layer that keeps its adapters in dictionaries, under names with a prefix."""
 
-    class Wrapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.ssvd_theta = nn.ParameterDict({"default": nn.Parameter(torch.ones(3))})
-            self.ssvd_delta_sigma = nn.ParameterDict({"default": nn.Parameter(torch.ones(2))})
-            self.scale = nn.Parameter(torch.ones(1))
+    def wrapped() -> nn.Module:
+        kept = {name: {"default": nn.Parameter(torch.ones(3))} for name in ("ssvd_theta", "ssvd_delta_sigma", "scale")}
+        return nn.ModuleDict({name: nn.ParameterDict(values) for name, values in kept.items()})
 
-    model = nn.ModuleDict({"a": Wrapped(), "b": Wrapped()})
-    loss = model["a"].ssvd_theta["default"].sum() + model["a"].ssvd_delta_sigma["default"].sum()
+    model = nn.ModuleDict({"a": wrapped(), "b": wrapped()})
+    loss = model["a"]["ssvd_theta"]["default"].sum() + model["a"]["ssvd_delta_sigma"]["default"].sum()
     assert lists(sk.check_training(model, loss)) == {"ok": ["a"], "none": ["b"]}
-
-
-# -- modules that read the weight --------------------------------------------------------------------------------------
-
-
-class Attention(nn.Module):
-    """torch's own attention: its out_proj is never called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x, x, x, need_weights=False)[0]
-
-
-class TransformerLayer(nn.TransformerEncoderLayer):
-    """torch's own layer: in inference one fused function reads every weight of it."""
-
-    def __init__(self) -> None:
-        super().__init__(8, 2, dim_feedforward=12, dropout=0.0, batch_first=True)
 
 
 def _speech(name: str) -> tuple[nn.Module, dict[str, Tensor], list[str]]:
@@ -171,7 +136,7 @@ def _speech(name: str) -> tuple[nn.Module, dict[str, Tensor], list[str]]:
     make, preset, _ = speech_models.MODELS[name]
     model = make()
     inject(model, targets=preset)
-    return model, speech_models.inputs(model), ["q_proj", "k_proj", "v_proj", "out_proj"]
+    return model, speech_models.inputs(model), [*speech_models.ATTENTION]
 
 
 def _t5() -> tuple[nn.Module, dict[str, Tensor], list[str]]:
@@ -185,17 +150,18 @@ def _t5() -> tuple[nn.Module, dict[str, Tensor], list[str]]:
     return model, {"input_ids": torch.arange(2, 12)[None], "decoder_input_ids": torch.arange(3, 9)[None]}, []
 
 
-def _torch(make: type[nn.Module], reading: list[str]) -> tuple[nn.Module, dict[str, Tensor], list[str]]:
-    model = make()
+def _torch(model: nn.Module, *names: str, **options) -> tuple[nn.Module, dict, list[str]]:
+    """torch's own attention or layer: out_proj is never called, and in inference one function reads every weight."""
     inject(model)
-    name = "src" if isinstance(model, TransformerLayer) else "x"
-    return model, {name: torch.randn(2, 6, 8)}, reading
+    return model, {**dict.fromkeys(names, torch.randn(2, 6, 8)), **options}, ["out_proj"]
 
 
 READERS = {
     "wavlm": lambda: _speech("wavlm"),
-    "attention": lambda: _torch(Attention, ["out_proj"]),
-    "transformer layer": lambda: _torch(TransformerLayer, ["out_proj"]),
+    "attention": lambda: _torch(
+        nn.MultiheadAttention(8, 2, batch_first=True), "query", "key", "value", need_weights=False
+    ),
+    "transformer layer": lambda: _torch(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True), "src"),
     "t5": _t5,
 }
 
@@ -206,18 +172,13 @@ def output_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    output = output_of(model, inputs)  # not a norm: a final layer norm would make that constant
-    return (output * torch.sin(1.7 * torch.arange(output.numel())).view_as(output)).mean()
-
-
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize("training", [True, False])
 def test_modules_that_read_the_weight_use_and_train_the_adapter(name, training):
     model, inputs, reading = READERS[name]()
     assert len(sk.ssvd_layers(model)) >= 1 and all(any(n.endswith(r) for n in sk.ssvd_layers(model)) for r in reading)
     model.train(training)
-    report = sk.check_training(model, loss_of(model, inputs))
+    report = sk.check_training(model, loss_of(output_of(model, inputs)))
     assert lists(report) == {"ok": list(sk.ssvd_layers(model))}
     train_randomly(model)
     plain, exact = references(model, lambda network: output_of(network, inputs).detach())
@@ -235,7 +196,7 @@ def test_the_check_tells_where_the_base_weight_is_read_instead(monkeypatch, name
     model, inputs, reading = READERS[name]()
     monkeypatch.setattr(sk.SSVDLinear, "weight", property(lambda layer: layer.base_weight))
     inert = [n for n in sk.ssvd_layers(model) if n.endswith(tuple(reading))]
-    loss = loss_of(model, inputs)
+    loss = loss_of(output_of(model, inputs))
     report = sk.check_training(model, loss)
     assert inert and report.none + report.zero == inert and not report.nonfinite
     assert set(report.ok) == {*sk.ssvd_layers(model)} - {*inert}

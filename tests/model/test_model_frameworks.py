@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
 from bounds import assert_within
-from models import (
-    RANK,
-    Stack,
-    assert_all_within,
-    gradients,
-    inject,
-    references,
-    saved_for_backward,
-    step,
-    train_randomly,
-)
+from models import Stack, assert_all_within, gradients, inject, references, saved_for_backward, step, train_randomly
 from speech_models import adapted, inputs, run, whisper
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
-from ssvd_kernels.layers import base as adapted_module
+from ssvd_kernels.ops import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,8 +68,8 @@ def test_whole_model_keeps_little_more_than_the_frozen_one():
         return sum(saved.values())
 
     base.requires_grad_(False)
-    tokens, layers = 2 * 199, len(sk.ssvd_layers(model))
-    allowed = layers * (tokens * RANK * 4 + 12 * 4 * RANK * RANK)
+    tokens, ranks = 2 * 199, [layer.k for layer in sk.ssvd_layers(model).values()]
+    allowed = sum(tokens * k * 4 + 12 * 4 * k * k for k in ranks)
     assert kept(model, leaf=True) <= kept(base, leaf=True) + allowed
 
 
@@ -102,10 +93,10 @@ def test_compile_fullgraph():
     for _ in range(2):
         compiled.train()(x).square().mean().backward()
         assert_all_within(gradients(model), *references(twin, trained))
-        assert_within(evaluated(compiled), *references(twin, evaluated))
-        step(model)
-        step(twin)  # the parameters changed under a compiled eval
-        assert_within(evaluated(compiled), *references(twin, evaluated))
+        for _ in range(2):  # the second with parameters that changed under a compiled eval
+            assert_within(evaluated(compiled), *references(twin, evaluated))
+            step(model)
+            step(twin)
 
 
 @pytest.mark.parametrize("mode", ["auto", "composed", "factored"])
@@ -121,10 +112,7 @@ def test_compile_one_layer_with_changing_batch(mode):
 def test_weight_never_falls_back_to_the_base_weight_in_silence(monkeypatch):
     """`weight` is a property of an nn.Module, whose __getattr__ finds the base weight if the property fails."""
     layer = train_randomly(sk.SSVDLinear.from_linear(nn.Linear(6, 5), sk.SSVDConfig(rank=3)))
-
-    def broken(*args, **kwargs):
-        raise AttributeError("a name that this version of torch does not have")
-
-    monkeypatch.setattr(adapted_module.reference, "compose_ref", broken)
+    broken = Mock(side_effect=AttributeError("a name that this version of torch does not have"))
+    monkeypatch.setattr(reference, "compose_ref", broken)
     with pytest.raises((AttributeError, RuntimeError)):
         _ = layer.weight

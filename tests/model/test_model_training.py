@@ -10,8 +10,7 @@ import torch
 from bounds import assert_within, twice
 from cases import relative_error
 from models import counted, gradients, inject, loss_of, plain_copy, references, train_randomly
-from speech_models import MODELS, adapted, inputs, run, whisper
-from torch import Tensor
+from speech_models import MODELS, adapted, loss_gradients, run, scaled_passes, whisper
 
 import ssvd_kernels as sk
 
@@ -38,13 +37,7 @@ def test_trained_model_computes_with_the_effective_weights(name):
 def test_gradients_reach_every_parameter_and_are_right(name, rotation):
     """Directional derivative in float64 along a random direction through every trained parameter."""
     model = adapted(name, rotation=rotation).double().eval()
-    batch = {key: v.double() if v.is_floating_point() else v for key, v in inputs(model).items()}
-
-    def loss() -> Tensor:
-        return loss_of(model(**batch)[0])
-
-    loss().backward()
-    grads = gradients(model)
+    grads = loss_gradients(model)
     assert all(grad.abs().max() > 0 for grad in grads.values())
     direction = {key: torch.randn_like(grad) for key, grad in grads.items()}
     slope = sum((grads[key] * direction[key]).sum() for key in grads)
@@ -54,7 +47,7 @@ def test_gradients_reach_every_parameter_and_are_right(name, rotation):
             for key, parameter in model.named_parameters():
                 if key in direction:
                     parameter += sign * step * direction[key]
-        values.append(loss().item())
+        values.append(loss_of(run(model)).item())
     assert math.isclose((values[0] - values[1]) / (2 * step), float(slope), rel_tol=1e-6, abs_tol=1e-9)
 
 
@@ -112,18 +105,10 @@ def test_dropped_layers_get_no_gradient_and_the_others_do(monkeypatch):
 def test_autocast_trains_and_evaluates(name, dtype):
     model = adapted(name).eval()
     twin = plain_copy(model)
-
-    def passes(network: torch.nn.Module) -> tuple[Tensor, Tensor]:
-        """(output, all gradients), scaled for float16."""
-        output = run(network)
-        (2.0**10 * loss_of(output.to(torch.promote_types(output.dtype, torch.float32)))).backward()
-        grads = gradients(network)
-        return output.detach(), torch.cat([grad.flatten() for grad in grads.values()])
-
-    _, (exact, exact_grads) = references(model, passes)
+    _, (exact, exact_grads) = references(model, scaled_passes)
     with torch.autocast("cpu", dtype):
-        output, grads = passes(model)
-        (_, plain_grads), plain = references(model, passes)[0], run(twin).detach()
+        output, grads = scaled_passes(model)
+        (_, plain_grads), plain = references(model, scaled_passes)[0], run(twin).detach()
         assert grads.dtype == torch.float32
         assert_within(output, plain, exact)
         assert relative_error(grads, exact_grads) <= twice(plain_grads, exact_grads, dtype)
@@ -141,13 +126,8 @@ def test_half_precision_model_with_a_float32_adapter(name, dtype):
     model = make().to(dtype)
     inject(model, targets=preset)
     train_randomly(model).eval()
-
-    def run_in(network: torch.nn.Module, dtype: torch.dtype) -> Tensor:
-        return network(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs(model).items()})[0]
-
-    exact = run_in(plain_copy(copy.deepcopy(model).double()), torch.float64).detach()
-    plain = run_in(plain_copy(model), dtype).detach()
-    output = run_in(model, dtype)
+    exact, plain = (run(plain_copy(each)).detach() for each in (copy.deepcopy(model).double(), model))
+    output = run(model)
     assert output.dtype == dtype
     assert_within(output, plain, exact)
     (2.0**10 * loss_of(output.float())).backward()
@@ -155,5 +135,5 @@ def test_half_precision_model_with_a_float32_adapter(name, dtype):
         assert grad.dtype == torch.float32 and grad.abs().max() > 0
     for rounding in ("nearest", "stochastic"):
         sk.merge(model, rounding=rounding)
-        assert_within(run_in(model, dtype), plain, exact, rounding)
+        assert_within(run(model), plain, exact, rounding)
         sk.unmerge(model)

@@ -19,7 +19,7 @@ import ssvd_kernels as sk
 from ssvd_kernels.model.budget import inner_outer
 from ssvd_kernels.ops.functional import theta_length
 
-SIZES = st.integers(1, 12)
+SHAPES = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=4)
 
 
 def net(*shapes: tuple[int, int], seed: int = 0) -> nn.Sequential:
@@ -38,41 +38,38 @@ def ranks(plan: sk.RankPlan) -> list[int]:
     return [layer.rank for layer in plan.layers]
 
 
-def best(candidates: list[list[int]], budget: int) -> list[int]:
-    """Of lists of ranks, the one with the most trained numbers that the budget allows."""
-    return max((c for c in candidates if sum(k * (k + 1) // 2 for k in c) <= budget), key=sum)
-
-
 # -- what is chosen ----------------------------------------------------------------------------------------------------
 
 
+def check_best(model: nn.Sequential, candidates: list[list[int]], share: float, **options) -> None:
+    """The plan has, of these lists of ranks, the one with the most trained numbers that the budget allows."""
+    sizes = [min(linear.weight.shape) for linear in model]
+    budget = max(2, len(sizes), int(share * sum(n * (n + 1) // 2 for n in sizes)))
+    plan = sk.plan(model, budget=budget, progress=False, **options)
+    allowed = [ranks for ranks in candidates if sum(k * (k + 1) // 2 for k in ranks) <= budget]
+    assert ranks(plan) == max(allowed, key=sum)
+    assert plan.largest == (ranks(plan) == sizes) and plan.trainable <= budget
+
+
 @settings(deadline=None, max_examples=60)
-@given(shapes=st.lists(st.tuples(SIZES, SIZES), min_size=1, max_size=4), share=st.floats(0, 1))
+@given(shapes=SHAPES, share=st.floats(0, 1))
 def test_uniform_is_the_largest_ratio_that_keeps_the_budget(shapes, share):
     sizes = [min(shape) for shape in shapes]
     ratios = {Fraction(k, n) for n in sizes for k in range(1, n + 1)}
     candidates = [[max(1, int(n * ratio)) for n in sizes] for ratio in ratios]
-    budget = max(2, len(shapes), int(share * sum(n * (n + 1) // 2 for n in sizes)))
-    plan = sk.plan(net(*shapes), budget=budget)
-    assert ranks(plan) == best([*candidates, [1] * len(shapes)], budget)
-    assert plan.largest == (ranks(plan) == sizes) and plan.trainable <= budget
+    check_best(net(*shapes), [*candidates, [1] * len(shapes)], share)
 
 
 @settings(deadline=None, max_examples=60)
-@given(shapes=st.lists(st.tuples(SIZES, SIZES), min_size=1, max_size=4), share=st.floats(0, 1), seed=st.integers(0, 99))
+@given(shapes=SHAPES, share=st.floats(0, 1), seed=st.integers(0, 99))
 def test_spectrum_is_the_largest_share_of_the_energy_that_keeps_the_budget(shapes, share, seed):
-    model = net(*shapes, seed=seed)
-    held = []
+    model, held = net(*shapes, seed=seed), []
     for linear in model:
         squares = np.linalg.svd(linear.weight.detach().double().numpy(), compute_uv=False) ** 2
         held.append(np.cumsum(squares) / squares.sum())
-    sizes = [min(shape) for shape in shapes]
     # a hair above each: the sums of two libraries differ by rounding
     candidates = [[int((h[:-1] <= t + 1e-9).sum()) + 1 for h in held] for t in {0.0, *np.concatenate(held)}]
-    budget = max(2, len(shapes), int(share * sum(n * (n + 1) // 2 for n in sizes)))
-    plan = sk.plan(model, budget=budget, allocation="spectrum", progress=False)
-    assert ranks(plan) == best(candidates, budget)
-    assert plan.largest == (ranks(plan) == sizes) and plan.trainable <= budget
+    check_best(model, candidates, share, allocation="spectrum")
 
 
 def test_spectrum_leaves_less_than_one_step_of_one_layer_unused():
@@ -164,9 +161,7 @@ def test_printed():
 @pytest.mark.parametrize("allocation", ["uniform", "spectrum"])
 @pytest.mark.parametrize(("method", "options"), [("ssvd", {"side": "smaller"}), ("ssvd-o", {"inner_share": 0.7})])
 def test_adapter_of_a_plan_comes_back(tmp_path, method, options, allocation):
-    base = net((16, 24), (24, 16), (16, 16), (16, 12))
-    x = torch.randn(5, 24)
-    base = nn.Sequential(base[0], base[1], nn.Linear(24, 16), base[2])
+    base, x = net((16, 24), (24, 16), (16, 24), (16, 16)), torch.randn(5, 24)
     plan = sk.plan(base, budget=300, method=method, allocation=allocation, progress=False, **options)
     model = copy.deepcopy(base)
     report = sk.inject(model, plan, progress=False)
@@ -246,22 +241,15 @@ def test_plan_refuses_an_adapted_model():
         sk.plan(model, budget=20)
 
 
-def test_inject_refuses_a_plan_of_another_model():
-    plan = sk.plan(Net(), budget=20)
+def test_a_plan_is_refused_for_another_model():
+    plan, lora = sk.plan(Net(), budget=20), sk.plan(Net(), budget=40, method="lora")
     wider, more = Net(), Net()
     wider.up = nn.Linear(6, 10)
     more.last = nn.Linear(3, 3)
     for model, name in ((wider, "up"), (more, "last")):
-        with refused(model, ValueError, rf"plan has 2 layers, .*Net; they differ, e\.g\. in '{name}'"):
-            sk.inject(model, plan, progress=False)
-
-
-def test_a_peft_config_is_refused_for_another_model():
-    plan = sk.plan(Net(), budget=40, method="lora")
-    wider = Net()
-    wider.up = nn.Linear(6, 10)
-    with refused(wider, ValueError, r"plan has 2 layers, .*Net; they differ, e\.g\. in 'up'"):
-        plan.peft_config(wider)
+        for use in (lambda model: sk.inject(model, plan, progress=False), lora.peft_config):
+            with refused(model, ValueError, rf"plan has 2 layers, .*Net; they differ, e\.g\. in '{name}'"):
+                use(model)
 
 
 def test_a_plan_of_our_own_methods_has_no_peft_config():

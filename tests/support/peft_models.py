@@ -27,36 +27,15 @@ RANK = models.RANK
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def llama() -> nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32, initializer_range=0.3, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
-
-
 # name -> (constructor, adapted layers where the configuration names none)
-MODELS = {**{name: (make, count) for name, (make, _, count) in speech_models.MODELS.items()}, "llama": (llama, 2 * 7)}
+MODELS = {name: (make, count) for name, (make, _, count) in speech_models.MODELS.items()}
+MODELS["llama"] = speech_models.llama, 2 * 7
+inputs, run = speech_models.inputs, speech_models.run
 
 
 def base_model(name: str = "whisper", seed: int = 5) -> nn.Module:
     torch.manual_seed(seed)
     return MODELS[name][0]().eval()
-
-
-def inputs(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    if model.config.model_type == "llama":
-        return {"input_ids": torch.randint(3, 32, (2, 6), generator=torch.Generator().manual_seed(seed))}
-    return speech_models.inputs(model, seed)
-
-
-def run(model: nn.Module, seed: int = 0) -> Tensor:
-    """The output, in the model's dtype."""
-    torch.manual_seed(100 + seed)  # dropout
-    dtype = next(model.parameters()).dtype
-    cast = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs(model, seed).items()}
-    return model(**cast)[0]
 
 
 def config(**options) -> SSVDPeftConfig:
@@ -98,11 +77,6 @@ def twin_in_place(name: str, adapter: dict[str, Tensor], **options) -> nn.Module
 def in_new_process(program: str, **environment: str) -> None:
     """Runs `program` in another interpreter, which must end well."""
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support", ROOT / "tests" / "integrations")))
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command, env = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": path, **environment}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -42,9 +43,8 @@ def started(store: Path) -> Iterator[Processes]:
     """The processes; `store` is a file that they make, by which they find each other (no port is agreed upon)."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(SIZE)]
-    processes = [
-        context.Process(target=_serve, args=(rank, str(store), pipe[1]), daemon=True) for rank, pipe in enumerate(pipes)
-    ]
+    arguments = [(rank, str(store), pipe[1]) for rank, pipe in enumerate(pipes)]
+    processes = [context.Process(target=_serve, args=each, daemon=True) for each in arguments]
     for process in processes:
         process.start()
     try:
@@ -59,9 +59,9 @@ def started(store: Path) -> Iterator[Processes]:
 
 def _serve(rank: int, store: str, connection: Connection) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE, timeout=timedelta(seconds=SECONDS / 2)
-    )
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    timeout = timedelta(seconds=SECONDS / 2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE, timeout=timeout)
     while (job := connection.recv()) is not None:
         function, args = job
         torch.manual_seed(0)

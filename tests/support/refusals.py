@@ -32,27 +32,27 @@ class Net(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
+def parts(model: nn.Module) -> tuple:
+    """Of what a model is made, but for the values."""
+    modules = [(name, id(module), type(module), module.training) for name, module in model.named_modules()]
+    hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks), sorted(m.__dict__)) for m in model.modules()]
+    parameters = [(name, id(p), p.dtype, p.requires_grad) for name, p in model.named_parameters()]
+    return modules, hooks, parameters, [name for name, _ in model.named_buffers()]
+
+
 @contextmanager
 def refused(model: nn.Module, error: type[Exception], match: str) -> Iterator[None]:
     """The block raises `error` with a message that fits, and `model` is as before in every respect."""
-
-    def parts() -> tuple:
-        modules = [(name, id(module), module.training) for name, module in model.named_modules()]
-        hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks), sorted(m.__dict__)) for m in model.modules()]
-        parameters = [(name, id(p), p.dtype, p.requires_grad) for name, p in model.named_parameters()]
-        return modules, hooks, parameters, [name for name, _ in model.named_buffers()]
 
     def values() -> dict[str, Tensor]:
         entries = model.state_dict().items()
         plain = {name: t.dequantize() if is_traceable_wrapper_subclass(t) else t for name, t in entries}
         return {name: t if t.is_meta else t.nan_to_num(9e9) for name, t in plain.items()}
 
-    old = values()
-    before = parts()
+    old, before = values(), parts(model)
     with pytest.raises(error, match=match):
         yield
-    assert parts() == before
     now = values()
-    assert list(now) == list(old)
+    assert parts(model) == before and list(now) == list(old)
     for name, value in old.items():
         assert value.is_meta or torch.equal(now[name], value), name

@@ -55,14 +55,27 @@ def adapted(name: str, seed: int = 1, **options) -> nn.Module:
     return train_randomly(model, seed)
 
 
+def llama() -> nn.Module:
+    """A language model, which has no preset."""
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32, initializer_range=0.3, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
 def inputs(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    """In the model's dtype."""
+    generator, dtype = torch.Generator().manual_seed(seed), next(model.parameters()).dtype
+    if model.config.model_type == "llama":
+        return {"input_ids": torch.randint(3, 32, (2, 6), generator=generator)}
     if model.config.model_type == "whisper":
         return {
-            "input_features": torch.randn(2, 8, 40, generator=generator),
+            "input_features": torch.randn(2, 8, 40, generator=generator).to(dtype),
             "decoder_input_ids": torch.randint(3, 50, (2, 6), generator=generator),
         }
-    return {"input_values": torch.randn(2, 200, generator=generator)}
+    return {"input_values": torch.randn(2, 200, generator=generator).to(dtype)}
 
 
 def run(model: nn.Module, seed: int = 0) -> Tensor:
@@ -74,3 +87,10 @@ def loss_gradients(model: nn.Module) -> dict[str, Tensor]:
     model.zero_grad()
     loss_of(run(model)).backward()
     return gradients(model)
+
+
+def scaled_passes(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """(output, all gradients) of a loss that is scaled for float16."""
+    output = run(model)
+    (2.0**10 * loss_of(output.to(torch.promote_types(output.dtype, torch.float32)))).backward()
+    return output.detach(), torch.cat([grad.flatten() for grad in gradients(model).values()])
