@@ -91,7 +91,7 @@ def test_configurations_survive_json(config):
 # -- inject ------------------------------------------------------------------------------------------------------------
 
 UNTIED = "`targets` must match an untied linear layer of Net, got "
-NONE = r"which matches none of the \d"
+NONE = r"which matches none of the \d targeted layers"
 NO_LINEAR = r"\(named in `targets`\) must be an nn\.Linear .*got"
 
 
@@ -109,8 +109,8 @@ NO_LINEAR = r"\(named in `targets`\) must be an nn\.Linear .*got"
         ({"targets": r".*\.q_proj"}, ValueError, rf"{UNTIED}.*q_proj.*up, down"),
         ({"targets": "("}, ValueError, r"'\(' is not a valid regular expression"),
         ({"exclude": "["}, ValueError, r"'\[' is not a valid regular expression"),
-        ({"exclude": ["upper"]}, ValueError, rf"`exclude` must be a list.*got 'upper' in \['upper'\], {NONE} targeted"),
-        ({"exclude": "u"}, ValueError, rf"`exclude` must be .*got 'u', {NONE} .*, e\.g\. 'up'"),
+        ({"exclude": ["upper"]}, ValueError, rf"`exclude` must be a list.*got 'upper' in \['upper'\], {NONE}"),
+        ({"exclude": "u"}, ValueError, rf"`exclude` must be .*got 'u', {NONE}, e\.g\. 'up'"),
         ({"exclude": ["up", "down"]}, ValueError, rf"{UNTIED}.*exclude=\['up', 'down'\]"),
         ({"targets": ["conv"]}, TypeError, rf"`conv` {NO_LINEAR} Conv1d"),
         ({"targets": ["up", "embed"]}, TypeError, rf"`embed` {NO_LINEAR} Embedding"),
