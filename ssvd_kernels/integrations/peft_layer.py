@@ -240,6 +240,9 @@ class PeftAdapter(SSVDAdapter):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if prefix + "theta" in state_dict and prefix + "_extra_state" not in state_dict:
             raise AdapterError(f"the adapter does not record the basis of {self.layer.name} it was trained with")
+        if self.merged:
+            args[-1].append(f"{prefix[:-1]} is merged: unmerge before loading")
+            return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -109,7 +109,8 @@ class Adapter(nn.Module, ABC):
     @property
     def sharded(self) -> bool:
         """Whether FSDP2 has sharded the layer: its parameters are whole within a forward or backward only."""
-        return is_sharded(self._parameters.get("weight"))
+        original = self.__dict__.get("_original")  # which shows it even then
+        return is_sharded(self._parameters.get("weight")) or is_sharded(getattr(original, "weight", None))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kept.serves(self) and multiplies_kept_weight(self, x):
@@ -133,6 +134,9 @@ class Adapter(nn.Module, ABC):
     def weight(self) -> Tensor:
         """The effective weight W' (d_out, d_in) in the base weight's dtype, differentiable; SSVD's is composed once a
         forward of the model, SpectralFT's at each reading."""
+        return self.composed_weight()
+
+    def composed_weight(self) -> Tensor:
         try:
             return self.effective_weight()
         except AttributeError as error:  # nn.Module would take it for a missing property and give the base weight

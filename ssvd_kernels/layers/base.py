@@ -47,7 +47,7 @@ class AdaptedLinear(Adapter):
         if is_sharded(self._parameters.get("weight")):
             self.original()  # takes the sharded Parameters, not to keep the whole ones alive
             return self.base_weight
-        return super().weight
+        return self.composed_weight()
 
     def effective_weight(self) -> Tensor:
         if self._merged_weight is not None:
@@ -63,11 +63,6 @@ class AdaptedLinear(Adapter):
         if self.disabled:
             return F.linear(x, self.base_weight, self.bias)
         return super().forward(x)
-
-    @property
-    def sharded(self) -> bool:
-        # within a running forward the original's Parameters alone show it
-        return super().sharded or is_sharded(getattr(self.__dict__.get("_original"), "weight", None))
 
     # -- adapters ----------------------------------------------------------------------------------------------
 
