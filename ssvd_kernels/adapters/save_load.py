@@ -105,14 +105,15 @@ def load_adapter(
     whose precision would be lost; the model is then unchanged.
     """
     file = read_adapter(Path(path))
-    layers = own_layers(unwrapped(model))
+    inner = unwrapped(model)
+    layers = own_layers(inner)
     if not layers:
         check_not_ddp(model)
-        plan = _plan(file, model)
+        plan = _plan(file, inner)
         found = _factorizations(file, plan, progress, cache_dir, share)
         changes = {name: _change(file, name, found[name].sketch) for name in plan}
-        install(model, plan, found)
-        layers = own_layers(model)
+        install(inner, plan, found)
+        layers = own_layers(inner)
     elif any(layer.inactive for layer in layers.values()):  # their bases belong to other adapters, too
         changes = {name: _Change(values) for name, values in adapter_values(layers, file).items()}
     else:
