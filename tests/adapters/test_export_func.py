@@ -8,7 +8,7 @@ import pytest
 import torch
 from bounds import assert_within
 from cases import relative_error
-from models import Stack, assert_all_within, gradients, inject, references, train_randomly
+from models import Stack, adapt, assert_all_within, gradients, inject, references
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -20,9 +20,7 @@ SCALES = (1.0, -1.0, 0.5)
 
 @pytest.fixture
 def model() -> nn.Module:
-    model = Stack(None)
-    inject(model)
-    return train_randomly(model).eval()
+    return adapt(Stack(None)).eval()
 
 
 def set_mode(model: nn.Module, mode: str) -> None:
@@ -85,16 +83,6 @@ def stacked(model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.stack([scale * p for scale in SCALES]) for name, p in trained.items()}
 
 
-def loaded(model: nn.Module, scale: float) -> nn.Module:
-    """`model` with the parameters of one of the stacked adapters, by other means."""
-    twin = Stack(None)
-    inject(twin)
-    state = model.state_dict()
-    twin.load_state_dict({k: scale * v if k.endswith(("theta", "delta_sigma")) else v for k, v in state.items()})
-    set_mode(twin, model.head.mode)
-    return twin.eval()
-
-
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("mode", ["auto", "composed", "factored"])
 @pytest.mark.parametrize("shared_input", [True, False])
@@ -113,16 +101,20 @@ def test_vmap_over_adapters(model, mode, backend, shared_input):
 
     with sk.use_backend(backend):
         found, grads = vmap(output, dims)(parameters, x), vmap(grad(loss), dims)(parameters, x)
-        for index, scale in enumerate(SCALES):
+        for index in range(len(SCALES)):
             mine = x if shared_input else x[index]
             one = {name: value[index] for name, value in parameters.items()}
+            twin = Stack(None)  # with these parameters by other means
+            inject(twin)
+            twin.load_state_dict(model.state_dict() | one)
+            set_mode(twin, mode)
 
             def passes(network: nn.Module, mine: Tensor = mine) -> dict[str, Tensor]:
                 y = network(mine)
                 y.square().mean().backward()
                 return {"y": y.detach(), **gradients(network)}
 
-            plain, exact = references(loaded(model, scale), passes)
+            plain, exact = references(twin.eval(), passes)
             mapped = {name: value[index] for name, value in grads.items()}
             assert_all_within({"y": found[index], **mapped}, plain, exact)
             assert_all_within({"y": output(one, mine), **grad(loss)(one, mine)}, plain, exact)

@@ -14,7 +14,7 @@ import roundtrip
 import torch
 from bounds import assert_within, unit_roundoff
 from cases import relative_error
-from models import inject, references, train_randomly
+from models import adapt, inject, references
 from plain import update
 from refusals import refused
 from roundtrip import ROTATIONS, SIDES
@@ -38,6 +38,9 @@ model = PeftModel.from_pretrained(model, adapter).eval()
 with torch.no_grad():
     torch.save(model(**torch.load(inputs))[0], output)
 """
+
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def plain_peft(base: Path, adapter: Path, inputs: dict[str, Tensor], folder: Path) -> Tensor:
@@ -71,8 +74,8 @@ def updates(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: tuple(of(layer, dtype) for dtype in dtypes) for name, layer in sk.ssvd_layers(model).items()}
 
 
-def config_of(folder: Path) -> dict:
-    return json.loads((folder / "adapter_config.json").read_text())
+def adapted(rank: int = 4) -> roundtrip.Net:
+    return roundtrip.injected(roundtrip.Case((12, 17, 9), torch.float32, sk.SSVDConfig(rank=rank), 3))
 
 
 # -- the numbers -------------------------------------------------------------------------------------------------------
@@ -98,7 +101,7 @@ def test_full_rank_is_exact(tmp_path, side, rotation, dtype):
 
 
 def test_truncation_is_the_best_of_its_rank(tmp_path):
-    net = roundtrip.injected(roundtrip.Case((12, 17, 9), torch.float32, sk.SSVDConfig(rank=8), 3))
+    net = adapted(rank=8)
     report = sk.to_lora(net, tmp_path / "lora", rank=3)
     for name, (_, exact) in updates(net).items():
         A, B = weights(tmp_path / "lora")[name]
@@ -111,41 +114,27 @@ def test_truncation_is_the_best_of_its_rank(tmp_path):
     assert f"relative error {report.error:.2g}" in str(report) and "3 x rank 3" in str(report)
 
 
-def test_rank_beyond_k_changes_nothing(tmp_path):
-    net = roundtrip.injected(roundtrip.Case((12, 17, 9), torch.float32, sk.SSVDConfig(rank=4), 3))
-    sk.to_lora(net, tmp_path / "exact")
-    sk.to_lora(net, tmp_path / "beyond", rank=100)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "exact" / name).read_bytes() == (tmp_path / "beyond" / name).read_bytes()
-
-
 def test_factors_are_balanced(tmp_path):
     """Rows of A and columns of B have equal norms: a runtime that casts to half precision loses as little as it can."""
-    net = roundtrip.injected(roundtrip.Case((12, 17, 9), torch.float32, sk.SSVDConfig(rank=4), 3))
-    sk.to_lora(net, tmp_path / "lora")
+    sk.to_lora(adapted(), tmp_path / "lora")
     for A, B in weights(tmp_path / "lora").values():
         # the norm of a row or column that float32 rounded errs by at most its roundoff
         torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0), rtol=2 * unit_roundoff(torch.float32), atol=0)
 
 
-def test_merged_gives_the_same_and_the_model_is_left_alone(tmp_path):
-    net = roundtrip.injected(roundtrip.Case((6, 8, 5), torch.float32, sk.SSVDConfig(rank=4), 3))
+@pytest.mark.parametrize("change", ["a rank beyond k", "merged", "wrapped"])
+def test_what_changes_no_byte(tmp_path, change):
+    net = adapted()
     state = {name: value.clone() for name, value in net.state_dict().items()}
-    sk.to_lora(net, tmp_path / "a")
+    expected = sk.to_lora(net, tmp_path / "a").ranks
     roundtrip.assert_equal_state(net, state)
-    sk.merge(net)
-    sk.to_lora(net, tmp_path / "b")
-    assert all(layer.merged for layer in sk.ssvd_layers(net).values())
-    one, other = (tmp_path / name / "adapter_model.safetensors" for name in "ab")
-    assert one.read_bytes() == other.read_bytes()
-
-
-def test_names_are_the_model_s_own_within_a_wrapper(tmp_path):
-    net = roundtrip.injected(roundtrip.Case((6, 8, 5), torch.float32, sk.SSVDConfig(rank=4), 3))
-    sk.to_lora(net, tmp_path / "a")
-    report = sk.to_lora(torch.compile(net), tmp_path / "b")
-    assert list(report.ranks) == list(sk.ssvd_layers(net))
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
+    if change == "merged":
+        sk.merge(net)
+    other = torch.compile(net) if change == "wrapped" else net
+    report = sk.to_lora(other, tmp_path / "b", rank=100 if change == "a rank beyond k" else None)
+    assert report.ranks == expected and list(expected) == list(sk.ssvd_layers(net))
+    assert all(layer.merged == (change == "merged") for layer in sk.ssvd_layers(net).values())
+    for name in FILES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -184,8 +173,7 @@ def test_plain_peft_in_a_new_process(tmp_path, kind):
     model.eval().save_pretrained(tmp_path / "base")
     with torch.no_grad():
         before = model(**inputs)[0]
-        inject(model, rank=None, ratio=0.4)
-        train_randomly(model)
+        adapt(model, rank=None, ratio=0.4)
         plain, exact = references(model, lambda network: network(**inputs)[0])
     assert relative_error(before, exact) > 0.1
     sk.to_lora(model, tmp_path / "lora")
@@ -209,9 +197,7 @@ class Names(nn.Module):
 def test_exactly_the_adapted_layers_with_their_ranks(tmp_path, targets):
     peft = pytest.importorskip("peft")
     torch.manual_seed(1)
-    net = Names()
-    inject(net, rank=None, ratio=0.9, targets=targets)
-    train_randomly(net)
+    net = adapt(Names(), rank=None, ratio=0.9, targets=targets)
     report = sk.to_lora(net, tmp_path / "lora")
     torch.manual_seed(1)
     loaded = peft.PeftModel.from_pretrained(Names(), str(tmp_path / "lora"))
@@ -238,9 +224,7 @@ def test_an_untrained_adapter_changes_no_bit(tmp_path):
 def test_a_bfloat16_base(tmp_path):
     """PEFT keeps the factors in float32 beside a bfloat16 base, as we do."""
     peft = pytest.importorskip("peft")
-    net = Names().bfloat16()
-    inject(net)
-    train_randomly(net)
+    net = adapt(Names().bfloat16())
     expected = updates(net)
     sk.to_lora(net, tmp_path / "lora")
     sk.remove(net)
@@ -262,8 +246,7 @@ def test_wavlm_needs_merging_and_says_so(tmp_path, caplog):
     sk.to_lora(model, tmp_path / "without attention")
     assert not caplog.text
     sk.remove(model)
-    inject(model, targets="wavlm")
-    train_randomly(model)
+    adapt(model, targets="wavlm")
     with torch.no_grad():
         plain, exact = references(model, speech_models.run)
         sk.to_lora(model, tmp_path / "lora")
@@ -277,8 +260,7 @@ def test_transformers_loads_it_too(tmp_path):
     pytest.importorskip("peft")
     model, inputs = tiny("whisper")
     model.eval().save_pretrained(tmp_path / "base")
-    inject(model, targets="whisper")
-    train_randomly(model)
+    adapt(model, targets="whisper")
     sk.to_lora(model, tmp_path / "lora")
     fresh = type(model).from_pretrained(tmp_path / "base").eval()
     fresh.load_adapter(str(tmp_path / "lora"))
@@ -293,44 +275,39 @@ def test_the_base_model_is_named(tmp_path):
     inject(model)
     sk.to_lora(model, tmp_path / "a")
     sk.to_lora(model, tmp_path / "b", base_model_name_or_path="somebody/opt")
-    assert config_of(tmp_path / "a")["base_model_name_or_path"] == str(tmp_path / "base")
-    assert config_of(tmp_path / "b")["base_model_name_or_path"] == "somebody/opt"
+    for name, expected in (("a", str(tmp_path / "base")), ("b", "somebody/opt")):
+        found = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert found["base_model_name_or_path"] == expected
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("rank", "error", "match"),
+    ("what", "error", "match"),
     [
         (0, ValueError, "`rank` must be an integer >= 1, .*got 0"),
         (-2, ValueError, "`rank` must be an integer >= 1, .*got -2"),
         (True, TypeError, "`rank` must be an integer >= 1, .*got True"),
         (2.0, TypeError, r"`rank` must be an integer >= 1, .*got 2\.0"),
+        ("no layers", ValueError, "has no SSVD layer"),
+        ("not finite", ValueError, "the update of inner.fc contains NaN or infinity"),
+        ("no space", OSError, "no space left"),
     ],
 )
-def test_ranks_that_make_no_sense(tmp_path, rank, error, match):
+def test_refusals_leave_nothing(tmp_path, monkeypatch, what, error, match):
+    def no_space(*args, **options):
+        raise OSError("no space left on device")
+
     net = Names()
-    inject(net)
+    if what != "no layers":
+        inject(net)
+    if what == "not finite":
+        sk.ssvd_layers(net)["inner.fc"].delta_sigma.data[1] = float("nan")
+    if what == "no space":
+        monkeypatch.setattr("ssvd_kernels.adapters.export.save_file", no_space)
     with refused(net, error, match):
-        sk.to_lora(net, tmp_path / "lora", rank=rank)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_model_without_layers(tmp_path):
-    net = Names()
-    with refused(net, ValueError, "has no SSVD layer"):
-        sk.to_lora(net, tmp_path / "lora")
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_update_that_is_not_finite(tmp_path):
-    net = Names()
-    inject(net)
-    with torch.no_grad():
-        sk.ssvd_layers(net)["inner.fc"].delta_sigma[1] = float("nan")
-    with refused(net, ValueError, "the update of inner.fc contains NaN or infinity"):
-        sk.to_lora(net, tmp_path / "lora")
+        sk.to_lora(net, tmp_path / "lora", rank=None if isinstance(what, str) else what)
     assert not list(tmp_path.iterdir())
 
 
@@ -352,20 +329,7 @@ def test_an_empty_folder_is_filled_and_readable(tmp_path):
     inject(net)
     (tmp_path / "lora").mkdir()
     sk.to_lora(net, tmp_path / "lora")
-    assert {path.name for path in (tmp_path / "lora").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (tmp_path / "lora").iterdir()} == set(FILES)
     fresh = tmp_path / "fresh"
     fresh.touch()
     assert {path.stat().st_mode for path in (tmp_path / "lora").iterdir()} == {fresh.stat().st_mode}
-
-
-def test_nothing_is_left_of_a_write_that_fails(tmp_path, monkeypatch):
-    net = Names()
-    inject(net)
-
-    def no_space(*args, **options):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("ssvd_kernels.adapters.export.save_file", no_space)
-    with refused(net, OSError, "no space left"):
-        sk.to_lora(net, tmp_path / "lora")
-    assert not list(tmp_path.iterdir())

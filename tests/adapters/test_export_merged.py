@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from bounds import assert_within
-from models import inject, references, train_randomly
+from models import adapt, inject, references
 from refusals import Net, refused
 from safetensors import safe_open
 
@@ -58,6 +58,11 @@ def test_tied_weights_stay_tied_and_are_stored_once(tmp_path):
     assert fresh.proj_out.weight.data_ptr() == fresh.model.decoder.embed_tokens.weight.data_ptr()
 
 
+def assert_holds(model, folder, expected) -> None:
+    fresh = reloaded(model, folder)
+    assert all(torch.equal(fresh.get_submodule(name).weight, weight) for name, weight in expected.items())
+
+
 def test_a_merged_model_gives_the_same_folder_and_stays_merged(tmp_path):
     model = adapted()
     sk.export_merged(model, tmp_path / "a")
@@ -77,24 +82,18 @@ def test_bfloat16_stays_bfloat16_and_warns_of_lost_updates(tmp_path, caplog):
     sk.export_merged(model, tmp_path / "merged")
     assert "of the update" in caplog.text
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
-    fresh = reloaded(model, tmp_path / "merged")
-    name, layer = next(iter(sk.ssvd_layers(model).items()))
-    weight = fresh.get_submodule(name).weight
-    assert weight.dtype == torch.bfloat16 and torch.equal(weight, layer.compose())
+    weights = {name: layer.compose() for name, layer in sk.ssvd_layers(model).items()}
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert_holds(model, tmp_path / "merged", weights)
 
 
 def test_a_merged_model_is_written_as_it_was_merged(tmp_path):
-    model = speech_models.whisper().bfloat16().eval()
-    inject(model, targets="whisper")
-    train_randomly(model)
+    model = adapt(speech_models.whisper().bfloat16().eval(), targets="whisper")
     sk.merge(model, rounding="stochastic")
-    expected = {name: layer.weight for name, layer in sk.ssvd_layers(model).items()}
-    assert not all(
-        torch.equal(weight, layer.compose()) for weight, layer in zip(expected.values(), sk.ssvd_layers(model).values())
-    )
+    layers = sk.ssvd_layers(model)
+    assert not all(torch.equal(layer.weight, layer.compose()) for layer in layers.values())
     sk.export_merged(model, tmp_path / "merged")
-    fresh = reloaded(model, tmp_path / "merged")
-    assert all(torch.equal(fresh.get_submodule(name).weight, weight) for name, weight in expected.items())
+    assert_holds(model, tmp_path / "merged", {name: layer.weight for name, layer in layers.items()})
 
 
 def test_several_adapters(tmp_path):
@@ -102,8 +101,7 @@ def test_several_adapters(tmp_path):
     expected = {name: layer.weight for name, layer in sk.ssvd_layers(model).items()}
     sk.add_adapter(model, "b")
     sk.export_merged(model, tmp_path / "a")
-    fresh = reloaded(model, tmp_path / "a")
-    assert all(torch.equal(fresh.get_submodule(name).weight, weight) for name, weight in expected.items())
+    assert_holds(model, tmp_path / "a", expected)
     with sk.disable_adapter(model), refused(model, ValueError, "adapter is disabled"):
         sk.export_merged(model, tmp_path / "b")
 
@@ -146,14 +144,9 @@ def test_ctranslate2_converts_the_folder(tmp_path):
     ctranslate2 = pytest.importorskip("ctranslate2")
     asr_tiny = pytest.importorskip("asr_tiny")
     tokenizer = asr_tiny.tiny_tokenizer()
-    model = asr_tiny.tiny_model(tokenizer)
-    inject(model, targets="whisper")
-    train_randomly(model)
+    model = adapt(asr_tiny.tiny_model(tokenizer), targets="whisper")
     sk.export_merged(model, tmp_path / "merged")
-    end = "<|endoftext|>"
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end, unk_token=end
-    ).save_pretrained(tmp_path / "merged")
+    asr_tiny.fast_tokenizer(tokenizer).save_pretrained(tmp_path / "merged")
     ctranslate2.converters.TransformersConverter(str(tmp_path / "merged")).convert(str(tmp_path / "ct2"))
     converted = ctranslate2.models.Whisper(str(tmp_path / "ct2"), device="cpu")
     mel = torch.randn(2, 8, 200)

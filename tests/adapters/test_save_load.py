@@ -25,6 +25,7 @@ from roundtrip import (
     outputs,
     train_randomly,
 )
+from several import injected as with_adapter
 from torch import nn
 
 import ssvd_kernels as sk
@@ -59,37 +60,28 @@ def test_saved_adapter_loads_into_a_fresh_base_bit_for_bit(case, save_bases):
 
 
 def test_adapter_loads_with_another_thread_count(tmp_path):
-    config = sk.SSVDConfig(ratio=0.4)
     base, before = Net(256, 320, 200), torch.get_num_threads()
-    nets = {}
     try:
-        for threads in (2, 1):
-            torch.set_num_threads(threads)
-            nets[threads] = copy.deepcopy(base)
-            if threads == 2:
-                sk.inject(nets[threads], config, progress=False)
-                train_randomly(nets[threads], scale=0.5)
-                sk.save_adapter(nets[threads], tmp_path / "a.safetensors")
-            else:
-                sk.load_adapter(nets[threads], tmp_path / "a.safetensors", progress=False)
+        torch.set_num_threads(2)
+        net = with_adapter(base, rank=None, ratio=0.4)
+        train_randomly(net, scale=0.5)
+        sk.save_adapter(net, tmp_path / "a.safetensors")
+        torch.set_num_threads(1)
+        sk.load_adapter(base, tmp_path / "a.safetensors", progress=False)
     finally:
         torch.set_num_threads(before)
-    for net in nets.values():
-        assert_computes(outputs(net), nets[2])
+    for found in (net, base):
+        assert_computes(outputs(found), net)
 
 
 @pytest.mark.parametrize("save_bases", [False, True])
 @pytest.mark.parametrize("into", ["base", "injected"])
 def test_loaded_model_does_not_depend_on_the_file_any_more(tmp_path, save_bases, into):
     """The file may be memory-mapped while it is read; a parameter that stays mapped changes, or crashes, with it."""
-    net = Net(24, 40, 32)
-    fresh = copy.deepcopy(net)
-    sk.inject(net, sk.SSVDConfig(rank=10), progress=False)
-    train_randomly(net)
-    path = tmp_path / "a.safetensors"
+    base, path = Net(24, 40, 32), tmp_path / "a.safetensors"
+    net = with_adapter(base, rank=10)
     sk.save_adapter(net, path, save_bases=save_bases)
-    if into == "injected":
-        sk.inject(fresh, sk.SSVDConfig(rank=10), progress=False)
+    fresh = with_adapter(base, seed=2, rank=10) if into == "injected" else base
     sk.load_adapter(fresh, path, progress=False)
     with open(path, "r+b") as file:
         file.write(bytes(path.stat().st_size))
@@ -98,17 +90,13 @@ def test_loaded_model_does_not_depend_on_the_file_any_more(tmp_path, save_bases,
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_adapter_with_its_bases_loads_on_a_rounded_base(tmp_path, dtype):
-    base = Net(24, 40, 32)
-    net = copy.deepcopy(base)
-    sk.inject(net, sk.SSVDConfig(rank=10), progress=False)
-    train_randomly(net)
-    path = tmp_path / "a.safetensors"
+    base, path = Net(24, 40, 32), tmp_path / "a.safetensors"
+    net = with_adapter(base, rank=10)
     sk.save_adapter(net, path, save_bases=True)
     rounded = copy.deepcopy(base).to(dtype)
     sk.load_adapter(rounded, path, progress=False)
     for name, layer in sk.adapted_layers(rounded).items():
-        update = sk.adapted_layers(net)[name].core().detach()
-        assert torch.equal(layer.core().detach(), update)
+        assert torch.equal(layer.core(), sk.adapted_layers(net)[name].core())
         assert layer.base_weight.dtype == dtype
     (plain, _), (_, exact) = (references(model, lambda network: outputs(network)[0]) for model in (rounded, net))
     assert_within(outputs(rounded)[0], plain, exact)
@@ -151,8 +139,7 @@ def test_equal_adapters_are_equal_files(tmp_path):
     for index in range(8):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 7))
-        sk.inject(model, sk.SSVDConfig(rank=3), progress=False)
-        sk.save_adapter(model, tmp_path / f"{index}.safetensors")
+        sk.save_adapter(with_adapter(model, rank=3), tmp_path / f"{index}.safetensors")
         files.add((tmp_path / f"{index}.safetensors").read_bytes())
     assert len(files) == 1
 
@@ -165,25 +152,20 @@ class Crash(BaseException):
 @pytest.mark.parametrize("when", ["writing", "replacing"])
 @pytest.mark.parametrize("existing", [True, False])
 def test_crash_while_saving_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, error, when, existing):
-    net = Net(8, 12, 10)
-    sk.inject(net, sk.SSVDConfig(rank=3), progress=False)
+    net = with_adapter(Net(8, 12, 10), rank=3)
     path = tmp_path / "a.safetensors"
     if existing:
         sk.save_adapter(net, path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    train_randomly(net)
+    train_randomly(net, 2)
 
-    def half_written(tensors, filename, metadata=None):
-        Path(filename).write_bytes(b"half of it")
+    def stopped(tensors, filename, metadata=None):
+        if when == "writing":
+            Path(filename).write_bytes(b"half of it")
         raise error
 
-    def not_replaced(*args, **kwargs):
-        raise error
-
-    if when == "writing":
-        monkeypatch.setattr(safetensors_io, "save_file", half_written)
-    else:
-        monkeypatch.setattr(safetensors_io.os, "replace", not_replaced)
+    module, name = (safetensors_io, "save_file") if when == "writing" else (safetensors_io.os, "replace")
+    monkeypatch.setattr(module, name, stopped)
     with pytest.raises(type(error)):
         sk.save_adapter(net, path)
     monkeypatch.undo()
@@ -194,12 +176,8 @@ def test_crash_while_saving_leaves_the_old_file_and_nothing_else(tmp_path, monke
 
 def test_compiled_model_saves_and_loads_under_its_own_names(tmp_path):
     """torch.compile's wrapper puts a name before every other; an adapter does not have it."""
-    net, base = Net(8, 12, 10), Net(8, 12, 10)
-    base.load_state_dict(net.state_dict())
-    sk.inject(net, sk.SSVDConfig(rank=3), progress=False)
-    train_randomly(net)
-    sk.save_adapter(torch.compile(net), tmp_path / "a.safetensors")
-    assert sk.load_adapter(torch.compile(base), tmp_path / "a.safetensors", progress=False) == list(
-        sk.adapted_layers(net)
-    )
+    base, path = Net(8, 12, 10), tmp_path / "a.safetensors"
+    net = with_adapter(base, rank=3)
+    sk.save_adapter(torch.compile(net), path)
+    assert sk.load_adapter(torch.compile(base), path, progress=False) == list(sk.adapted_layers(net))
     assert_same_outputs(base, net)

@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 from cases import relative_error
-from roundtrip import ROTATIONS, SIDES, Net, assert_computes, assert_same_outputs, flipped, outputs, train_randomly
+from roundtrip import ROTATIONS, SIDES, Net, assert_computes, assert_same_outputs, flipped, outputs, steps
 from safetensors import safe_open
+from several import injected, train_randomly
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
@@ -48,37 +49,26 @@ OTHER_BASES = {"flipped": flipped, "transposed": _transposed, "gram": _gram}
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(("other", "into"), [("flipped", "injected"), ("transposed", "base"), ("gram", "injected")])
 def test_adapter_loads_on_a_base_factorised_otherwise(tmp_path, monkeypatch, other, side, into):
-    config = sk.SSVDConfig(ratio=0.4, side=side)
+    options = {"rank": None, "ratio": 0.4, "side": side}
     base = Net(96, 160, 72)
-    net = copy.deepcopy(base)
-    sk.inject(net, config, progress=False)
+    net = injected(base, **options)
     train_randomly(net, scale=0.5)
     sk.save_adapter(net, tmp_path / "a.safetensors")
     monkeypatch.setattr(batch, "factorize", OTHER_BASES[other])
-    fresh = copy.deepcopy(base)
-    sk.inject(fresh, config, progress=False)
+    fresh = injected(base, seed=2, **options)
     pairs = list(zip(sk.ssvd_layers(fresh).values(), sk.ssvd_layers(net).values(), strict=True))
     assert any(((a.V * b.V).sum(0) < 0).any() for a, b in pairs)  # the basis is another one indeed
     if into == "base":
         fresh = copy.deepcopy(base)
     sk.load_adapter(fresh, tmp_path / "a.safetensors", progress=False)
     assert_computes(outputs(fresh), net)
-    base_output = outputs(base)[0]
-    assert relative_error(base_output, outputs(net)[0]) > 0.05  # the update is not too small to notice
-
-
-def _orthogonal(linear: nn.Linear) -> Tensor:
-    return nn.init.orthogonal_(torch.empty_like(linear.weight))
-
-
-def _deficient(linear: nn.Linear) -> Tensor:
-    return torch.randn(linear.out_features, 2) @ torch.randn(2, linear.in_features)
+    assert relative_error(outputs(base)[0], outputs(net)[0]) > 0.05  # the update is not too small to notice
 
 
 AMBIGUOUS = {
     "zero": lambda linear: torch.zeros_like(linear.weight),
-    "repeated": _orthogonal,
-    "rank deficient": _deficient,
+    "repeated": lambda linear: nn.init.orthogonal_(torch.empty_like(linear.weight)),
+    "rank deficient": lambda linear: torch.randn(linear.out_features, 2) @ torch.randn(2, linear.in_features),
     "one pair equal": lambda linear: torch.eye(*linear.weight.shape) * torch.tensor([5.0, 4, 4, 3, 2, 1, 0.5, 0.2]),
 }
 
@@ -89,9 +79,7 @@ def test_basis_that_cannot_be_recomputed_is_stored_and_loads(tmp_path, monkeypat
     base = Net(8, 12, 10)
     with torch.no_grad():
         base.first.weight.copy_(AMBIGUOUS[spectrum](base.first))
-    net = copy.deepcopy(base)
-    sk.inject(net, sk.SSVDConfig(rank=6), progress=False)
-    train_randomly(net)
+    net = injected(base, rank=6)
     with caplog.at_level("INFO", logger="ssvd_kernels"):
         sk.save_adapter(net, tmp_path / "a.safetensors")
     assert "first" in caplog.text
@@ -99,14 +87,10 @@ def test_basis_that_cannot_be_recomputed_is_stored_and_loads(tmp_path, monkeypat
         stored = {key for key in file.keys() if key.endswith((".U", ".V"))}
     assert stored == {"first.U", "first.V"}  # that layer's, and no other's
     monkeypatch.setattr(batch, "factorize", other)
-    for fresh in (copy.deepcopy(base), copy.deepcopy(base)):
+    for fresh in (copy.deepcopy(base), copy.deepcopy(base), injected(base, seed=2, rank=6)):
         sk.load_adapter(fresh, tmp_path / "a.safetensors", progress=False)
         assert_computes(outputs(fresh), net)
         sk.save_adapter(fresh, tmp_path / "a.safetensors")  # and again from what was loaded
-    present = copy.deepcopy(base)
-    sk.inject(present, sk.SSVDConfig(rank=6), progress=False)
-    sk.load_adapter(present, tmp_path / "a.safetensors", progress=False)
-    assert_computes(outputs(present), net)
 
 
 # -- state dicts and resuming ------------------------------------------------------------------------------------------
@@ -114,14 +98,11 @@ def test_basis_that_cannot_be_recomputed_is_stored_and_loads(tmp_path, monkeypat
 
 @pytest.mark.parametrize("side", SIDES)
 def test_state_dict_carries_its_own_basis(tmp_path, monkeypatch, side):
-    config, base = sk.SSVDConfig(rank=5, side=side), Net(12, 16, 9)
-    net = copy.deepcopy(base)
-    sk.inject(net, config, progress=False)
-    train_randomly(net)
+    base = Net(12, 16, 9)
+    net = injected(base, side=side)
     torch.save(net.state_dict(), tmp_path / "state.pt")
     monkeypatch.setattr(batch, "factorize", flipped)
-    fresh = copy.deepcopy(base)
-    sk.inject(fresh, config, progress=False)
+    fresh = injected(base, seed=2, side=side)
     outputs(fresh)
     fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), strict=True)
     assert_same_outputs(fresh, net)
@@ -135,24 +116,12 @@ def test_state_dict_carries_its_own_basis(tmp_path, monkeypatch, side):
 @pytest.mark.parametrize("by", ["state dict", "adapter"])
 @pytest.mark.parametrize("rotation", ROTATIONS)
 def test_resumed_training_is_bit_equal_to_uninterrupted_training(tmp_path, monkeypatch, by, fused, rotation):
-    config, base = sk.SSVDConfig(rank=5, rotation=rotation), Net(12, 16, 9)
+    base = Net(12, 16, 9)
 
     def start() -> tuple[nn.Module, torch.optim.Optimizer]:
-        net = copy.deepcopy(base)
-        sk.inject(net, config, progress=False)
+        net = injected(base, rotation=rotation)
         trained = [p for p in net.parameters() if p.requires_grad]
         return net, torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.01, fused=fused)
-
-    def steps(net: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> list[float]:
-        losses = []
-        for number in numbers:
-            x = torch.randn(8, 12, generator=torch.Generator().manual_seed(number))
-            loss = (net(x) - x.flip(-1)).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
 
     net, optimizer = start()
     steps(net, optimizer, range(4))

@@ -19,6 +19,7 @@ from roundtrip import (
     assert_same_outputs,
     example,
     outputs,
+    steps,
     train_randomly,
 )
 from several import injected, values, with_adapters
@@ -92,13 +93,6 @@ def test_switching_moves_parameters_and_their_flags(base):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_one_optimizer_trains_each_adapter_as_if_it_were_alone(base, fused):
-    def steps(net: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
-        for number in numbers:
-            x = torch.randn(8, 12, generator=torch.Generator().manual_seed(number))
-            optimizer.zero_grad()
-            (net.train()(x) - x.flip(-1)).square().mean().backward()
-            optimizer.step()
-
     def adamw(net: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.01, fused=fused)
 
@@ -220,11 +214,7 @@ def test_layers_with_different_adapters_are_named(base):
 
 def test_adapters_cannot_change_where_the_parameters_are_not_the_layers_own(base):
     net = with_adapters(base, "b")
-
-    def forward(*_) -> None:
-        sk.set_adapter(net, "b")
-
-    net.last.register_forward_pre_hook(forward)
+    net.last.register_forward_pre_hook(lambda *_: sk.set_adapter(net, "b"))
     with pytest.raises(ValueError, match=r"first\.theta must be an unsharded Parameter, got Tensor"):
         torch.func.functional_call(net, {"first.theta": torch.zeros(10)}, (example(net),))
     assert sk.adapter_names(net) == ["default", "b"]
@@ -263,10 +253,9 @@ def test_disabling_ends_with_its_block_and_is_not_copied(base):
     assert all(map(torch.equal, outputs(net), expected))
     with sk.disable_adapter(net):
         twin = copy.deepcopy(net)
-        with pytest.raises(ValueError, match=r"first while its adapter is disabled"):
-            sk.merge(net)
-        with pytest.raises(ValueError, match=r"first while its adapter is disabled"):
-            sk.merge(net, unload=True)
+        for unload in (False, True):
+            with pytest.raises(ValueError, match=r"first while its adapter is disabled"):
+                sk.merge(net, unload=unload)
     assert all(map(torch.equal, outputs(net), expected)) and all(map(torch.equal, outputs(twin), expected))
 
 

@@ -21,7 +21,7 @@ for _needed in ("transformers", "av", "jiwer", "matplotlib", "tokenizers"):
     pytest.importorskip(_needed, reason="the speech experiment needs the extra `demo`")
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import WhisperConfig, WhisperForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, WhisperConfig, WhisperForConditionalGeneration
 
 from experiments.asr import fetch, speech
 from experiments.asr.audio import RATE
@@ -36,6 +36,11 @@ def tiny_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIALS)
     return tokenizer
+
+
+def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    specials = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **specials)
 
 
 def tiny_model(tokenizer: Tokenizer) -> WhisperForConditionalGeneration:

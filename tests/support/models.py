@@ -67,6 +67,12 @@ def train_randomly(model: nn.Module, seed: int = 1) -> nn.Module:
     return model
 
 
+def adapt(model: nn.Module, seed: int = 1, **options) -> nn.Module:
+    """`model` itself, injected and trained."""
+    inject(model, **options)
+    return train_randomly(model, seed)
+
+
 def step(model: nn.Module) -> None:
     with torch.no_grad():
         for index, parameter in enumerate(p for p in model.parameters() if p.requires_grad):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import inject, train_randomly
+from models import adapt
 from torch import Tensor, nn
 
 from ssvd_kernels.basis.linears import is_quantized
@@ -76,9 +76,7 @@ def net_of(kind: Callable, dtype: torch.dtype = torch.float32, device: str = "cp
 
 
 def adapted(kind: Callable, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Net:
-    net = net_of(kind, dtype, device)
-    inject(net, rank=K)
-    return train_randomly(net)
+    return adapt(net_of(kind, dtype, device), rank=K)
 
 
 def numbers(net: nn.Module) -> dict[str, Tensor]:

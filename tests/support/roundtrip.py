@@ -97,6 +97,20 @@ def injected(case: Case, base: Net | None = None) -> Net:
     return net
 
 
+def steps(net: nn.Module, optimizer: torch.optim.Optimizer, numbers: range, width: int = 12) -> list[float]:
+    """The losses of one training step for each number, which is the seed of its batch."""
+    losses = []
+    for number in numbers:
+        x = torch.randn(8, width, generator=torch.Generator().manual_seed(number))
+        y = net.train()(x)
+        loss = (y - x.flip(-1)[:, : y.shape[-1]]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def outputs(net: nn.Module) -> tuple[Tensor, Tensor]:
     """(as in training, as in inference)."""
     x = example(net)
@@ -155,9 +169,14 @@ def factorised(act: Callable[..., Factorization] = factorize) -> Iterator[list[s
         yield names
 
 
+def turned(found: Factorization, turn: Tensor) -> Factorization:
+    """In another basis: U and V times `turn`."""
+    U, V = found.U @ turn, found.V @ turn
+    return found._replace(U=U, V=V, sketch=sketch(U, V))
+
+
 def flipped(weight: Tensor, k: int, name: str = "weight") -> Factorization:
     """In place of `factorize`: every other singular pair with its other sign."""
     found = factorize(weight, k, name)
     signs = torch.where(torch.arange(k) % 2 == 0, -1.0, 1.0).to(found.U.dtype)
-    U, V = found.U * signs, found.V * signs
-    return found._replace(U=U, V=V, sketch=sketch(U, V))
+    return turned(found, signs.diag())

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 import ssvd_kernels as sk
 
 
-def injected(base: nn.Module, **options) -> nn.Module:
+def injected(base: nn.Module, seed: int = 1, **options) -> nn.Module:
     net = copy.deepcopy(base)
     sk.inject(net, sk.SSVDConfig(**{"rank": 5, **options}), progress=False)
-    train_randomly(net)
+    train_randomly(net, seed)
     return net
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import gradients, inject, loss_of, train_randomly
+from models import adapt, gradients, loss_of
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
@@ -50,9 +50,7 @@ MODELS = {
 
 def adapted(name: str, seed: int = 1, **options) -> nn.Module:
     make, preset, _ = MODELS[name]
-    model = make()
-    inject(model, targets=preset, **options)
-    return train_randomly(model, seed)
+    return adapt(make(), seed, targets=preset, **options)
 
 
 def llama() -> nn.Module:
