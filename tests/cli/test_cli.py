@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +16,9 @@ import pytest
 import torch
 from bounds import assert_within
 from cases import relative_error
-from models import inject, references, train_randomly
+from models import adapt, references, train_randomly
 from plain import effective
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import ssvd_kernels as sk
 from ssvd_kernels import __main__
@@ -139,33 +140,18 @@ def files(tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("cli")
     tokenizer = asr_tiny.tiny_tokenizer()
     model = asr_tiny.tiny_model(tokenizer)
-    end = "<|endoftext|>"
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end, unk_token=end
-    )
-    for part in (model, fast):
+    for part in (model, asr_tiny.fast_tokenizer(tokenizer)):
         part.save_pretrained(folder / "base")
     shutil.copytree(folder / "base", folder / "other")
     with torch.no_grad():
         model.model.encoder.layers[0].fc1.weight[0, 0] += 1
     model.save_pretrained(folder / "other")
     model = transformers.WhisperForConditionalGeneration.from_pretrained(folder / "base").eval()
-    inject(model, targets="whisper", side="both", rank_out=3)
-    train_randomly(model)
+    adapt(model, targets="whisper", side="both", rank_out=3)
     sk.save_adapter(model, folder / "adapter.safetensors")
     sk.save_adapter(model, folder / "bases.safetensors", save_bases=True)
-    return SimpleNamespace(folder=folder, model=model, base=folder / "base", adapter=folder / "adapter.safetensors")
-
-
-def features(model) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return {"input_features": torch.randn(2, model.config.num_mel_bins, 200, generator=generator),
-            "decoder_input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}  # fmt: skip
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model.eval()(**features(model))[0]
+    paths = {"folder": folder, "base": folder / "base", "adapter": folder / "adapter.safetensors"}
+    return SimpleNamespace(model=model, logits=asr_tiny.logits, **paths)
 
 
 def test_merge_writes_a_transformers_folder(capsys, files, tmp_path):
@@ -175,7 +161,7 @@ def test_merge_writes_a_transformers_folder(capsys, files, tmp_path):
     assert status == 0 and out.strip() == f"wrote {tmp_path / 'merged'}"
     fresh, found = type(files.model).from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(found.values())
-    assert_within(logits(fresh), *references(files.model, logits))
+    assert_within(files.logits(fresh), *references(files.model, files.logits))
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()["<|en|>"] > 0
 
 
@@ -188,19 +174,18 @@ def test_merge_writes_a_lora_adapter(capsys, files, tmp_path, rank):
     base = type(files.model).from_pretrained(files.base)
     loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "lora"))
     assert loaded.peft_config["default"].base_model_name_or_path == str(files.base)
-    plain, exact = references(files.model, logits)
+    found, (plain, exact) = files.logits(loaded), references(files.model, files.logits)
     if rank is None:
-        assert_within(logits(loaded), plain, exact)
+        assert_within(found, plain, exact)
     else:
-        assert 1e-3 < relative_error(logits(loaded), exact) < 1
+        assert 1e-3 < relative_error(found, exact) < 1
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_merge_writes_a_ctranslate2_folder(capsys, files, tmp_path, quantization):
     ctranslate2 = pytest.importorskip("ctranslate2")
     options = [] if quantization is None else ["--quantization", quantization]
-    status, *_ = call(capsys, "merge", files.base, files.adapter, tmp_path / "ct2", "--ctranslate2", *options)
-    assert status == 0
+    assert call(capsys, "merge", files.base, files.adapter, tmp_path / "ct2", "--ctranslate2", *options)[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == {"ct2"}
     assert (tmp_path / "ct2" / "tokenizer.json").is_file()
     model = ctranslate2.models.Whisper(str(tmp_path / "ct2"), device="cpu")
@@ -248,36 +233,28 @@ def test_inspect_with_the_base_or_the_bases_tells_more(capsys, files):
     assert status == 0 and f"fits the base model {files.base}" in out and "update" in out
 
 
-def test_inspect_svft_and_spectralft(capsys, tmp_path):
-    configs = [sk.SSVDConfig(rank=3, rotation="banded", band=1), sk.SpectralFTConfig(top=3, rank=2)]
-    found = []
-    for config in configs:
+def test_inspect_svft_free_rotations_and_spectralft(capsys, tmp_path):
+    nets, entries, texts = [], [], []
+    banded, free = sk.SSVDConfig(rank=3, rotation="banded", band=1), sk.SSVDConfig(rank=3, rotation="free")
+    for config in (banded, free, sk.SpectralFTConfig(top=3, rank=2)):
         net = torch.nn.Sequential(torch.nn.Linear(6, 4))
         sk.inject(net, config, progress=False)
-        train_randomly(net)
-        sk.save_adapter(net, tmp_path / "a")
+        sk.save_adapter(train_randomly(net), tmp_path / "a")
         status, out, _ = call(capsys, "inspect", tmp_path / "a", "--json")
-        (entry,) = json.loads(out)["layers"]
-        assert status == 0 and entry["k"] == 3
-        found.append((net[0], entry, call(capsys, "inspect", tmp_path / "a")[1]))
-    (layer, entry, text), (_, other, other_text) = found
-    turn = torch.linalg.matrix_norm(reference.banded(layer.theta.detach().double(), 3, 1), 2)
-    assert entry["band"] == 1 and entry["trained"] == 3 + 4 and entry["turn"] == turn.item()
-    assert "band" in text and "banded" in text and "SpectralFT" not in text
-    assert (other["method"], other["low_rank"], other["trained"]) == ("SpectralFT", 2, 2 * (6 + 4 + 2 * 3))
-    assert other["turn"] is other["shift"] is other["rotation"] is None
-    assert "SpectralFT" in other_text and "||K||" not in other_text
-
-
-def test_inspect_a_free_rotation(capsys, files, tmp_path):
-    net = torch.nn.Sequential(torch.nn.Linear(6, 4))
-    inject(net, rank=3, rotation="free")
-    train_randomly(net)
-    sk.save_adapter(net, tmp_path / "free.safetensors")
-    status, out, _ = call(capsys, "inspect", tmp_path / "free.safetensors", "--json")
-    (entry,) = json.loads(out)["layers"]
-    expected = float(torch.linalg.matrix_norm(net[0].theta.detach().double().view(3, 3), 2))
-    assert status == 0 and entry["trained"] == 12 and entry["turn"] == expected
+        assert status == 0
+        nets.append(net)
+        entries += json.loads(out)["layers"]
+        texts.append(call(capsys, "inspect", tmp_path / "a")[1])
+    band, free, spectralft = entries
+    assert band["k"] == spectralft["k"] == 3 and band["band"] == 1
+    thetas = [net[0].theta.detach().double() for net in nets[:2]]
+    Ks = reference.banded(thetas[0], 3, 1), thetas[1].view(3, 3)
+    assert [entry["turn"] for entry in (band, free)] == [torch.linalg.matrix_norm(K, 2).item() for K in Ks]
+    assert [entry["trained"] for entry in entries] == [3 + 4, 3 + 9, 2 * (6 + 4 + 2 * 3)]
+    assert "band" in texts[0] and "banded" in texts[0] and "SpectralFT" not in texts[0]
+    assert (spectralft["method"], spectralft["low_rank"]) == ("SpectralFT", 2)
+    assert spectralft["turn"] is spectralft["shift"] is spectralft["rotation"] is None
+    assert "SpectralFT" in texts[2] and "||K||" not in texts[2]
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -294,27 +271,20 @@ def foreign(files: SimpleNamespace, folder: Path) -> Path:
     return folder / "foreign.safetensors"
 
 
-def copied_base(files: SimpleNamespace, folder: Path) -> Path:
-    return Path(shutil.copytree(files.base, folder / "copy"))
+def base_with(change: Callable[[Path], object]) -> Callable[[SimpleNamespace, Path], Path]:
+    """A copy of the base model, with its weights' file changed."""
+
+    def make(files: SimpleNamespace, folder: Path) -> Path:
+        base = Path(shutil.copytree(files.base, folder / "copy"))
+        change(base / "model.safetensors")
+        return base
+
+    return make
 
 
-def without_weights(files: SimpleNamespace, folder: Path) -> Path:
-    base = copied_base(files, folder)
-    (base / "model.safetensors").unlink()
-    return base
-
-
-def with_damaged_weights(files: SimpleNamespace, folder: Path) -> Path:
-    base = copied_base(files, folder)
-    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:1000])
-    return base
-
-
-def with_too_few_weights(files: SimpleNamespace, folder: Path) -> Path:
-    base = copied_base(files, folder)
-    norms = {name: value for name, value in files.model.state_dict().items() if name.endswith("layer_norm.bias")}
-    save_file(norms, base / "model.safetensors", metadata={"format": "pt"})
-    return base
+def leave_norms(path: Path) -> None:
+    norms = {name: value for name, value in load_file(path).items() if name.endswith("layer_norm.bias")}
+    save_file(norms, path, metadata={"format": "pt"})
 
 
 def full_folder(files: SimpleNamespace, folder: Path) -> Path:
@@ -331,9 +301,9 @@ def full_folder(files: SimpleNamespace, folder: Path) -> Path:
         ({"adapter": foreign}, [], 1, "is not an adapter of ssvd_kernels"),
         ({"base": "nowhere"}, [], 2, "is not the folder of a transformers model"),
         ({"base": lambda files, folder: files.folder / "other"}, [], 1, "was trained on another base model"),
-        ({"base": without_weights}, [], 2, "model.safetensors"),
-        ({"base": with_damaged_weights}, [], 1, "are damaged"),
-        ({"base": with_too_few_weights}, [], 1, "has no weights for"),
+        ({"base": base_with(Path.unlink)}, [], 2, "model.safetensors"),
+        ({"base": base_with(lambda path: path.write_bytes(path.read_bytes()[:1000]))}, [], 1, "are damaged"),
+        ({"base": base_with(leave_norms)}, [], 1, "has no weights for"),
         ({"output": full_folder}, [], 2, "`folder` must be new or empty, got "),
         ({"output": lambda files, folder: folder / "no" / "out"}, [], 2, "`folder` must be in an existing folder"),
         ({}, ["--rank", "4"], 2, "--rank must be an integer >= 1, together with --lora, got 4"),
