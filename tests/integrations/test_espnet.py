@@ -24,6 +24,7 @@ from espnet_models import (
 from models import references
 from plain import effective as in_plain_pytorch
 from refusals import refused
+from roundtrip import train_randomly
 from torch import nn
 
 import ssvd_kernels as sk
@@ -54,12 +55,18 @@ def adapted(kind: str = "e_branchformer", **conf) -> nn.Module:
     return model
 
 
-def train_randomly(model: nn.Module, seed: int = 1) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in sk.ssvd_layers(model).values():
-            for parameter in (layer.theta, layer.delta_sigma):
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+def pretrained(path, kind: str = "e_branchformer", **conf) -> nn.Module:
+    """`adapted`, and then the weights from a file."""
+    model = adapted(kind, **conf)
+    init_param(model, path)
+    return model
+
+
+@pytest.fixture
+def trained(base) -> nn.Module:
+    model = pretrained(base()[0])
+    train_randomly(model)
+    return model
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,17 +96,13 @@ def test_parameters_come_first_and_the_factorisation_with_the_weights(kind, base
 @pytest.mark.parametrize("rotation_map", ["linear", "cayley"])
 def test_gradients_reach_every_adapter_and_the_function_is_the_formula(kind, rotation_map, base):
     path, plain = base(kind)
-    model = adapted(kind, rotation_map=rotation_map, target_modules="espnet")
-    init_param(model, path)
+    model = pretrained(path, kind, rotation_map=rotation_map, target_modules="espnet")
     train_randomly(model)
-    model.train()
-    loss, *_ = model(**batch())
+    loss, *_ = model.train()(**batch())
     loss.backward()
-    layers = sk.ssvd_layers(model)
-    for name, layer in layers.items():
+    for name, layer in sk.ssvd_layers(model).items():
         if not name.endswith("linear_k"):  # softmax does not see what all keys share, such as their bias
             assert layer.theta.grad.abs().max() > 0 and layer.delta_sigma.grad.abs().max() > 0, name
-    for name, layer in layers.items():
         tall = layer.out_features >= layer.in_features
         assert layer.side == ("input" if tall else "output")
         u, v = (layer.U, layer.V.mT) if tall else (layer.V, layer.U.mT)
@@ -156,11 +159,7 @@ def test_other_parameters_stay_as_freeze_param_left_them(caplog):
 @pytest.mark.parametrize(
     ("conf", "error", "match"),
     [
-        (
-            {"target_modules": ["attn.linear_q", "query"]},
-            ValueError,
-            "`target_modules` contains 'query'.*ESPnetASRModel ends",
-        ),
+        ({"target_modules": ["w_2", "query"]}, ValueError, "`target_modules` contains 'query'.*ESPnetASRModel ends"),
         ({"target_modules": []}, ValueError, "`targets` must not be empty"),
         ({"target_modules": ["feed_forward"]}, TypeError, "`targets`.* got PositionwiseFeedForward"),
         ({"target_modules": "caley"}, ValueError, "`targets` must be a preset .*got 'caley'"),
@@ -210,147 +209,99 @@ def test_layers_that_no_weight_was_loaded_into_stay_unusable(base):
         outputs(model)
 
 
-def test_a_base_loaded_again_is_refused_unless_it_is_the_same(base):
+def test_a_base_loaded_again_is_refused_unless_it_is_the_same(base, trained):
     path, _ = base()
-    model = adapted()
-    init_param(model, path)
-    train_randomly(model)
-    expected = outputs(model)
-    init_param(model, path)
-    assert torch.equal(outputs(model), expected)
+    expected = outputs(trained)
+    init_param(trained, path)
+    assert torch.equal(outputs(trained), expected)
     other = asr_model().state_dict()
     with pytest.raises(RuntimeError, match="base weight differs from the one that was factorised"):
-        model.load_state_dict(other, strict=False)
+        trained.load_state_dict(other, strict=False)
     torch.save(other, path)
     with pytest.raises(RuntimeError, match="base weight differs from the one that was factorised"):
-        init_param(model, path)
+        init_param(trained, path)
 
 
-def test_state_dicts_carry_all_that_outputs_need(base):
-    path, _ = base()
-    model = adapted()
-    init_param(model, path)
-    train_randomly(model)
-    whole, part, expected = model.state_dict(), trained_part(model), outputs(model)
-    assert {name.rpartition(".")[2] for name in part if ".linear_q." in name} == {
-        "theta",
-        "delta_sigma",
-        "_extra_state",
-    }
+def test_state_dicts_carry_all_that_outputs_need(base, trained):
+    whole, part, expected = trained.state_dict(), trained_part(trained), outputs(trained)
+    keys = {name.rpartition(".")[2] for name in part if ".linear_q." in name}
+    assert keys == {"theta", "delta_sigma", "_extra_state"}
 
-    fresh = adapted()
-    fresh.load_state_dict(whole, strict=True)
-    assert torch.equal(outputs(fresh), expected)
-
-    fresh = adapted()
-    init_param(fresh, path)
+    fresh = pretrained(base()[0])
     fresh.load_state_dict(part, strict=False)
     assert torch.equal(outputs(fresh), expected)
 
-    for twin in (copy.deepcopy(model), copy.deepcopy(adapted())):
+    for twin in (adapted(), copy.deepcopy(trained), copy.deepcopy(adapted())):
         twin.load_state_dict(whole)
         assert torch.equal(outputs(twin), expected)
 
 
-def test_signs_of_singular_vectors_are_repaired(base):
+def test_signs_of_singular_vectors_are_repaired(base, trained):
     """As if another machine's SVD had turned them: theta means another update then."""
-    path, _ = base()
-    model = adapted()
-    init_param(model, path)
-    for layer in sk.ssvd_layers(model).values():
+    for layer in sk.ssvd_layers(trained).values():
         layer.flip_basis(torch.where(torch.arange(layer.k) % 3 == 0, -1.0, 1.0))
-    train_randomly(model)
-    fresh = adapted()
-    init_param(fresh, path)
-    fresh.load_state_dict(trained_part(model), strict=False)
-    assert torch.equal(outputs(fresh), outputs(model))
+    fresh = pretrained(base()[0])
+    fresh.load_state_dict(trained_part(trained), strict=False)
+    assert torch.equal(outputs(fresh), outputs(trained))
     layer = next(iter(sk.ssvd_layers(fresh).values()))
     assert layer.basis.gap > 0  # still known as the weight's own
 
 
-def another_base(part, whole, base):
+whole = nn.Module.state_dict
+
+
+def of_another_base(path) -> nn.Module:
     torch.manual_seed(9)
-    path = base()[0]
     torch.save(asr_model().state_dict(), path)
-    model = adapted()
-    init_param(model, path)
-    return model, part
+    return pretrained(path)
 
 
-def without_base(part, whole, base):
-    return adapted(), part
-
-
-def mixed_bases(part, whole, base):
+def mixed_bases(model: nn.Module) -> dict:
     other = asr_model().state_dict()
-    return adapted(), {name: other.get(name, tensor) for name, tensor in whole.items()}
+    return {name: other.get(name, tensor) for name, tensor in whole(model).items()}
 
 
-def other_map(part, whole, base):
-    return adapted(rotation_map="linear"), whole
+def renamed(model: nn.Module) -> dict:
+    return {name.replace("encoders.", "layers."): tensor for name, tensor in trained_part(model).items()}
 
 
-def other_rank(part, whole, base):
-    return adapted(rotation_ratio=0.25), whole
+def without(state: dict, ending: str) -> dict:
+    return {name: tensor for name, tensor in state.items() if not name.endswith(ending)}
 
 
-def other_targets(part, whole, base):
-    return adapted(target_modules=["attn.linear_q"]), whole
-
-
-def renamed(part, whole, base):
-    model = adapted()
-    init_param(model, base()[0])
-    return model, {name.replace("encoders.", "layers."): tensor for name, tensor in part.items()}
-
-
-def without_sketch(part, whole, base):
-    model = adapted()
-    init_param(model, base()[0])
-    return model, {name: tensor for name, tensor in part.items() if not name.endswith("_extra_state")}
-
-
-def without_theta(part, whole, base):
-    return adapted(), {name: tensor for name, tensor in whole.items() if not name.endswith("linear_q.theta")}
-
-
-def merged(part, whole, base):
-    model = adapted()
-    model.load_state_dict(whole)
-    sk.merge(model)
-    return model, whole
-
-
-def espnets_own(part, whole, base):
-    return adapted(), {"encoder.encoders.0.attn.linear_q.K_vec": torch.zeros(28), **base()[1].state_dict()}
+def espnets_own(model: nn.Module) -> dict:
+    return {"encoder.encoders.0.attn.linear_q.K_vec": torch.zeros(28), **asr_model().state_dict()}
 
 
 @pytest.mark.parametrize(
-    ("case", "match"),
+    ("model", "state", "match"),
     [
-        (another_base, "theta was trained with the singular vectors of another base weight"),
-        (without_base, "trained theta, but no base weight was loaded: load that first"),
-        (mixed_bases, r"U, sigma and V of the state dict belong to another weight: U\^T W V differs"),
-        (other_map, "trained with rotation_map='cayley', but the layer has 'linear'"),
-        (other_rank, "size mismatch for encoder.*theta"),
-        (other_targets, "has 10 SSVD layers and ESPnetASRModel has 6; they differ, e.g. in '.*w_2'"),
-        (renamed, "they differ, e.g. in '.*encoders.0"),
-        (without_sketch, "has theta, but no sketch of the singular vectors"),
-        (without_theta, "has delta_sigma, but not all of theta, delta_sigma"),
-        (merged, "is merged: unmerge before loading"),
-        (espnets_own, r"ESPnet's own SSVD adapter: convert it \(python -m ssvd_kernels convert"),
+        (of_another_base, trained_part, "theta was trained with the singular vectors of another base weight"),
+        ({}, trained_part, "trained theta, but no base weight was loaded: load that first"),
+        ({}, mixed_bases, r"U, sigma and V of the state dict belong to another weight: U\^T W V differs"),
+        ({"rotation_map": "linear"}, whole, "trained with rotation_map='cayley', but the layer has 'linear'"),
+        ({"rotation_ratio": 0.25}, whole, "size mismatch for encoder.*theta"),
+        ({"target_modules": ["linear_q"]}, whole, "10 SSVD layers and ESPnetASRModel has 6; they differ, .* '.*w_2'"),
+        (pretrained, renamed, "they differ, e.g. in '.*encoders.0"),
+        (pretrained, lambda m: without(trained_part(m), "_extra_state"), "has theta, but no sketch of the singular"),
+        ({}, lambda m: without(whole(m), "linear_q.theta"), "has delta_sigma, but not all of theta, delta_sigma"),
+        ({}, espnets_own, r"ESPnet's own SSVD adapter: convert it \(python -m ssvd_kernels convert"),
     ],
-    ids=lambda value: value.__name__ if callable(value) else "",
+    ids=range(10),
 )
-def test_state_dicts_that_would_load_in_silence_are_refused(case, match, base):
+def test_state_dicts_that_would_load_in_silence_are_refused(model, state, match, base, trained):
     """strict=False, as ESPnet loads."""
-    path, _ = base()
-    model = adapted()
-    init_param(model, path)
-    train_randomly(model)
-    model, state = case(trained_part(model), model.state_dict(), base)
+    given, (path, _) = state(trained), base()
+    other = model(path) if callable(model) else adapted(**model)
     with pytest.raises(RuntimeError, match=match):
-        model.load_state_dict(state, strict=False)
+        other.load_state_dict(given, strict=False)
+
+
+def test_a_merged_model_is_not_loaded_into(trained):
+    state = trained.state_dict()
+    sk.merge(trained)
+    with pytest.raises(RuntimeError, match="is merged: unmerge before loading"):
+        trained.load_state_dict(state, strict=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -371,30 +322,23 @@ def test_train_dtype(dtype, base):
         assert torch.equal(layer.weight, layers[name].weight)
 
 
-def test_a_state_dict_of_float32_loads_into_a_bfloat16_model(base):
-    model = adapted()
-    init_param(model, base()[0])
-    train_randomly(model)
+def test_a_state_dict_of_float32_loads_into_a_bfloat16_model(trained):
     fresh = asr_model().bfloat16()
     create_adapter(fresh, "ssvd_kernels", CONF)
-    fresh.load_state_dict(model.state_dict(), strict=False)
+    fresh.load_state_dict(trained.state_dict(), strict=False)
     for name, layer in sk.ssvd_layers(fresh).items():
-        source = sk.ssvd_layers(model)[name]
+        source = sk.ssvd_layers(trained)[name]
         (plain, _), (_, exact) = (in_plain_pytorch(W, source) for W in (layer.base_weight, source.base_weight))
         assert_within(layer.weight.detach(), plain, exact, name)
 
 
-def test_adapter_files_of_this_package_are_interchangeable(base, tmp_path):
+def test_adapter_files_of_this_package_are_interchangeable(base, trained, tmp_path):
     path, plain = base()
-    model = adapted()
-    init_param(model, path)
-    train_randomly(model)
-    sk.save_adapter(model, tmp_path / "adapter.safetensors")
-    sk.load_adapter(plain, tmp_path / "adapter.safetensors", progress=False)
-    assert torch.equal(outputs(plain), outputs(model))
+    sk.save_adapter(trained, tmp_path / "adapter.safetensors")
     fresh = adapted()
     with pytest.raises(sk.AdapterError, match="has no singular vectors yet"):
         sk.load_adapter(fresh, tmp_path / "adapter.safetensors", progress=False)
     init_param(fresh, path)
-    sk.load_adapter(fresh, tmp_path / "adapter.safetensors", progress=False)
-    assert torch.equal(outputs(fresh), outputs(model))
+    for model in (plain, fresh):
+        sk.load_adapter(model, tmp_path / "adapter.safetensors", progress=False)
+        assert torch.equal(outputs(model), outputs(trained))

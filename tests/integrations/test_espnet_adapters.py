@@ -9,6 +9,7 @@ from cases import relative_error
 from espnet_models import asr_model, create_adapter, outputs
 from models import references
 from refusals import refused
+from roundtrip import train_randomly
 from torch import nn
 
 import ssvd_kernels as sk
@@ -24,21 +25,19 @@ def adapted(weights: str = "now") -> nn.Module:
     return model
 
 
-def with_two(seed: int | None = None) -> nn.Module:
-    """A model with "default", in use, and "b"; trained from `seed` on."""
+def with_two(seed: int) -> nn.Module:
+    """A model with "default", in use, and "b", both trained."""
     model = adapted()
     sk.add_adapter(model, "b")
-    for layer in sk.ssvd_layers(model).values() if seed is not None else ():
-        generator = torch.Generator().manual_seed(seed)
-        for name in ("default", "b"):
-            for parameter in layer.adapter(name).values():
-                parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    for number, name in enumerate(("b", "default")):
+        sk.set_adapter(model, name)
+        train_randomly(model, seed + number)
     return model
 
 
 @pytest.mark.parametrize("bases", [True, False], ids=["bases", "sketches"])
 def test_a_state_dict_brings_all_adapters_and_repairs_their_signs(bases):
-    model, other = with_two(seed=1), with_two()
+    model, other = with_two(seed=1), with_two(seed=5)
     for layer in sk.ssvd_layers(other).values():
         layer.flip_basis(torch.tensor([1.0, -1.0, -1.0, 1.0]))
     state = {key: value.clone() for key, value in model.state_dict().items()}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import logging
+from collections.abc import Callable
 
 import espnet_checkpoints as espnet
-import numpy as np
 import pytest
 import torch
 from bounds import assert_within, unit_roundoff
+from cases import relative_error
+from models import adapt
 from plain import effective
 from torch import Tensor, nn
 
@@ -31,11 +32,6 @@ class Model(nn.Module):
         self.load_state_dict(state, strict=False)
 
 
-def difference(found, expected) -> float:
-    found, expected = (np.asarray(value, dtype=np.float64) for value in (found, expected))
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-
-
 def assert_adapts(model: nn.Module, path, expected: dict[str, tuple[Tensor, Tensor]]) -> None:
     """Loaded into `model`, the adapter gives the expected W'."""
     sk.load_adapter(model, path, progress=False)
@@ -51,13 +47,8 @@ def assert_adapts(model: nn.Module, path, expected: dict[str, tuple[Tensor, Tens
 def test_a_checkpoint_becomes_an_adapter_of_the_same_function(tmp_path, rotation_map, merged, with_base):
     state, base, adapted = espnet.checkpoint(rotation_map, merged=merged)
     torch.save(state, tmp_path / "model.pth")
-    done = from_espnet(
-        tmp_path / "model.pth",
-        tmp_path / "adapter.safetensors",
-        rotation_map=rotation_map,
-        base=base if with_base else None,
-        base_path=tmp_path / "base.pth",
-    )
+    paths, bases = (tmp_path / "model.pth", tmp_path / "a.safetensors"), {"base_path": tmp_path / "base.pth"}
+    done = from_espnet(*paths, rotation_map=rotation_map, base=base if with_base else None, **bases)
     assert done.ranks == {name: espnet.RANK[name.rpartition(".")[2]] for name in adapted}
     assert set(done.weights.values()) == {"W'" if merged else "W"}
     assert str(done) == f"3 layers, k = 5 to 16, rotation_map {rotation_map}, {3 if merged else 0} of them merged"
@@ -70,18 +61,17 @@ def test_a_checkpoint_becomes_an_adapter_of_the_same_function(tmp_path, rotation
         else:
             assert_within(written[name], espnet.rebuilt(_layer(state, layer)), tensor, name)
     model = Model(written)
-    assert_adapts(model, tmp_path / "adapter.safetensors", adapted)
-    sides = {name.rpartition(".")[2]: layer.side for name, layer in sk.ssvd_layers(model).items()}
-    assert sides == {"tall": "input", "square": "input", "wide": "output"}
+    assert_adapts(model, tmp_path / "a.safetensors", adapted)
+    assert [layer.side for layer in sk.ssvd_layers(model).values()] == ["input", "input", "output"]
     assert {layer.rotation for layer in sk.ssvd_layers(model).values()} == {rotation_map}
 
 
 def test_the_update_is_far_above_the_bounds_of_these_tests():
     state, base, adapted = espnet.checkpoint("linear")
     for name, (_, expected) in adapted.items():
-        assert difference(base[f"{name}.weight"], expected) > 0.1
-        assert difference(espnet.effective(_layer(state, name), "cayley"), expected) > 1e-3
-        assert np.array_equal(espnet.effective(_layer(state, name), "linear"), expected)
+        linear, cayley = (torch.tensor(espnet.effective(_layer(state, name), of)) for of in MAPS)
+        assert relative_error(base[f"{name}.weight"], expected) > 0.1
+        assert relative_error(cayley, expected) > 1e-3 and torch.equal(linear, expected)
 
 
 def _layer(state: dict, name: str) -> dict:
@@ -108,11 +98,9 @@ def test_an_adapter_becomes_a_checkpoint_of_the_same_function(tmp_path, rotation
         for key in ("K_vec", "K_triu_idx", "svd_initialized"):
             assert torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype
         assert torch.equal(ours["gate"], torch.zeros(1))
-        k = len(theirs["s"])
-        for key, rows in (("u", ours["u"][:, :k]), ("v", ours["v"][:k]), ("s_pre", ours["s_pre"][:k])):
-            kept = theirs[key][:, :k] if key == "u" else theirs[key][:k]
-            assert torch.equal(rows, kept), key
-            assert ours[key].shape == theirs[key].shape
+        for key in ("u", "v", "s_pre"):
+            kept = (..., slice(len(theirs["s"]))) if key == "u" else slice(len(theirs["s"]))
+            assert torch.equal(ours[key][kept], theirs[key][kept]) and ours[key].shape == theirs[key].shape, key
         u, v = ours["u"].double(), ours["v"].double()
         for gram in (u.mT @ u, v @ v.mT):  # each product is of two unit vectors, each rounded to float32
             assert (gram - torch.eye(len(gram))).abs().max() <= 2 * unit_roundoff(torch.float32)
@@ -126,12 +114,7 @@ def test_an_adapter_becomes_a_checkpoint_of_the_same_function(tmp_path, rotation
 def test_an_adapter_trained_here_is_exported_without_its_bases(tmp_path, rotation):
     _, base, _ = espnet.checkpoint("linear")
     model, path = Model(base), tmp_path / "ours.safetensors"
-    sk.inject(model, sk.SSVDConfig(ratio=0.5, side="smaller", rotation=rotation), progress=False)
-    with torch.no_grad():
-        for layer in sk.ssvd_layers(model).values():
-            layer.theta.normal_(std=0.1)
-            layer.delta_sigma.normal_(std=0.5)
-    sk.save_adapter(model, path)
+    sk.save_adapter(adapt(model, rank=None, ratio=0.5, side="smaller", rotation=rotation), path)
     found = to_espnet(path, base, progress=False)
     for name, layer in sk.ssvd_layers(model).items():
         assert_within(espnet.both(_layer(found, name), rotation)[1], *effective(layer.base_weight, layer), name)
@@ -178,12 +161,11 @@ def test_half_precision_checkpoints(tmp_path, dtype, merged):
 def test_a_small_update_is_told_from_none(tmp_path):
     """merged or not is decided by the nearer composition, also below the rounding of the checkpoint's dtype."""
     for merged in (True, False):
-        state, base, _ = espnet.checkpoint("linear", merged=merged, scale=1e-3)
-        for name in ("encoder.0.tall", "encoder.1.square", "encoder.2.wide"):
+        state, base, adapted = espnet.checkpoint("linear", merged=merged, scale=1e-3)
+        for name in adapted:
             state[f"{name}.s"] *= 1e-2
-            tensors = _layer(state, name)
             if merged:
-                state[f"{name}.weight"] = torch.tensor(espnet.effective(tensors, "linear"))
+                state[f"{name}.weight"] = torch.tensor(espnet.effective(_layer(state, name), "linear"))
             state |= {f"{name}.{key}": t.half() for key, t in _layer(state, name).items() if t.is_floating_point()}
         done = from_espnet(state, tmp_path / "a.safetensors", rotation_map="linear", base=base)
         assert set(done.weights.values()) == {"W'" if merged else "W"}
@@ -239,6 +221,10 @@ def test_without_its_base_the_adapter_refuses_the_original(tmp_path, caplog):
 NAME = "encoder.0.tall"
 
 
+def put(key: str, value: Tensor) -> Callable[[dict], None]:
+    return lambda state: state.update({f"{NAME}.{key}": value})
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -246,24 +232,12 @@ NAME = "encoder.0.tall"
         (lambda s: s.pop(f"{NAME}.gate"), r"encoder\.0\.tall lacks gate"),
         (lambda s: [s.pop(f"{NAME}.{key}") for key in ("u", "v")], r"lacks u, v,"),
         (lambda s: s[f"{NAME}.svd_initialized"].fill_(False), "svd_initialized is False"),
-        (
-            lambda s: s.update({f"{NAME}.K_vec": torch.zeros(14)}),
-            r"K_vec, s and s_pre must have .* elements, got 14, 6 and 16",
-        ),
-        (
-            lambda s: s.update({f"{NAME}.s": torch.zeros(5)}),
-            r"K_vec, s and s_pre must have .* elements, got 15, 5 and 16",
-        ),
-        (lambda s: s.update({f"{NAME}.u": torch.zeros(24, 15)}), r"u, v and s_pre must have shapes .*got \(24, 15\)"),
-        (
-            lambda s: s.update({f"{NAME}.weight": torch.zeros(20, 16)}),
-            r"weight must have shape \(24, 16\) or \(16, 24\), .*got \(20, 16\)",
-        ),
+        (put("K_vec", torch.zeros(14)), r"K_vec, s and s_pre must have .* elements, got 14, 6 and 16"),
+        (put("s", torch.zeros(5)), r"K_vec, s and s_pre must have .* elements, got 15, 5 and 16"),
+        (put("u", torch.zeros(24, 15)), r"u, v and s_pre must have shapes .*got \(24, 15\)"),
+        (put("weight", torch.zeros(20, 16)), r"weight must have shape \(24, 16\) or \(16, 24\), .*got \(20, 16\)"),
         (lambda s: s[f"{NAME}.s"].fill_(float("nan")), r"tall\.s must contain finite floats, got NaN or infinity"),
-        (
-            lambda s: s.update({f"{NAME}.s_pre": torch.ones(16, dtype=torch.int64)}),
-            r"s_pre must contain finite floats, got torch.int64",
-        ),
+        (put("s_pre", torch.ones(16, dtype=torch.int64)), r"s_pre must contain finite floats, got torch.int64"),
         (lambda s: s[f"{NAME}.K_triu_idx"].fill_(1), "K_triu_idx must contain each pair of 0..5 exactly once"),
         (lambda s: s[f"{NAME}.weight"].mul_(1.01), r"tall\.weight has a relative error of .* to W and of .* to W'"),
         (lambda s: s[f"{NAME}.u"].zero_(), r"`base` is a different model"),
@@ -271,7 +245,6 @@ NAME = "encoder.0.tall"
 )
 def test_what_cannot_be_converted_is_refused(tmp_path, change, match):
     state, base, _ = espnet.checkpoint("linear")
-    state = copy.deepcopy(state)
     change(state)
     with pytest.raises(ConversionError, match=match):
         from_espnet(state, tmp_path / "a.safetensors", rotation_map="linear", base=base)
