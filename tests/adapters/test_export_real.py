@@ -45,8 +45,7 @@ def tiny_en(tmp_path_factory) -> SimpleNamespace:
         for layer in sk.ssvd_layers(model).values():
             layer.theta.copy_(0.015 * torch.randn(layer.theta.shape, generator=generator))
             layer.delta_sigma.copy_(0.03 * layer.sigma * torch.randn(layer.k, generator=generator))
-    clips = speech.source_speech(data)["prompts as recorded"][:PROMPTS]
-    samples = [clip.read() for clip in clips]
+    samples = [clip.read() for clip in speech.source_speech(data)["prompts as recorded"][:PROMPTS]]
     features = extractor(samples, sampling_rate=16000, return_tensors="pt").input_features
     heard = transcripts(model, tokenizer, features)
     base = load_recognizer(str(folder / "base"), data, torch.device("cpu"))

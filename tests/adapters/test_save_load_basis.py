@@ -19,9 +19,6 @@ from ssvd_kernels.basis.factorize import Factorization, factorize, sketch
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# -- other factorisations ----------------------------------------------------------------------------------------------
-
-
 def _replaced(weight: Tensor, k: int, name: str, U: Tensor, S: Tensor, V: Tensor) -> Factorization:
     found = factorize(weight, k, name)
     U, S, V = (tensor.to(found.U.dtype).contiguous() for tensor in (U[:, :k], S[:k], V[:, :k]))
@@ -40,21 +37,15 @@ def _gram(weight: Tensor, k: int, name: str = "weight") -> Factorization:
     return _replaced(weight, k, name, (W @ V[:, :k]) / S[:k], S, V)
 
 
-OTHER_BASES = {"flipped": flipped, "transposed": _transposed, "gram": _gram}
-
-
-# -- adapters ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize(("other", "into"), [("flipped", "injected"), ("transposed", "base"), ("gram", "injected")])
+@pytest.mark.parametrize(("other", "into"), [(flipped, "injected"), (_transposed, "base"), (_gram, "injected")])
 def test_adapter_loads_on_a_base_factorised_otherwise(tmp_path, monkeypatch, other, side, into):
     options = {"rank": None, "ratio": 0.4, "side": side}
     base = Net(96, 160, 72)
     net = injected(base, **options)
     train_randomly(net, scale=0.5)
     sk.save_adapter(net, tmp_path / "a.safetensors")
-    monkeypatch.setattr(batch, "factorize", OTHER_BASES[other])
+    monkeypatch.setattr(batch, "factorize", other)
     fresh = injected(base, seed=2, **options)
     pairs = list(zip(sk.ssvd_layers(fresh).values(), sk.ssvd_layers(net).values(), strict=True))
     assert any(((a.V * b.V).sum(0) < 0).any() for a, b in pairs)  # the basis is another one indeed
@@ -91,9 +82,6 @@ def test_basis_that_cannot_be_recomputed_is_stored_and_loads(tmp_path, monkeypat
         sk.load_adapter(fresh, tmp_path / "a.safetensors", progress=False)
         assert_computes(outputs(fresh), net)
         sk.save_adapter(fresh, tmp_path / "a.safetensors")  # and again from what was loaded
-
-
-# -- state dicts and resuming ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -5,24 +5,14 @@ from __future__ import annotations
 import copy
 
 import pytest
+import roundtrip
 import torch
 from bounds import assert_within, unit_roundoff
 from cases import relative_error
 from models import Stack, assert_all_within, counted, gradients, references
 from refusals import refused
-from roundtrip import (
-    ROTATIONS,
-    SIDES,
-    Net,
-    assert_computes,
-    assert_equal_state,
-    assert_same_outputs,
-    example,
-    outputs,
-    steps,
-    train_randomly,
-)
-from several import injected, values, with_adapters
+from roundtrip import ROTATIONS, SIDES, Net, assert_computes, assert_same_outputs, example, outputs, steps
+from several import injected, train_randomly, values, with_adapters
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
@@ -174,7 +164,7 @@ def test_remove_gives_the_base_model_back(base):
     net = with_adapters(base, "b")
     sk.set_adapter(net, "b")
     sk.remove(net)
-    assert_equal_state(net, base.state_dict())
+    roundtrip.assert_equal_state(net, base.state_dict())
     assert_same_outputs(net, base)
 
 
@@ -303,9 +293,6 @@ def test_average_refuses_weights_that_are_none(base, weights):
         sk.average_adapters(net, weights, into="mean")
     with refused(net, ValueError, r"`adapter` must be one of 'default', 'b', got 'c'"):
         sk.average_adapters(net, {"b": 1, "c": 1}, into="mean")
-
-
-# -- compile -----------------------------------------------------------------------------------------------------------
 
 
 def test_compiled_model_switches_without_compiling_again():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
 
@@ -114,14 +113,12 @@ def test_file_with_a_basis_of_its_own_is_refused_beside_others(base, tmp_path):
 # -- state dicts, copies, casts ----------------------------------------------------------------------------------------
 
 
-def test_state_dict_holds_all_adapters(base):
+def test_state_dict_holds_all_adapters(base, tmp_path):
     net = with_adapters(base, "b")
-    buffer = io.BytesIO()
-    torch.save(net.state_dict(), buffer)
-    buffer.seek(0)
+    torch.save(net.state_dict(), tmp_path / "state.pt")
     fresh = with_adapters(base, "b")
     train_randomly(fresh, 50)
-    fresh.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
+    fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), strict=True)
     for name in ("default", "b"):
         for model in (net, fresh):
             sk.set_adapter(model, name)
