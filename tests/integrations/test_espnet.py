@@ -9,18 +9,7 @@ import pytest
 import torch
 from bounds import assert_within
 from espnet_checkpoints import effective
-from espnet_models import (
-    FEATURES,
-    FRAMES,
-    asr_model,
-    batch,
-    create_adapter,
-    encoder,
-    init_param,
-    integration,
-    outputs,
-    trained_part,
-)  # fmt: skip
+from espnet_models import FEATURES, FRAMES, asr_model, batch, create_adapter, encoder, init_param, outputs, trained_part
 from models import references
 from plain import effective as in_plain_pytorch
 from refusals import refused
@@ -28,6 +17,7 @@ from roundtrip import train_randomly
 from torch import nn
 
 import ssvd_kernels as sk
+from ssvd_kernels.integrations import espnet as integration
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ["e_branchformer", "transformer"]
@@ -188,8 +178,7 @@ def test_a_second_adapter_and_a_taken_name_are_refused():
 
 def test_weights_may_come_in_parts(base):
     path, plain = base()
-    model = adapted()
-    init_param(model, f"{path}:encoder:encoder")
+    model = pretrained(f"{path}:encoder:encoder")
     with torch.no_grad():
         frames, lengths = model.encode(batch()["speech"], batch()["speech_lengths"])
         with pytest.raises(RuntimeError, match="no pretrained weight was loaded"):
@@ -200,9 +189,7 @@ def test_weights_may_come_in_parts(base):
 
 
 def test_layers_that_no_weight_was_loaded_into_stay_unusable(base):
-    path, _ = base()
-    model = adapted()
-    init_param(model, f"{path}:::decoder")  # everything else; the decoder gets its own random weights back
+    model = pretrained(f"{base()[0]}:::decoder")  # everything else; the decoder gets its own random weights back
     layers = sk.ssvd_layers(model)
     assert {name.partition(".")[0] for name, layer in layers.items() if not layer.factorized} == {"decoder"}
     with pytest.raises(RuntimeError, match="no pretrained weight was loaded"):
@@ -335,10 +322,6 @@ def test_a_state_dict_of_float32_loads_into_a_bfloat16_model(trained):
 def test_adapter_files_of_this_package_are_interchangeable(base, trained, tmp_path):
     path, plain = base()
     sk.save_adapter(trained, tmp_path / "adapter.safetensors")
-    fresh = adapted()
-    with pytest.raises(sk.AdapterError, match="has no singular vectors yet"):
-        sk.load_adapter(fresh, tmp_path / "adapter.safetensors", progress=False)
-    init_param(fresh, path)
-    for model in (plain, fresh):
+    for model in (plain, pretrained(path)):
         sk.load_adapter(model, tmp_path / "adapter.safetensors", progress=False)
         assert torch.equal(outputs(model), outputs(trained))

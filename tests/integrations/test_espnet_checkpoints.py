@@ -171,30 +171,24 @@ def test_a_small_update_is_told_from_none(tmp_path):
         assert set(done.weights.values()) == {"W'" if merged else "W"}
 
 
-def test_the_order_of_K_triu_idx_is_followed(tmp_path):
-    state, base, adapted = espnet.checkpoint("cayley")
+@pytest.mark.parametrize("change", ["reordered", "absent", "averaged"])
+def test_indices_in_another_order_absent_or_averaged(tmp_path, change):
+    """Early checkpoints lack them and svd_initialized; ESPnet's average sums both, and divides no integers."""
+    rotation_map = "cayley" if change == "reordered" else "linear"
+    state, base, adapted = espnet.checkpoint(rotation_map)
     for name in adapted:
         index, K_vec = state[f"{name}.K_triu_idx"], state[f"{name}.K_vec"]
-        order = torch.randperm(K_vec.numel())
-        index, K_vec = index[:, order], K_vec[order]
-        turned = torch.arange(K_vec.numel()) % 3 == 0  # K[j, i] = -K[i, j]
-        state[f"{name}.K_triu_idx"] = torch.where(turned, index.flip(0), index)
-        state[f"{name}.K_vec"] = torch.where(turned, -K_vec, K_vec)
-    from_espnet(state, tmp_path / "a.safetensors", rotation_map="cayley", base=base)
-    assert_adapts(Model(base), tmp_path / "a.safetensors", adapted)
-
-
-@pytest.mark.parametrize("change", ["absent", "averaged"])
-def test_early_and_averaged_checkpoints(tmp_path, change):
-    """Without svd_initialized and K_triu_idx; or summed and divided by ESPnet, which divides no integers."""
-    state, base, adapted = espnet.checkpoint("linear")
-    for name in adapted:
-        if change == "absent":
+        if change == "reordered":
+            order = torch.randperm(K_vec.numel())
+            turned = torch.arange(K_vec.numel()) % 3 == 0  # K[j, i] = -K[i, j]
+            state[f"{name}.K_triu_idx"] = torch.where(turned, index[:, order].flip(0), index[:, order])
+            state[f"{name}.K_vec"] = torch.where(turned, -K_vec[order], K_vec[order])
+        elif change == "absent":
             del state[f"{name}.K_triu_idx"], state[f"{name}.svd_initialized"]
         else:
-            state[f"{name}.K_triu_idx"] *= 3
-            state[f"{name}.svd_initialized"] = (3 * [torch.tensor(True)])[0] / 3
-    from_espnet(state, tmp_path / "a.safetensors", rotation_map="linear", base=base)
+            index *= 3
+            state[f"{name}.svd_initialized"] = torch.tensor(True) / 3
+    from_espnet(state, tmp_path / "a.safetensors", rotation_map=rotation_map, base=base)
     assert_adapts(Model(base), tmp_path / "a.safetensors", adapted)
 
 

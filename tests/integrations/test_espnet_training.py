@@ -80,7 +80,6 @@ def test_a_trained_model_file_loads_and_averages(tmp_path, encoder):
         thetas = [epoch[f"{name}.theta"] for epoch in epochs]
         means.append((layer.theta.detach(), sum(thetas) / 3, sum(theta.double() for theta in thetas) / 3))
     assert_within(*map(torch.cat, zip(*means)))
-
     plain, exact = references(last, outputs)
     assert_within(outputs(last), plain, exact)
     sk.merge(last)
