@@ -6,20 +6,20 @@ import copy
 import importlib
 import sys
 import types
-from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from bounds import assert_within
 from cases import relative_error
 from models import references, train_randomly
-from roundtrip import flipped
+from roundtrip import flipped, steps, turned
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
-from ssvd_kernels.basis.factorize import Factorization, factorize, sketch
+from ssvd_kernels.basis.factorize import Factorization, factorize
 from ssvd_kernels.integrations.speechbrain import SSVDAdapter
-from ssvd_kernels.layers import base as adapted_module
+from ssvd_kernels.layers import adapter as adapted_module
 
 
 def _speechbrain(*names: str) -> list[types.ModuleType]:
@@ -67,18 +67,6 @@ def on_x(model: nn.Module) -> Tensor:
     return model(X).detach()
 
 
-def steps(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> list[float]:
-    losses = []
-    for number in numbers:
-        x = torch.randn(6, 8, generator=torch.Generator().manual_seed(number))
-        loss = (model(x) - x[:, :5]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
 @pytest.mark.parametrize("side", ["input", "output", "smaller", "both"])
 def test_adapted_model_starts_as_the_base_and_trains(base, side):
     model = adapted(base, side=side)
@@ -97,7 +85,7 @@ def test_saver_keeps_little_and_a_model_with_other_signs_loads_it(base, tmp_path
     model = train_randomly(adapted(base, **options))
     model.saver(tmp_path / "a.pt")
     saved = torch.load(tmp_path / "a.pt", weights_only=True)
-    trained = {"theta", "delta_sigma"} | ({"theta_out"} if "side" in options else set())
+    trained = {"theta", "delta_sigma", *(["theta_out"] if "side" in options else [])}
     assert {name.rpartition(".")[2] for name in saved} == trained | {"_extra_state"}
     assert sum(p.numel() for p in saved.values()) < 2 * (6 + 6 + 4 + 6 * 4 + 100)
     monkeypatch.setattr(adapted_module, "factorize", flipped)
@@ -122,44 +110,41 @@ def test_checkpointer_resumes_bit_for_bit_on_other_signs(base, tmp_path, monkeyp
         return model, optimizer, checkpoints.Checkpointer(tmp_path, recoverables=recoverables)
 
     model, optimizer, checkpointer = start()
-    steps(model, optimizer, range(4))
+    steps(model, optimizer, range(4), width=8)
     checkpointer.save_checkpoint()
-    expected = steps(model, optimizer, range(4, 8))
+    expected = steps(model, optimizer, range(4, 8), width=8)
     monkeypatch.setattr(adapted_module, "factorize", flipped)
     model, optimizer, checkpointer = start()
     assert checkpointer.recover_if_possible() is not None
-    assert steps(model, optimizer, range(4, 8)) == expected
+    assert steps(model, optimizer, range(4, 8), width=8) == expected
 
 
-def _refusals(base: Net) -> dict[str, tuple[Callable[[], nn.Module], str]]:
-    other = copy.deepcopy(base)
-    with torch.no_grad():
-        other.down.weight[0, 0] += 1e-3
-    return {
-        "another base": (
-            lambda: adapted(other),
-            r"down: saved for base weight \w+, k=4.*but the model has base weight",
-        ),
-        "another side": (lambda: adapted(base, side="output"), r"input, cayley.*but the model has.*output, cayley"),
-        "another rotation": (lambda: adapted(base, rotation="linear"), r"cayley.*but the model has.*linear"),
-        "another band": (
-            lambda: adapted(base, rotation="banded", band=1),
-            r"cayley.*but the model has.*banded, band=1",
-        ),
-        "another rank": (lambda: adapted(base, ratio=0.8), r"k=4.*but the model has.*k=6"),
-    }
-
-
-@pytest.mark.parametrize("case", ["another base", "another side", "another rotation", "another band", "another rank"])
-def test_checkpoint_that_does_not_fit_is_refused(base, tmp_path, case):
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({}, r"down: saved for base weight \w+, k=4.*but the model has base weight"),
+        ({"side": "output"}, r"input, cayley.*but the model has.*output, cayley"),
+        ({"rotation": "linear"}, r"cayley.*but the model has.*linear"),
+        ({"rotation": "banded", "band": 1}, r"cayley.*but the model has.*banded, band=1"),
+        ({"ratio": 0.8}, r"k=4.*but the model has.*k=6"),
+    ],
+    ids=["another base", "another side", "another rotation", "another band", "another rank"],
+)
+def test_checkpoint_that_does_not_fit_is_refused(base, tmp_path, options, match):
     train_randomly(adapted(base)).saver(tmp_path / "a.pt")
-    make, message = _refusals(base)[case]
-    model = make()
-    with pytest.raises(RuntimeError, match=message):
+    if not options:
+        base.down.weight.data[0, 0] += 1e-3
+    model = adapted(base, **options)
+    with pytest.raises(RuntimeError, match=match):
         model.loader(tmp_path / "a.pt", end_of_epoch=True)
-    wrong = ("down",) if case == "another base" else ("up", "down")
-    for name in wrong:
+    for name in ("up", "down") if options else ("down",):
         assert not any(p.any() for p in model.adapted_model.get_submodule(name).adapter().values())
+
+
+def in_another_basis(weight: Tensor, k: int, name: str = "weight", gap: float = 1e9) -> Factorization:
+    """In place of `factorize`, where the smallest gap between singular values is below `gap`."""
+    found = factorize(weight, k, name)
+    return turned(found, torch.linalg.qr(torch.randn(k, k)).Q) if found.gap < gap else found
 
 
 def test_checkpoint_without_its_singular_vectors_is_refused(base, tmp_path, monkeypatch):
@@ -168,14 +153,7 @@ def test_checkpoint_without_its_singular_vectors_is_refused(base, tmp_path, monk
     torch.save({k: v for k, v in state.items() if "_extra_state" not in k}, tmp_path / "bare.pt")
     with pytest.raises(RuntimeError, match=r"up: the state dict does not say which singular vectors"):
         adapted(base).loader(tmp_path / "bare.pt", end_of_epoch=True)
-
-    def turned(weight: Tensor, k: int, name: str = "weight") -> Factorization:
-        found = factorize(weight, k, name)
-        turn = torch.linalg.qr(torch.randn(k, k)).Q
-        U, V = found.U @ turn, found.V @ turn
-        return found._replace(U=U, V=V, sketch=sketch(U, V))
-
-    monkeypatch.setattr(adapted_module, "factorize", turned)
+    monkeypatch.setattr(adapted_module, "factorize", in_another_basis)
     with pytest.raises(RuntimeError, match=r"up: its singular vectors cannot be matched"):
         adapted(base).loader(tmp_path / "a.pt", end_of_epoch=True)
 
@@ -184,33 +162,20 @@ def test_basis_that_cannot_be_recomputed_travels_along(base, tmp_path, monkeypat
     nn.init.orthogonal_(base.up.weight)
     model = train_randomly(adapted(base))
     model.saver(tmp_path / "a.pt")
-    stored = [
-        name for name in torch.load(tmp_path / "a.pt", weights_only=True) if name.endswith((".U", ".V", ".sigma"))
-    ]
+    names = torch.load(tmp_path / "a.pt", weights_only=True)
+    stored = [name for name in names if name.endswith((".U", ".V", ".sigma"))]
     assert stored == [f"adapted_model.up.{key}" for key in ("U", "sigma", "V")]
     assert not any(p.requires_grad for p in (model.up.U, model.up.V, model.up.sigma))
-
-    def turned(weight: Tensor, k: int, name: str = "weight") -> Factorization:
-        found = factorize(weight, k, name)
-        if found.gap > 1e-6:
-            return found
-        turn = torch.linalg.qr(torch.randn(k, k)).Q
-        U, V = found.U @ turn, found.V @ turn
-        return found._replace(U=U, V=V, sketch=sketch(U, V))
-
-    monkeypatch.setattr(adapted_module, "factorize", turned)
-    fresh = adapted(base)
-    fresh.loader(tmp_path / "a.pt", end_of_epoch=True)
-    assert torch.equal(fresh(X), model(X))
-    fresh.saver(tmp_path / "b.pt")
-    again = adapted(base)
-    again.loader(tmp_path / "b.pt", end_of_epoch=True)
-    assert torch.equal(again(X), model(X))
+    monkeypatch.setattr(adapted_module, "factorize", partial(in_another_basis, gap=1e-6))
+    for _ in range(2):
+        fresh = adapted(base)
+        fresh.loader(tmp_path / "a.pt", end_of_epoch=True)
+        assert torch.equal(fresh(X), model(X))
+        fresh.saver(tmp_path / "a.pt")  # and again
 
 
-def test_pretrained_weights_after_insertion_are_refused_and_before_it_are_welcome(base, tmp_path):
-    torch.save(base.state_dict(), tmp_path / "pretrained.pt")
-    state = {f"adapted_model.{name}": value for name, value in torch.load(tmp_path / "pretrained.pt").items()}
+def test_pretrained_weights_after_insertion_are_refused_and_before_it_are_welcome(base):
+    state = {f"adapted_model.{name}": value for name, value in base.state_dict().items()}
     with pytest.raises(RuntimeError, match=r"up\.weight differs from the base weight"):
         adapted(Net()).load_state_dict(state, strict=False)
     kwargs = {"adapter_kwargs": {"rank": 3}, "manual_adapter_insertion": True}
