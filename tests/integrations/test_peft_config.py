@@ -5,22 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from models import inject
-from peft_models import (
-    MODELS,
-    RANK,
-    SSVDPeftConfig,
-    adapted,
-    base_model,
-    config,
-    in_new_process,
-    inputs,
-    layers,
-    peft,
-    transformers,
-)
+from models import RANK, adapt, inject
+from peft_models import MODELS, SSVDPeftConfig, adapted, base_model, config, in_new_process, inputs, layers, peft
 from refusals import refused
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import ssvd_kernels as sk
@@ -66,10 +55,8 @@ def test_names_of_another_kind_are_refused(argument):
     "options", [{"side": "both", "rank_out": 3, "rotation": "linear"}, {"rotation": "banded", "band": 2}]
 )
 def test_configuration_survives_its_file(tmp_path, options):
-    saved = SSVDPeftConfig(
-        ratio=0.5, **options, target_modules=["q_proj"], exclude_modules=["fc2"], modules_to_save=["head"],
-        layers_to_transform=[1], layers_pattern="layers",
-    )  # fmt: skip
+    named = {"target_modules": ["q_proj"], "exclude_modules": ["fc2"], "modules_to_save": ["head"]}
+    saved = SSVDPeftConfig(ratio=0.5, **options, **named, layers_to_transform=[1], layers_pattern="layers")
     saved.save_pretrained(str(tmp_path))
     loaded = peft.PeftConfig.from_pretrained(str(tmp_path))
     assert type(loaded) is SSVDPeftConfig and loaded.to_dict() == saved.to_dict()
@@ -148,7 +135,7 @@ def test_a_refused_injection_changes_nothing(target, error, match):
 
 
 def test_gpt2_s_layers_of_another_kind_are_named():
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20))
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20))
     with refused(model, TypeError, r"`transformer\.h\.0\.attn\.c_attn` must be an nn\.Linear .*got Conv1D"):
         peft.get_peft_model(model, config())
 
@@ -172,30 +159,29 @@ def test_this_package_s_own_injection_and_peft_s_exclude_each_other():
 
 @pytest.mark.parametrize("inner", [False, True], ids=["PeftModel", "transformers"])
 def test_this_package_s_own_functions_refuse_peft_s_layers(tmp_path, inner):
-    own, model, path = base_model(), adapted(), tmp_path / "a.safetensors"
-    inject(own, targets="whisper")
-    sk.save_adapter(own, path)
+    path, model = tmp_path / "a.safetensors", adapted()
+    sk.save_adapter(adapt(base_model(), targets="whisper"), path)
     model = model.get_base_model() if inner else model
-    calls = {
-        "merge": sk.merge,
-        "merge, unload": lambda model: sk.merge(model, unload=True),
-        "unmerge": sk.unmerge,
-        "remove": sk.remove,
-        "save": lambda model: sk.save_adapter(model, tmp_path / "b.safetensors"),
-        "load": lambda model: sk.load_adapter(model, path, progress=False),
-        "names": sk.adapter_names,
-        "add": lambda model: sk.add_adapter(model, "b"),
-        "add a file": lambda model: sk.add_adapter(model, "b", path),
-        "set": lambda model: sk.set_adapter(model, "default"),
-        "disable": lambda model: sk.disable_adapter(model).__enter__(),
-        "average": lambda model: sk.average_adapters(model, {"default": 1}, into="b"),
-        "to_lora": lambda model: sk.to_lora(model, tmp_path / "lora", progress=False),
-    }
-    if inner:  # PEFT's own wrapper is none of transformers' models
-        calls["export_merged"] = lambda model: sk.export_merged(model, tmp_path / "merged")
-    for call in calls.values():
+    calls = [
+        lambda: sk.merge(model),
+        lambda: sk.merge(model, unload=True),
+        lambda: sk.unmerge(model),
+        lambda: sk.remove(model),
+        lambda: sk.save_adapter(model, tmp_path / "b.safetensors"),
+        lambda: sk.load_adapter(model, path, progress=False),
+        lambda: sk.adapter_names(model),
+        lambda: sk.add_adapter(model, "b"),
+        lambda: sk.add_adapter(model, "b", path),
+        lambda: sk.set_adapter(model, "default"),
+        lambda: sk.disable_adapter(model).__enter__(),
+        lambda: sk.average_adapters(model, {"default": 1}, into="b"),
+        lambda: sk.to_lora(model, tmp_path / "lora", progress=False),
+        # PEFT's own wrapper is none of transformers' models
+        *([lambda: sk.export_merged(model, tmp_path / "merged")] if inner else []),
+    ]
+    for call in calls:
         with refused(model, ValueError, "adapted through PEFT"):
-            call(model)
+            call()
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -203,9 +189,6 @@ def test_batches_that_mix_adapters_are_refused():
     model = adapted()
     with pytest.raises(ValueError, match="adapter_names"):
         model(**inputs(model), adapter_names=["default", "default"])
-
-
-# -- beside the weights ------------------------------------------------------------------------------------------------
 
 
 def test_folder_names_the_import_once(tmp_path):

@@ -8,22 +8,12 @@ import pytest
 import torch
 from bounds import assert_within, unit_roundoff
 from cases import relative_error
-from models import RANK, Stack, assert_all_within, counted, loss_of, references, train_randomly
-from peft_models import (
-    MODELS,
-    adapted,
-    base_model,
-    config,
-    gradients,
-    inputs,
-    layers,
-    loss_gradients,
-    peft,
-    run,
-    twin_in_place,
-)
+from models import RANK, Stack, assert_all_within, counted, inject, loss_of, references, train_randomly
+from peft_models import MODELS, adapted, base_model, config, gradients, inputs, layers, loss_gradients, peft, run
 from plain import effective
 from torch import Tensor, nn
+
+import ssvd_kernels as sk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OTHER = {"b": {"rank": 3, "side": "output", "rotation": "free"}, "c": {"rank": 4, "rank_out": 2, "side": "both"}}
@@ -64,30 +54,27 @@ def test_output_is_bit_identical_before_training(name, side):
 @pytest.mark.parametrize("name", ["whisper", "wavlm", "llama"])
 def test_outputs_and_gradients_are_those_of_this_package_s_own_injection(name, options):
     model = adapted(name, **options).train()
-    twin = twin_in_place(name, peft.get_peft_model_state_dict(model), **options).train()
-    found = []
-    for network in (model, twin):
-        output = run(network)
-        loss_of(output).backward()
-        found.append((output.detach(), list(gradients(network).values())))
-    (ours, ours_grads), (expected, expected_grads) = found
-    assert torch.equal(ours, expected)
-    assert len(ours_grads) == len(expected_grads) > 0
-    for grad, other in zip(ours_grads, expected_grads, strict=True):
-        assert torch.equal(grad, other) and grad.abs().max() > 0
+    twin, tensors = base_model(name).train(), peft.get_peft_model_state_dict(model)
+    inject(twin, targets="all-linear" if name == "llama" else name, **options)
+    for path, layer in sk.ssvd_layers(twin).items():
+        for key, parameter in layer.adapter().items():
+            parameter.data.copy_(tensors[f"base_model.model.{path}.ssvd_adapter.{key}"])
+    assert torch.equal(run(model), run(twin))
+    ours, expected = (list(loss_gradients(network).values()) for network in (model, twin))
+    assert ours and all(map(torch.equal, ours, expected)) and len(ours) == len(expected)
+    assert all(grad.abs().max() > 0 for grad in ours)
 
 
 def test_wavlm_reads_the_weight_and_its_gradients_reach_theta():
     """Its attention never calls the projections: without a differentiable `weight` they would not train."""
     model = adapted("wavlm").train()
-    projections = {path: m for path, m in layers(model).items() if path.endswith(("q_proj", "k_proj", "v_proj"))}
+    projections = [m for path, m in layers(model).items() if path.endswith(("q_proj", "k_proj", "v_proj"))]
     called = []
-    for path, module in projections.items():
-        module.register_forward_hook(lambda *args, path=path: called.append(path))
+    for module in projections:
+        module.register_forward_hook(lambda module, *args: called.append(module))
     loss_of(run(model)).backward()
     assert not called and len(projections) == 9
-    for module in projections.values():
-        adapter = module.ssvd_adapter["default"]
+    for adapter in (module.ssvd_adapter["default"] for module in projections):
         assert adapter.theta.grad.abs().max() > 0 and adapter.delta_sigma.grad.abs().max() > 0
 
 
@@ -137,9 +124,6 @@ def test_generation_acts_on_every_step():
     found = model.generate(input_features=features, **kept)
     assert torch.equal(found, model.merge_and_unload().generate(input_features=features, **kept))
     assert not torch.equal(found, base_model().generate(input_features=features, **kept))
-
-
-# -- dtypes ------------------------------------------------------------------------------------------------------------
 
 
 def test_half_precision_base_keeps_float32_parameters_and_basis():
@@ -213,19 +197,15 @@ def test_adapter_added_while_another_is_merged_is_of_the_base_weight():
     assert relative_error(late, first) <= 2 * unit_roundoff(torch.float32)
 
 
-def test_merge_and_unload_leaves_a_plain_model():
-    model = adapted()
-    output, base = references(model, run), base_model()
+def test_unloading_leaves_a_plain_model():
+    model, base = adapted(), base_model()
+    assert torch.equal(run(copy.deepcopy(model).unload()), run(base))
+    output = references(model, run)
     merged = model.merge_and_unload()
     assert_within(run(merged), *output)
     assert [(n, type(m)) for n, m in merged.named_modules()] == [(n, type(m)) for n, m in base.named_modules()]
     assert list(merged.state_dict()) == list(base.state_dict())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in merged.modules())
-
-
-def test_unload_gives_the_base_model_back():
-    model, base = adapted(), base_model()
-    assert torch.equal(run(model.unload()), run(base))
 
 
 @pytest.mark.parametrize("safe", [True, False])
@@ -289,15 +269,12 @@ def test_adapters_of_one_rank_share_a_basis_also_after_a_move():
 
 def test_idle_adapters_keep_no_composed_weight():
     model = several()
-    layer = next(iter(layers(model).values()))
+    adapter = next(iter(layers(model).values())).ssvd_adapter["default"]
     with torch.no_grad():
         run(model)
-        assert (adapter := layer.ssvd_adapter["default"]).kept.holds(adapter)
+        assert adapter.kept.holds(adapter)
         model.set_adapter("b")
-        assert not (adapter := layer.ssvd_adapter["default"]).kept.holds(adapter)
-
-
-# -- conversion --------------------------------------------------------------------------------------------------------
+        assert not adapter.kept.holds(adapter)
 
 
 @pytest.mark.parametrize("options", [{}, {"side": "both", "rank_out": 3}])

@@ -13,17 +13,7 @@ import torch
 from bounds import DRAWS, assert_within, twice_of_draws
 from cases import relative_error
 from models import RANK, assert_all_within, assert_equal_gradients, loss_of, references, train_randomly
-from peft_models import (
-    base_model,
-    config,
-    gradients,
-    in_new_process,
-    inputs,
-    layers,
-    loss_gradients,
-    peft,
-    transformers,
-)
+from peft_models import base_model, config, gradients, in_new_process, inputs, layers, loss_gradients, peft
 from peft_models import run as run_with_gradients
 from plain import core, effective
 from quantized_models import KINDS, quantized
@@ -36,10 +26,7 @@ import ssvd_kernels as sk
 from ssvd_kernels.basis.linears import base_weight, is_quantized
 from ssvd_kernels.integrations.peft_quantized import SSVDPeftQuantizedLinear
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
-]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:MatMul8bitLt")]
 run = torch.no_grad()(run_with_gradients)
 kinds = pytest.mark.parametrize("kind", KINDS)
 Load = Callable[..., nn.Module]
@@ -197,17 +184,12 @@ def test_parameters_are_as_narrow_as_asked(load):
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {expected}
 
 
-# -- Trainer -----------------------------------------------------------------------------------------------------------
-
-
 @kinds
 @pytest.mark.parametrize("through", ["peft", "transformers"])
 def test_trainer_trains_and_saves(load, tmp_path, through):
     base = peft.prepare_model_for_kbit_training(load(dtype=torch.bfloat16))
-    if through == "peft":
-        model = peft.get_peft_model(base, config(side="both"))
-    else:
-        model = base
+    model = peft.get_peft_model(base, config(side="both")) if through == "peft" else base
+    if through == "transformers":
         model.add_adapter(config(side="both"))
     before = {name: base_weight(layer.base_layer).clone() for name, layer in layers(model).items()}
     training = trainer(tmp_path, model, bf16=False)
@@ -261,13 +243,8 @@ def test_an_adapter_comes_back_in_a_new_process_with_more_threads(load, kind, fo
 def test_adapters_of_the_full_precision_base_and_of_the_quantised_one_are_not_mixed_up(load, tmp_path, load_adapter):
     for trained, other in ((load, partial(base_model, "llama")), (partial(base_model, "llama"), load)):
         adapted(trained()).save_pretrained(str(tmp_path))
-        with pytest.raises(
-            sk.AdapterError, match=r"trained on another base model.*quantised, both must be quantised in the same way"
-        ):
+        with pytest.raises(sk.AdapterError, match=r"another base model.*quantised, both must be quantised in the same"):
             load_adapter(other(), tmp_path)
-
-
-# -- several adapters --------------------------------------------------------------------------------------------------
 
 
 @kinds
@@ -307,9 +284,7 @@ def test_merging_is_refused_with_nothing_changed(load):
     model = adapted(base)
     assert {type(layer).__name__ for layer in layers(model).values()} == {"SSVDPeftLinear", "SSVDPeftQuantizedLinear"}
     y = run(model)
-    with pytest.raises(
-        ValueError, match=r"cannot merge .*k_proj in place: its base weight is quantised.*merge_and_unload"
-    ):
+    with pytest.raises(ValueError, match=r"cannot merge .*k_proj in place: its base .* quantised.*merge_and_unload"):
         model.merge_adapter()
     assert not any(layer.merged for layer in layers(model).values()) and torch.equal(run(model), y)
     model.unmerge_adapter()
@@ -323,9 +298,7 @@ def test_merge_and_unload_leaves_a_plain_model(load, tmp_path, prepared):
     base = load(dtype=torch.bfloat16)
     model = adapted(peft.prepare_model_for_kbit_training(base) if prepared else base).eval()
     dtype = model.get_base_model().dtype
-    expected = {
-        name: effective(layer.base_weight, *layer.running(), dtype=dtype) for name, layer in layers(model).items()
-    }
+    expected = {n: effective(m.base_weight, *m.running(), dtype=dtype) for n, m in layers(model).items()}
     output = references(model, run)
     merged = model.merge_and_unload()
     assert not any(map(is_quantized, merged.modules())) and not layers(merged)
@@ -336,7 +309,7 @@ def test_merge_and_unload_leaves_a_plain_model(load, tmp_path, prepared):
     z = run(merged)
     assert_within(z, *output)
     merged.save_pretrained(tmp_path)
-    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    loaded = type(merged).from_pretrained(tmp_path, dtype=dtype)
     assert torch.equal(run(loaded), z)
 
 
@@ -372,9 +345,6 @@ def test_unload_gives_the_quantised_model_back(load):
     unloaded = adapted(base).unload()
     assert list(unloaded.named_modules()) == modules and not any(module.training for _, module in modules)
     assert torch.equal(run(unloaded.train()), y)
-
-
-# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 @kinds

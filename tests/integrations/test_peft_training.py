@@ -16,9 +16,6 @@ from torch import Tensor, nn
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# -- Trainer -----------------------------------------------------------------------------------------------------------
-
-
 def text_data() -> list[dict[str, Tensor]]:
     """Sequences that count upwards by a fixed step: quick to learn."""
     rows = [(torch.arange(12) * step + start) % 29 + 3 for step in (1, 2) for start in range(8)]
@@ -68,8 +65,6 @@ def test_trainer_loads_the_best_adapter_at_the_end(tmp_path):
     evaluated = {entry["step"]: entry["eval_loss"] for entry in best.state.log_history if "eval_loss" in entry}
     assert best.evaluate()["eval_loss"] == min(evaluated.values())
 
-
-# -- the real Whisper --------------------------------------------------------------------------------------------------
 
 RELOAD = """
 import torch

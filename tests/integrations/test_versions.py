@@ -11,26 +11,20 @@ import pytest
 from ssvd_kernels.utils import versions
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, **installed: str) -> None:
+def test_only_the_bad_pair_is_a_conflict(monkeypatch):
+    installed: dict[str, str] = {}
+
     def version(name: str) -> str:
         if name not in installed:
             raise metadata.PackageNotFoundError(name)
         return installed[name]
 
     monkeypatch.setattr(versions.metadata, "version", version)
-
-
-def test_only_the_bad_pair_is_a_conflict(monkeypatch):
-    for fine in (
-        {"transformers": "5.23.0", "peft": "0.21.2"},
-        {"transformers": "5.24.0", "peft": "0.22.0"},
-        {"peft": "0.21.2"},
-    ):
-        pretend(monkeypatch, **fine)
-        assert versions.conflicts() == []
-    pretend(monkeypatch, transformers="5.24.1", peft="0.21.2")
-    (sentence,) = versions.conflicts()
-    assert sentence.startswith("transformers 5.24.1 and peft 0.21.2 are incompatible: load_adapter()")
+    for transformers, peft in ((None, "0.21.2"), ("5.23.0", "0.21.2"), ("5.24.0", "0.22.0"), ("5.24.1", "0.21.2")):
+        installed |= {"peft": peft} | ({"transformers": transformers} if transformers else {})
+        found = versions.conflicts()
+        assert len(found) == ((transformers, peft) == ("5.24.1", "0.21.2"))
+    assert found[0].startswith("transformers 5.24.1 and peft 0.21.2 are incompatible: load_adapter()")
 
 
 PRETEND = """

@@ -18,8 +18,6 @@ transformers = pytest.importorskip("transformers", reason="PEFT's integration is
 import models
 import speech_models
 
-import ssvd_kernels as sk
-from ssvd_kernels.config import PRESETS
 from ssvd_kernels.integrations.peft import SSVDPeftConfig
 from ssvd_kernels.integrations.peft_layer import SSVDPeftLinear
 
@@ -59,19 +57,6 @@ def loss_gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def layers(model: nn.Module) -> dict[str, SSVDPeftLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SSVDPeftLinear)}
-
-
-def twin_in_place(name: str, adapter: dict[str, Tensor], **options) -> nn.Module:
-    """The base model injected by this package itself, with the tensors of a PEFT adapter: what PEFT's must equal."""
-    model = base_model(name)
-    targets = name if name in PRESETS else "all-linear"
-    report = sk.inject(model, sk.SSVDConfig(rank=RANK, targets=targets, **options), progress=False)
-    for path, layer in zip(report.modules, report.layers, strict=True):
-        for key in ("theta", "delta_sigma", "theta_out"):
-            if getattr(layer, key) is not None:
-                with torch.no_grad():
-                    getattr(layer, key).copy_(adapter[f"base_model.model.{path}.ssvd_adapter.{key}"])
-    return model
 
 
 def in_new_process(program: str, **environment: str) -> None:
