@@ -63,9 +63,9 @@ def precision(request: pytest.FixtureRequest):
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory):
-    """Two processes with gloo between them, see ranks.py."""
-    with started(tmp_path_factory.mktemp("ranks") / "store") as processes:
+def group(tmp_path_factory: pytest.TempPathFactory):
+    """Two processes with gloo between them, see processes.py."""
+    with started(tmp_path_factory.mktemp("group") / "store") as processes:
         yield processes
 
 

@@ -45,8 +45,8 @@ def save_adapter(
     Layers whose singular values lie too close together to recompute their basis safely are stored with it anyway,
     and a log line says so. Raises ValueError if the model has no SSVD layer or no such adapter, or if a parameter is
     not finite, and FileNotFoundError if the folder does not exist; nothing is left half-written.
-    A model that FSDP2 has sharded is gathered: every rank must call this, rank 0 writes, and all return when it has.
-    Otherwise nothing is sent, and whoever calls it writes; under DDP that may be rank 0 alone.
+    A model that FSDP2 has sharded is gathered: every process must call this, the first one writes, and all return when
+    it has. Otherwise nothing is sent, and whoever calls it writes; under DDP that may be the first process alone.
     """
     path, present = Path(path), require_layers(model)
     sharded = any(layer.sharded for layer in present.values())

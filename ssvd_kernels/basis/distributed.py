@@ -30,18 +30,18 @@ def several_processes() -> bool:
 
 
 def share_out(tasks: Tasks, work: Work) -> dict[str, Factorization]:
-    """`work(tasks)` with each task done on one rank and its result sent to all, so that all hold the same bits.
+    """`work(tasks)` with each task done by one process and its result sent to all, so that all hold the same bits.
 
-    Every rank of the default group must call it. Raises ValueError on every rank if their weights or ranks k differ,
-    and RuntimeError on the others if one rank's work raises.
+    Every process of the default group must call it. Raises ValueError in every process if their weights or ranks k
+    differ, and RuntimeError in the others if the work of one raises.
     """
     plans = _gather({name: _identity(task.weight(), task.k) for name, task in tasks.items()})
     for other, plan in enumerate(plans):
         if list(plan.items()) != list(plans[0].items()):
             names = [name for name in {**plans[0], **plan} if plans[0].get(name) != plan.get(name)] or ["their order"]
             raise ValueError(
-                f"all processes must factorise the same layers and weights, but ranks 0 and {other} differ, e.g. in "
-                f"{names[0]!r}; with share=False each process factorises its own"
+                f"all processes must factorise the same layers and weights, but processes 0 and {other} differ, e.g. "
+                f"in {names[0]!r}; with share=False each process factorises its own"
             )
     owners = _owners(tasks, len(plans))
     mine = {name: task for name, task in tasks.items() if owners[name] == dist.get_rank()}
@@ -55,7 +55,7 @@ def share_out(tasks: Tasks, work: Work) -> dict[str, Factorization]:
         raise failure
     for other, (_, failed) in enumerate(reports):
         if failed:
-            raise RuntimeError(f"rank {other} could not factorise its layers: {failed}")
+            raise RuntimeError(f"process {other} could not factorise its layers: {failed}")
     gaps = {name: gap for part, _ in reports for name, gap in part.items()}
     return {
         name: _broadcast(task, owners[name], found.get(name), plans[0][name][0], gaps[name])
@@ -68,15 +68,15 @@ def _identity(weight: Tensor, k: int) -> tuple[str, str, tuple[int, ...], int]:
 
 
 def _gather(value: Any) -> list[Any]:
-    """`value` of every rank, by rank."""
+    """`value` of every process, in their order."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def _owners(tasks: Tasks, ranks: int) -> dict[str, int]:
-    """The rank of each task: the costliest first, always to the rank with the least to do."""
-    load, owners = [0.0] * ranks, {}
+def _owners(tasks: Tasks, processes: int) -> dict[str, int]:
+    """The process of each task: the costliest first, always to the one with the least to do."""
+    load, owners = [0.0] * processes, {}
     for name in sorted(tasks, key=lambda name: -tasks[name].cost):
         owners[name] = load.index(min(load))
         load[owners[name]] += tasks[name].cost

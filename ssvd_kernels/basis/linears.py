@@ -97,7 +97,7 @@ def _is_torchao(module: object) -> bool:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """The numbers in the model's parameters, those of quantised weights included however they are packed."""
+    """The model's number of parameters; quantised weights count unpacked."""
     quantized = [module for module in model.modules() if is_quantized(module)]
     unpacked = sum(linear.out_features * linear.in_features - linear.weight.numel() for linear in quantized)
     return sum(parameter.numel() for parameter in model.parameters()) + unpacked

@@ -42,7 +42,7 @@ def by_svd(W: Tensor, k: int) -> Triplets:
 def by_gram(W: Tensor, k: int) -> Triplets | None:
     """`top_triplets` by the eigenvectors of W^T W or W W^T, the smaller one; None where that would be less accurate.
 
-    Needs no float64 copy of W: beside the result, 4 min(d_out, d_in)^2 numbers and a block of rows.
+    Needs no float64 copy of W: beside the result, 4 min(d_out, d_in)^2 elements and a block of rows.
     """
     if W.shape[0] < W.shape[1]:
         found = by_gram(W.mT, k)

@@ -24,7 +24,7 @@ class Adapter(nn.Module, ABC):
     """A basis U, sigma, V of W and the Parameters that train; forward: x (..., d_in) -> x W'^T + b (..., d_out).
 
     A method is a subclass: its configuration, the names of what it trains, and `update_factors` and what follows it
-    below. Where W and b are kept is up to `AdaptedLinear`, which replaces a linear layer, and to PEFT's `PeftAdapter`.
+    below. Where W and b are is up to `AdaptedLinear`, which replaces a linear layer, and to PEFT's `PeftAdapter`.
     """
 
     config_type: ClassVar[type[Config]]
@@ -79,7 +79,7 @@ class Adapter(nn.Module, ABC):
     def summary(self) -> str:
         """Ranks and choices in a few words, for `InjectReport`."""
 
-    # -- where the frozen tensors are kept ---------------------------------------------------------------------
+    # -- where the frozen tensors are --------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -108,7 +108,7 @@ class Adapter(nn.Module, ABC):
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP2 has sharded the layer: its parameters are whole within a forward or backward only."""
+        """Whether FSDP2 has sharded the layer: its parameters are unsharded within a forward or backward only."""
         original = self.__dict__.get("_original")  # which shows it even then
         return is_sharded(self._parameters.get("weight")) or is_sharded(getattr(original, "weight", None))
 

@@ -45,7 +45,7 @@ class AdaptedLinear(Adapter):
         """`Adapter.weight`; where FSDP2 has sharded the layer and it is not in use, the sharded base weight, by whose
         name FSDP2 asks."""
         if is_sharded(self._parameters.get("weight")):
-            self.original()  # takes the sharded Parameters, not to keep the whole ones alive
+            self.original()  # takes the sharded Parameters, not to keep unsharded ones alive
             return self.base_weight
         return self.composed_weight()
 

@@ -21,12 +21,12 @@ class SpectralFTLinear(AdaptedLinear):
         W' = (U_p + A_out B_out) Sigma_p (V_p + A_in B_in)^T + (W - U_p Sigma_p V_p^T)
            = W + P Q^T,   P = [(U_p + A_out B_out) Sigma_p B_in^T, A_out],   Q = [A_in, V_p Sigma_p B_out^T]
 
-    Trains     A_out (d_out, r), B_out (r, p), A_in (d_in, r), B_in (r, p): r (d_out + d_in + 2 p) numbers. A is uniform
+    Trains     A_out (d_out, r), B_out (r, p), A_in (d_in, r), B_in (r, p): r (d_out + d_in + 2 p) in all. A is uniform
                in +-1/sqrt(r) (nn.Linear's own initialisation of an (n, r) weight, from torch's generator), B zero
     Frozen     U (d_out, p), sigma (p,), V (d_in, p); base weight and bias as in `SSVDLinear`
 
     P and Q have 2 r columns: in training y = x W^T + (x Q) P^T + b, two skinny products, and W' is never built; in eval
-    with gradients off a composed W' is kept, as by `SSVDLinear`. Before training P Q^T is exactly zero and the output
+    with gradients off a composed W' is cached, as by `SSVDLinear`. Before training P Q^T is exactly zero and the output
     bit-identical to the base layer's. dtypes, casting and caching are those of `SSVDLinear`. Any shape with
     p <= min(d_in, d_out). Raises as `SpectralFTConfig` and `factorize` do, and TypeError for anything but an nn.Linear.
     Source: SpectralFT, arXiv 2501.03829, with the residual W - U_p Sigma_p V_p^T: without it W' would not start at W.

@@ -16,9 +16,9 @@ Shape = tuple[int, int]  # of a weight: (d_out, d_in)
 def trainable(
     method: str, shape: Shape, rank: int, rank_out: int | None = None, *, rotation: str = "cayley", top: int = 256
 ) -> int:
-    """The numbers that `method` trains in a layer whose weight has the shape (d_out, d_in), n = min(d_out, d_in).
+    """How many parameters `method` trains in a layer whose weight has the shape (d_out, d_in), n = min(d_out, d_in).
 
-    method        rank                numbers                                                      source
+    method        rank                parameters                                                   source
     "ssvd"        k                   k(k-1)/2 + k; k^2 + k for rotation="free"                    arXiv 2509.02830
     "ssvd-o"      k_in (and k_out)    k_in(k_in-1)/2 + k_out(k_out-1)/2 + max(k_in, k_out),        arXiv 2601.12600
                                       or k_in^2 + k_out^2 + max(k_in, k_out)                       (our reading)
@@ -105,7 +105,7 @@ def ranks(method: str, shapes: Collection[Shape], *, top: int = 256) -> dict[Sha
 
 
 def inner_outer(rank: int, inner_share: float, rotation: str) -> tuple[int, int]:
-    """(k_in, k_out) of SSVD-O: `rank` is the larger one, and theta has `inner_share` of the rotations' numbers.
+    """(k_in, k_out) of SSVD-O: `rank` is the larger one, and theta has `inner_share` of the rotations' parameters.
 
     The smaller one is the largest whose rotation has no more than its share, and 1 (no rotation, but of rotation="free"
     one number) where that is none.

@@ -24,7 +24,7 @@ from .targets import find_targets
 
 @dataclass
 class InjectReport:
-    """What `inject` did: adapted module names, and numbers of trainable and of all (base + trainable) parameters."""
+    """What `inject` did: adapted module names, and counts of trainable and of all (base + trainable) parameters."""
 
     modules: list[str]
     trainable: int
@@ -57,12 +57,12 @@ def inject(
     are computed in one batched call at the start of each forward of `model`. Linear layers that bitsandbytes or torchao
     quantised become SSVDQuantizedLinear; SpectralFT refuses them.
     cache_dir: a folder that keeps factorisations for the next time (default: the environment's SSVD_CACHE, else none).
-    share: where torch.distributed is initialised, every rank must call this, on the same weights; each factorises a
-    part and sends it to all. share=False has a rank factorise everything alone.
+    share: where torch.distributed is initialised, every process must call this, on the same weights; each factorises a
+    part and sends it to all. With share=False each factorises everything.
     Nothing changes if anything is refused: ValueError or TypeError name the module, the value and what is allowed (no
     module matched, a tied weight named explicitly, NaN or infinite weights, a rank that does not fit, a second
-    injection, a model wrapped by DDP or FSDP2 already, ranks that hold different weights, a plan of other layers or of
-    a method of PEFT's).
+    injection, a model wrapped by DDP or FSDP2 already, processes that hold different weights, a plan of other layers
+    or of a method of PEFT's).
     """
     if not isinstance(config, Config | RankPlan):
         raise TypeError(f"`config` must be an SSVDConfig, a SpectralFTConfig or a RankPlan, got {config!r}")

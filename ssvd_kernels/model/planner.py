@@ -29,7 +29,7 @@ _RANK = {"ssvd": "k", "ssvd-o": "k", "svft": "band", "oft": "block"}  # what a r
 
 
 class PlannedLayer(NamedTuple):
-    """A targeted layer: its weight's shape (d_out, d_in), its rank (see `budget.trainable`) and trainable numbers."""
+    """A targeted layer: its weight's shape (d_out, d_in), its rank (see `budget.trainable`) and parameter count."""
 
     name: str
     shape: Shape

@@ -12,7 +12,7 @@ from .weight_cache import WeightCache
 
 
 class CayleyDeltaFunction(torch.autograd.Function):
-    """theta (B, m) -> E (B, n, n), zero beyond k <= n; the backward needs E alone (see the twin in `reference`)."""
+    """theta (B, m) -> E (B, n, n), zero beyond k <= n; the backward needs E alone (see `reference`)."""
 
     generate_vmap_rule = True
 
@@ -28,7 +28,7 @@ class CayleyDeltaFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (E,), k = ctx.saved_tensors, ctx.k
-        if torch.is_grad_enabled():  # create_graph: the twin is made of differentiable operations
+        if torch.is_grad_enabled():  # create_graph: the reference is made of differentiable operations
             return reference.cayley_delta_backward_ref(grad[:, :k, :k], E[:, :k, :k]), None
         return dispatch.cayley_delta_backward(grad.contiguous(), E, k), None
 
@@ -71,7 +71,7 @@ class SSVDLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
         z, weight, U, V, core = ctx.saved_tensors
         ctx.inputs = None  # what was saved has been read, or recomputed
-        twice = torch.is_grad_enabled()  # create_graph: the twins are made of differentiable operations
+        twice = torch.is_grad_enabled()  # create_graph: the references are made of differentiable operations
         if ctx.saves == "x" and dy is not None:
             x = z.to(ctx.dtype)
             z = x @ V.to(ctx.dtype) if twice else dispatch.project(x, V)

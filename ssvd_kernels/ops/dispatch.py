@@ -123,7 +123,7 @@ def cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
 
 
 def _cayley_backend(*tensors: Tensor) -> str:
-    """As `backend_for`; torch.func.vmap, which cannot batch Triton's launches, has the twin."""
+    """As `backend_for`; torch.func.vmap, which cannot batch Triton's launches, gets the reference."""
     backend = backend_for("cayley", tensors[0].device, tensors[0].dtype)
     if backend == "triton" and not torch.compiler.is_compiling() and vmapped(*tensors):
         if _forced == "triton":

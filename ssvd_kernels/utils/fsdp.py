@@ -13,12 +13,12 @@ def is_sharded(tensor: object) -> bool:
 
 
 def gathered(tensor: Any) -> Tensor:
-    """The whole of a sharded tensor, on every rank (all must ask); any other tensor itself."""
+    """A sharded tensor gathered in every process (all must ask); any other tensor itself."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def assign(target: Any, value: Tensor) -> None:
-    """target.copy_(value) for a whole `value`, the same on every rank, of which a sharded target takes its part."""
+    """target.copy_(value) for an unsharded `value`, the same in all processes; a sharded target takes its part."""
     if is_sharded(target):
         from torch.distributed.tensor import distribute_tensor
 

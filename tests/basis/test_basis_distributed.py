@@ -1,4 +1,4 @@
-"""The factorisation of a model shared out over ranks: done once, the same bits everywhere, and refused in good time."""
+"""A model's factorisation shared out over processes: done once, the same bits everywhere, refused in good time."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def _same_bits(a: dict, b: dict) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_each_layer_is_factorised_on_one_rank_and_all_hold_the_same(ranks, dtype):
-    (first, a), (second, b) = ranks.run(_shared, True, dtype)
+def test_each_layer_is_factorised_on_one_rank_and_all_hold_the_same(group, dtype):
+    (first, a), (second, b) = group.run(_shared, True, dtype)
     assert sorted(first + second) == sorted(f"{name}.weight" for name in a["basis"]) and first and second
     _same_bits(a, b)
     _same_bits(a, _state(_inject(_net().to(dtype))))  # and the same as one process finds
 
 
-def test_opting_out(ranks):
-    (first, a), (second, b) = ranks.run(_shared, False)
+def test_opting_out(group):
+    (first, a), (second, b) = group.run(_shared, False)
     assert len(first) == len(second) == len(a["basis"]) == 6
     _same_bits(a, b)
 
@@ -62,8 +62,8 @@ def _on_rank_0_alone(rank: int):
     return _shared(rank, False)[0] if rank == 0 else []
 
 
-def test_opting_out_needs_no_other_rank(ranks):
-    first, second = ranks.run(_on_rank_0_alone)
+def test_opting_out_needs_no_other_rank(group):
+    first, second = group.run(_on_rank_0_alone)
     assert len(first) == 6 and second == []
 
 
@@ -95,9 +95,9 @@ def _different(rank: int, how: str) -> str:
 @pytest.mark.parametrize(
     ("how", "named"), [("weight", "1.block.inner"), ("layers", "0.first"), ("rank", "0.first"), ("dtype", "0.first")]
 )
-def test_different_models_are_refused_on_every_rank(ranks, how, named):
-    start = "ValueError: all processes must factorise the same layers and weights, but ranks 0 and 1 differ"
-    for message in ranks.run(_different, how):
+def test_different_models_are_refused_on_every_rank(group, how, named):
+    start = "ValueError: all processes must factorise the same layers and weights, but processes 0 and 1 differ"
+    for message in group.run(_different, how):
         assert message.startswith(start) and named in message and "share=False" in message, message
 
 
@@ -111,9 +111,9 @@ def _fails_on_rank_1(rank: int) -> str:
         return _caught(_net())
 
 
-def test_one_rank_that_fails_does_not_leave_the_other_waiting(ranks):
-    first, second = ranks.run(_fails_on_rank_1)
-    assert first.startswith("RuntimeError: rank 1 could not factorise") and "did not converge" in first
+def test_one_rank_that_fails_does_not_leave_the_other_waiting(group):
+    first, second = group.run(_fails_on_rank_1)
+    assert first.startswith("RuntimeError: process 1 could not factorise") and "did not converge" in first
     assert second.endswith("LinAlgError: did not converge")
 
 
@@ -123,15 +123,15 @@ def _progress(rank: int) -> str:
     return shown.getvalue()
 
 
-def test_progress_bar_on_rank_0_only(ranks):
-    first, second = ranks.run(_progress)
+def test_progress_bar_on_rank_0_only(group):
+    first, second = group.run(_progress)
     assert "factorising" in first and "100%" in first and second == ""
 
 
-def test_ranks_share_a_cache(ranks, tmp_path):
-    (first, a), (second, b) = ranks.run(_shared, True, torch.float32, str(tmp_path))
+def test_ranks_share_a_cache(group, tmp_path):
+    (first, a), (second, b) = group.run(_shared, True, torch.float32, str(tmp_path))
     assert len(first + second) == 6
-    (none, again), (none_either, _) = ranks.run(_shared, True, torch.float32, str(tmp_path))
+    (none, again), (none_either, _) = group.run(_shared, True, torch.float32, str(tmp_path))
     assert none == none_either == []
     _same_bits(a, b)
     _same_bits(a, again)
@@ -143,8 +143,8 @@ def _uneven(rank: int) -> list[int]:
     return names
 
 
-def test_work_is_balanced_by_cost_not_by_count(ranks):
-    assert sorted(map(len, ranks.run(_uneven))) == [1, 5]
+def test_work_is_balanced_by_cost_not_by_count(group):
+    assert sorted(map(len, group.run(_uneven))) == [1, 5]
 
 
 def _adapter(rank: int, path: str) -> tuple[int, dict]:
@@ -154,10 +154,10 @@ def _adapter(rank: int, path: str) -> tuple[int, dict]:
     return len(names), _state(model)
 
 
-def test_load_adapter_shares_too(ranks, tmp_path):
+def test_load_adapter_shares_too(group, tmp_path):
     model = _inject(_net())
     sk.save_adapter(model, tmp_path / "a.safetensors")
-    (first, a), (second, b) = ranks.run(_adapter, str(tmp_path / "a.safetensors"))
+    (first, a), (second, b) = group.run(_adapter, str(tmp_path / "a.safetensors"))
     assert first and second and first + second == 6
     _same_bits(a, b)
     _same_bits(a, _state(model))

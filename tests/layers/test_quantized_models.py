@@ -72,8 +72,8 @@ def _gradients(rank: int, kind: Callable[[nn.Module], None]) -> dict[str, Tensor
 
 
 @pytest.mark.parametrize("kind", BITSANDBYTES)
-def test_ddp_averages_the_gradients(ranks, kind):
-    first, second = ranks.run(_gradients, kind)
+def test_ddp_averages_the_gradients(group, kind):
+    first, second = group.run(_gradients, kind)
     assert all(grad.abs().max() > 0 for grad in first.values())
     assert all(torch.equal(first[name], second[name]) for name in first)
 

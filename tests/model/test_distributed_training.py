@@ -1,4 +1,4 @@
-"""Training on two ranks by DDP and FSDP2: what one process computes, nothing frozen is sent, adapters are the same."""
+"""Training by DDP and FSDP2: what one process computes, nothing frozen is sent, adapters are the same."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ssvd_kernels.utils.fsdp import gathered
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("processes")]
 
-STEPS, MICRO, BATCH = 4, 2, 8  # BATCH examples a micro-batch, all ranks together
+STEPS, MICRO, BATCH = 4, 2, 8  # BATCH examples a micro-batch, all processes together
 Wrap = Callable[[nn.Module], nn.Module]
 
 
@@ -61,8 +61,8 @@ def _fsdp_bf16(model: nn.Module) -> nn.Module:
 SHARDED = [_fsdp, fully_shard, _fsdp_each_layer]
 
 
-def _loss(model: nn.Module, step: int, micro: int, rank: int, ranks: int, dtype: torch.dtype | None = None) -> Tensor:
-    x = _batch(10 * step + micro, BATCH).chunk(ranks)[rank].to(dtype or next(model.parameters()).dtype)
+def _loss(model: nn.Module, step: int, micro: int, rank: int, world: int, dtype: torch.dtype | None = None) -> Tensor:
+    x = _batch(10 * step + micro, BATCH).chunk(group)[rank].to(dtype or next(model.parameters()).dtype)
     output = model(x)
     return (output.to(torch.promote_types(x.dtype, torch.float32)) - x.flip(-1)).square().mean()
 
@@ -84,21 +84,21 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2, weight_decay=0.0)
 
 
-def _train(model: nn.Module, rank: int, ranks: int, steps: range = range(STEPS), optimizer=None) -> list[float]:
-    """The loss of each step, over all ranks and micro-batches."""
+def _train(model: nn.Module, rank: int, world: int, steps: range = range(STEPS), optimizer=None) -> list[float]:
+    """The loss of each step, over all processes and micro-batches."""
     optimizer, losses = optimizer or _optimizer(model), []
     for step in steps:
         total = torch.zeros((), dtype=torch.float64)
         for micro in range(MICRO):
             with _without_sync(model, micro == MICRO - 1):
-                loss = _loss(model, step, micro, rank, ranks) / MICRO
+                loss = _loss(model, step, micro, rank, world) / MICRO
                 loss.backward()
             total += loss.detach()
         optimizer.step()
         optimizer.zero_grad()
-        if ranks > 1:
+        if world > 1:
             dist.all_reduce(total)
-        losses.append(float(total) / ranks)
+        losses.append(float(total) / world)
     return losses
 
 
@@ -132,14 +132,14 @@ def _trained_alone(model: nn.Module, first: int = 0) -> tuple[Tensor, dict[str, 
 
 
 @pytest.mark.parametrize(("wrap", "options"), zip([_ddp, *SHARDED], [{"side": "both", "rotation": "linear"}, {}] * 2))
-def test_losses_and_parameters_are_those_of_one_process(ranks, wrap, options):
+def test_losses_and_parameters_are_those_of_one_process(group, wrap, options):
     """Two micro-batches a step, gradients exchanged once."""
     start = _adapter(_model(**options))
     drawn = [references(_model(**options), partial(_trained_alone, first=first)) for first in range(DRAWS)]
     _, (losses, moves) = drawn[0]
     assert losses[-1] < 0.95 * losses[0]
     bound = twice_of_draws((plain[0], exact[0]) for plain, exact in drawn)
-    for ours, adapter in ranks.run(_trained, wrap, options):
+    for ours, adapter in group.run(_trained, wrap, options):
         assert relative_error(torch.tensor(ours, dtype=torch.float64), losses) <= bound
         _same({name: start[name] if name in moves else value for name, value in adapter.items()}, start)  # frozen
         ours = {name: adapter[name] - start[name] for name in moves}
@@ -163,19 +163,19 @@ def _gradients_alone(model: nn.Module, dtype: torch.dtype | None = None) -> dict
 
 @pytest.mark.parametrize("mode", ["composed", "factored"])
 @pytest.mark.parametrize("wrap", [_ddp, *SHARDED])
-def test_gradients_are_those_of_one_process(ranks, wrap, mode):
+def test_gradients_are_those_of_one_process(group, wrap, mode):
     plain, exact = references(_model(), _gradients_alone)
-    for found in ranks.run(_gradients, wrap, mode):
+    for found in group.run(_gradients, wrap, mode):
         assert_all_within(found, plain, exact)
 
 
 @pytest.mark.parametrize("mode", ["composed", "factored"])
-def test_mixed_precision_policy(ranks, mode):
+def test_mixed_precision_policy(group, mode):
     """bfloat16 parameters and activations, float32 theta and gradients outside: as exact as one process in bfloat16."""
     _, exact = references(_model(), _gradients_alone)
     plain, _ = references(_model().bfloat16(), partial(_gradients_alone, dtype=torch.bfloat16))
     allowed = 2 * relative_error(_flat(plain), _flat(exact))
-    for found in ranks.run(_gradients, _fsdp_bf16, mode):
+    for found in group.run(_gradients, _fsdp_bf16, mode):
         assert all(gradient.dtype == torch.float32 for gradient in found.values())
         assert relative_error(_flat(found), _flat(exact)) <= allowed
 
@@ -203,19 +203,19 @@ def _sent_by_ddp(rank: int) -> tuple[list[int], int, dict[str, int]]:
     return sent, trainable, collectives
 
 
-def test_ddp_sends_what_trains_and_nothing_else(ranks):
-    for sent, trainable, collectives in ranks.run(_sent_by_ddp):
+def test_ddp_sends_what_trains_and_nothing_else(group):
+    for sent, trainable, collectives in group.run(_sent_by_ddp):
         assert sum(sent) == trainable
         assert collectives == {"gloo:all_reduce": len(sent)}
 
 
-def _eval_between(rank: int, ranks: int, model: nn.Module) -> Tensor:
+def _eval_between(rank: int, world: int, model: nn.Module) -> Tensor:
     """Outputs before, between and after two steps of training in eval mode: nobody calls train()."""
     optimizer, outputs = _optimizer(model.eval()), []
     for step in range(3):
         with torch.no_grad():
             outputs.append(model(_batch(1)))
-        _train(model, rank, ranks, range(step, step + 1), optimizer)
+        _train(model, rank, world, range(step, step + 1), optimizer)
     return torch.stack(outputs)
 
 
@@ -226,9 +226,9 @@ def _sharded_eval_between(rank: int, wrap: Wrap) -> tuple[Tensor, list[bool]]:
 
 
 @pytest.mark.parametrize("wrap", SHARDED)
-def test_sharded_layers_keep_nothing_between_calls(ranks, wrap):
+def test_sharded_layers_keep_nothing_between_calls(group, wrap):
     plain, exact = references(_model(), partial(_eval_between, 0, 1))
-    for found, kept_nothing in ranks.run(_sharded_eval_between, wrap):
+    for found, kept_nothing in group.run(_sharded_eval_between, wrap):
         assert_within(found, plain, exact)
         assert all(kept_nothing)
 
@@ -239,9 +239,9 @@ def _memory(rank: int) -> list[int]:
     return [layer._original.weight.to_local().shape[0] for layer in sk.ssvd_layers(model).values()]
 
 
-def test_no_whole_weight_is_kept_alive(ranks):
+def test_no_whole_weight_is_kept_alive(group):
     whole = [layer.out_features for layer in sk.ssvd_layers(_model()).values()]
-    assert [a + b for a, b in zip(*ranks.run(_memory))] == whole
+    assert [a + b for a, b in zip(*group.run(_memory))] == whole
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
@@ -265,16 +265,16 @@ def _base() -> nn.Module:
 
 @pytest.mark.parametrize("options", [{}, {"save_bases": True}], ids=["trained", "bases"])
 @pytest.mark.parametrize(("wrap", "who"), [(_ddp, "rank 0"), (_ddp, "all"), *((wrap, "all") for wrap in SHARDED)])
-def test_saved_by_ranks_loads_in_one_process(ranks, tmp_path, wrap, who, options):
-    expected, _ = ranks.run(_save, wrap, str(tmp_path), who, options)
+def test_saved_by_several_processes_loads_in_one_process(group, tmp_path, wrap, who, options):
+    expected, _ = group.run(_save, wrap, str(tmp_path), who, options)
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
     model = _base()
     sk.load_adapter(model, tmp_path / "a.safetensors", progress=False)
     _same(_adapter(model), expected)
 
 
-def test_only_rank_0_writes_a_sharded_model(ranks, tmp_path):
-    ranks.run(_save, _fsdp, str(tmp_path), "each its own", {})
+def test_only_rank_0_writes_a_sharded_model(group, tmp_path):
+    group.run(_save, _fsdp, str(tmp_path), "each its own", {})
     assert [file.name for file in tmp_path.iterdir()] == ["0.safetensors"]
 
 
@@ -301,11 +301,11 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("wrap", "when", "bases"), WAYS)
-def test_saved_by_one_process_loads_on_ranks(ranks, tmp_path, wrap, when, bases):
+def test_saved_by_one_process_loads_in_several(group, tmp_path, wrap, when, bases):
     model = _model()
     _train(model, 0, 1)
     sk.save_adapter(model, tmp_path / "a.safetensors", save_bases=bases)
-    for found in ranks.run(_load, str(tmp_path / "a.safetensors"), wrap, when):
+    for found in group.run(_load, str(tmp_path / "a.safetensors"), wrap, when):
         _same({name: value for name, value in found.items() if ".parked." not in name}, _adapter(model))
 
 
@@ -320,10 +320,10 @@ def _load_after_eval(rank: int, path: str) -> tuple[str, dict[str, Tensor]]:
     return str(caught.value), _adapter(model)
 
 
-def test_loading_where_fsdp2_would_lose_it_is_refused(ranks, tmp_path):
+def test_loading_where_fsdp2_would_lose_it_is_refused(group, tmp_path):
     model = train_randomly(_model(), seed=4)
     sk.save_adapter(model, tmp_path / "a.safetensors")
-    for message, found in ranks.run(_load_after_eval, str(tmp_path / "a.safetensors")):
+    for message, found in group.run(_load_after_eval, str(tmp_path / "a.safetensors")):
         assert "head" in message and "call reshard() before loading" in message
         _same(found, _adapter(model))
 
@@ -338,8 +338,8 @@ def _state_dict(rank: int, wrap: Wrap) -> tuple[dict[str, Tensor], dict[str, Ten
 
 
 @pytest.mark.parametrize("wrap", [_ddp, *SHARDED])
-def test_distributed_state_dicts_restore_training(ranks, wrap):
-    for expected, found in ranks.run(_state_dict, wrap):
+def test_distributed_state_dicts_restore_training(group, wrap):
+    for expected, found in group.run(_state_dict, wrap):
         _same(found, expected)
 
 
@@ -365,9 +365,9 @@ def _refusals(rank: int, path: str) -> list[str]:
     return messages
 
 
-def test_what_cannot_be_done_to_a_wrapped_model_is_refused(ranks, tmp_path):
+def test_what_cannot_be_done_to_a_wrapped_model_is_refused(group, tmp_path):
     sk.save_adapter(_model(), tmp_path / "a.safetensors")
-    for merge, remove, sharded, injected, *others in ranks.run(_refusals, str(tmp_path / "a.safetensors")):
+    for merge, remove, sharded, injected, *others in group.run(_refusals, str(tmp_path / "a.safetensors")):
         assert "sharded by FSDP2" in merge and "save_adapter" in merge and merge == remove
         assert "is sharded" in sharded and "call inject before fully_shard" in sharded
         assert "is wrapped in DistributedDataParallel" in injected and set(others) == {injected}
