@@ -62,7 +62,7 @@ SHARDED = [_fsdp, fully_shard, _fsdp_each_layer]
 
 
 def _loss(model: nn.Module, step: int, micro: int, rank: int, world: int, dtype: torch.dtype | None = None) -> Tensor:
-    x = _batch(10 * step + micro, BATCH).chunk(group)[rank].to(dtype or next(model.parameters()).dtype)
+    x = _batch(10 * step + micro, BATCH).chunk(world)[rank].to(dtype or next(model.parameters()).dtype)
     output = model(x)
     return (output.to(torch.promote_types(x.dtype, torch.float32)) - x.flip(-1)).square().mean()
 
