@@ -165,6 +165,7 @@ print(hits)
 """
 
 
+@pytest.mark.slow
 def test_processes_that_write_and_read_one_entry_at_once(tmp_path):
     command = [sys.executable, "-c", RACE, str(tmp_path)]
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]

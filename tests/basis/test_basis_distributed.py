@@ -44,7 +44,7 @@ def _same_bits(a: dict, b: dict) -> None:
         assert b["basis"][name][:2] == (fingerprint, gap) and torch.equal(b["basis"][name][2], sketch)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_each_layer_is_factorised_on_one_rank_and_all_hold_the_same(group, dtype):
     (first, a), (second, b) = group.run(_shared, True, dtype)
     assert sorted(first + second) == sorted(f"{name}.weight" for name in a["basis"]) and first and second

@@ -66,6 +66,7 @@ def test_what_a_module_keeps_beside_the_graph_counts_too():
     assert saved_bytes(Keeping(), torch.randn(3, requires_grad=True), []) == (20, 0)
 
 
+@pytest.mark.slow
 def test_memory_columns_of_the_op():
     rows = rows_of(cases.linear_case(*TINY), "frozen linear", "full fine-tuning", "naive", "ssvd")
     weight, z, x = 4 * (D_IN * D_OUT + D_OUT), 4 * T * K, 4 * T * D_IN

@@ -35,7 +35,7 @@ def losses(run_: transformers.Trainer) -> list[float]:
     return [entry["loss"] for entry in run_.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), {"gradient_checkpointing": True}])
 def test_trainer_trains_saves_and_resumes(tmp_path, options):
     def make() -> nn.Module:
         return peft.get_peft_model(base_model("llama"), config(side="both"))

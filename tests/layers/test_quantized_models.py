@@ -71,6 +71,7 @@ def _gradients(rank: int, kind: Callable[[nn.Module], None]) -> dict[str, Tensor
     return gradients(net)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BITSANDBYTES)
 def test_ddp_averages_the_gradients(group, kind):
     first, second = group.run(_gradients, kind)

@@ -120,11 +120,3 @@ def _entries(
 def cases() -> list[Case]:
     """Every configuration that can be launched, with a representative signature each."""
     return [*_linear_cases(), *_compose_cases(), *_core_grad_cases(), *_cayley_cases()]
-
-
-def sample() -> list[Case]:
-    """Of each kernel the case with the largest tile."""
-    largest: dict[str, Case] = {}
-    for case in sorted(cases(), key=lambda case: case.config.rows * case.config.cols):
-        largest[case.kernel] = case
-    return list(largest.values())

@@ -1,6 +1,6 @@
 """Compiles kernels for GPUs that need not be here and prints what the machine code uses, one JSON line a case.
 
-python triton_compile.py ARCH FIRST STEP all|sample [FILTER]: every STEP-th of the cases from FIRST on. A process of its
+python triton_compile.py ARCH FIRST STEP [FILTER]: every STEP-th of the cases from FIRST on. A process of its
 own, because the tests run the kernels in Triton's interpreter.
 """
 
@@ -18,7 +18,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
-from kernel_cases import Case, cases, sample
+from kernel_cases import Case, cases
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -57,8 +57,8 @@ def inspect(case: Case, arch: int) -> dict[str, object]:
     return {"label": case.label, "arch": arch, **used, "shared": compiled.metadata.shared, **count}
 
 
-def main(arch: int, first: int, step: int, which: str, pattern: str = "") -> None:
-    chosen = [case for case in {"all": cases, "sample": sample}[which]() if pattern in case.label]
+def main(arch: int, first: int, step: int, pattern: str = "") -> None:
+    chosen = [case for case in cases() if pattern in case.label]
     for case in chosen[first::step]:
         print(json.dumps(inspect(case, arch) | {"tensor_cores": case.tensor_cores}), flush=True)
 

@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from kernel_cases import cases, sample
+from kernel_cases import cases
 
 from ssvd_kernels.ops.kernels.tile_sizes import (
     CAYLEY,
@@ -32,14 +32,14 @@ HELPER = Path(__file__).parents[2] / "support" / "triton_compile.py"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
 
-def compiled(arch: int, which: str, workers: int = 2) -> list[dict]:
+def compiled(arch: int, workers: int = 2) -> list[dict]:
     """What every case uses, one dictionary a case, by `workers` processes."""
     root = str(HELPER.parents[2])
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
 
     def part(first: int) -> str:
-        command = [sys.executable, str(HELPER), str(arch), str(first), str(workers), which]
+        command = [sys.executable, str(HELPER), str(arch), str(first), str(workers)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=3000)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
@@ -58,24 +58,15 @@ def faults(row: dict) -> list[str]:
     return found
 
 
-def check(arch: int, which: str, count: int) -> None:
-    rows = compiled(arch, which)
-    assert len(rows) == count
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_every_configuration_compiles_within_limits(arch):
+    rows = compiled(arch)
+    assert len(rows) == len(cases())
     bad = [
         f"sm_{arch} {row['label']}: {', '.join(faults(row))} ({row['reg']} registers)" for row in rows if faults(row)
     ]
     assert not bad, "\n".join(bad)
-
-
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
-def test_a_sample_compiles_within_limits(arch):
-    check(arch, "sample", len(sample()))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
-def test_every_configuration_compiles_within_limits(arch):
-    check(arch, "all", len(cases()))
 
 
 def test_gate_refuses():

@@ -26,7 +26,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REASON = unavailable_reason(DEVICE, torch.float32)
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
-RANKS = [1, 2, 15, 16, 17, 64, 65, 100]
+RANKS = [1, 2, 15, 16, 17, 64, 65]
 TWO_TERMS = 1e-5  # promised where torch's "high" lets float32 numbers be two bfloat16 terms, each of 2^-17 = 7.6e-6
 ORTHOGONAL = 5e-6  # promised of every number of G^T G - I, else TWO_TERMS
 
