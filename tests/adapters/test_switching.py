@@ -295,6 +295,7 @@ def test_average_refuses_weights_that_are_none(base, weights):
         sk.average_adapters(net, {"b": 1, "c": 1}, into="mean")
 
 
+@pytest.mark.slow
 def test_compiled_model_switches_without_compiling_again():
     torch._dynamo.reset()
     base = Stack(None)

@@ -100,6 +100,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant):
     assert_all_within(loss_gradients(model), plain, exact)
 
 
+@pytest.mark.slow
 def test_compile_fullgraph():
     torch._dynamo.reset()
     model = train_randomly(peft.get_peft_model(Stack(None), config()))

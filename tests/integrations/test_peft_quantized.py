@@ -184,6 +184,7 @@ def test_parameters_are_as_narrow_as_asked(load):
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {expected}
 
 
+@pytest.mark.slow
 @kinds
 @pytest.mark.parametrize("through", ["peft", "transformers"])
 def test_trainer_trains_and_saves(load, tmp_path, through):

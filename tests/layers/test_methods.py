@@ -171,7 +171,7 @@ def test_merging_removing_and_checking(name):
     assert_equal_state(net, base.state_dict())
 
 
-@pytest.mark.parametrize("by", ["base", "added"])
+@pytest.mark.parametrize("by", [pytest.param("base", marks=pytest.mark.slow), "added"])
 @pytest.mark.parametrize("name", METHODS)
 def test_adapters_come_back_where_singular_vectors_have_other_signs(tmp_path, monkeypatch, name, by):
     base = Net(12, 16, 10)

@@ -77,6 +77,7 @@ def test_small_rotations_lose_nothing(precision, kappa):
     assert (G.mT @ G - torch.eye(k)).abs().max() <= (ORTHOGONAL if precision == "highest" else TWO_TERMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16x3", "bf16x6"])
 @pytest.mark.parametrize("position", range(3))
 def test_every_configuration(name, position, monkeypatch):

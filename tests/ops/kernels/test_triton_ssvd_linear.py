@@ -106,6 +106,7 @@ def test_linear_and_its_gradients(dtype, params, path, shape, monkeypatch):
     check_linear(shape, dtype, params, bias=shape[0] != 17)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "config"), [(key, c) for key, table in tables.LINEAR.items() for c in table])
 def test_every_linear_configuration(key, config, monkeypatch):
     """More than one tile in each direction, whatever the shape would have picked."""
@@ -116,6 +117,7 @@ def test_every_linear_configuration(key, config, monkeypatch):
     check_linear((config.rows + 3, 70, config.cols + 5, 19), dtype, F32 if key.startswith("mixed") else dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "config"), [(key, c) for key, table in tables.ONE_PASS.items() for c in table])
 def test_every_one_pass_configuration(key, config, monkeypatch):
     monkeypatch.setattr(tables, "one_pass_config", None)
