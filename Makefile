@@ -20,7 +20,7 @@ help:
 	@echo "make speaker    speaker verification with SpectralFT, SSVD and LoRA (options: ARGS='--help')"
 	@echo "make test       run the test suite on JOBS=$(JOBS) cores"
 	@echo "make test-speed run the timing tests, one at a time"
-	@echo "make test-slow  run the slow sweeps"
+	@echo "make test-slow  run what takes long: builds, new processes, sweeps"
 	@echo "make test-all   run all three"
 	@echo "make matrix     run the tests with other versions of torch, transformers and PEFT, and with the lowest supported"
 	@echo "make lock       write the newest compatible versions to $(LOCK)"

@@ -97,12 +97,13 @@ class Adapter(nn.Module, ABC):
         """Whether a forward of the model needs this adapter's update."""
 
     def hold_basis(self, found: Factorization) -> None:
+        """Puts U, sigma and V where they are found from now on."""
         for name in BASIS:
             # frozen parameters, not buffers: DDP broadcasts buffers, even non-persistent ones, every step
             self.register_parameter(name, nn.Parameter(getattr(found, name), requires_grad=False))
 
-    @torch.no_grad()
     def replace_basis(self, values: dict[str, Tensor]) -> None:
+        """Puts values of the same shapes in their place; called with gradients off."""
         for name, value in values.items():
             assign(getattr(self, name), value)
 
@@ -137,6 +138,7 @@ class Adapter(nn.Module, ABC):
         return self.composed_weight()
 
     def composed_weight(self) -> Tensor:
+        """What `weight` reads; a method, for torch.compile traces no property through super()."""
         try:
             return self.effective_weight()
         except AttributeError as error:  # nn.Module would take it for a missing property and give the base weight
@@ -156,6 +158,7 @@ class Adapter(nn.Module, ABC):
 
     # -- the basis ---------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def set_basis(self, U: Tensor, sigma: Tensor, V: Tensor) -> None:
         """Replaces the basis by another of the same weight, e.g. an adapter's own. Shapes as the present ones."""
         values = dict(zip(BASIS, (U, sigma, V)))
@@ -169,6 +172,7 @@ class Adapter(nn.Module, ABC):
         self.recognise_basis()
         self.forget()
 
+    @torch.no_grad()
     def flip_basis(self, signs: Tensor) -> None:
         """Multiplies each pair (u_i, v_i) by signs[i] = +-1: the same W, and the basis that other values mean."""
         pairs = {name: gathered(getattr(self, name)) for name in ("U", "V")}

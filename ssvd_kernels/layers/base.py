@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -186,7 +185,7 @@ def own_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 def check_not_adapted(model: nn.Module) -> None:
     """Raises ValueError for a model that has adapted layers already."""
-    present: Mapping[str, AdaptedLinear] = own_layers(model)
+    present = own_layers(model)
     if present:
         raise ValueError(
             f"model has {len(present)} SSVD layers already, e.g. {next(iter(present))!r}: remove() them first"
