@@ -144,7 +144,7 @@ def linear_case(dtype: torch.dtype, T: int, d_in: int, d_out: int, k: int) -> Ca
         leaves, bound = [leaf(x), leaf(core)], twice(plain.run, plain.exact, dtype)
         forced = [(name, mode) for name in served(device, dtype, "linear") for mode in ("composed", "factored")]
         for backend, mode in (*forced, ("auto", "auto")):
-            found, label = chosen(device, dtype, *shape, mode, 2, backend)
+            found, label = chosen(device, dtype, *shape, mode, backend)
             call = partial(_ssvd_linear, f, U, V, mode)
             run, flops = Passes(call, leaves, dy, within=within(backend)), work.linear_flops(found, *shape)
             frozen = [leaves[1], f.weight, f.bias, U, V]
@@ -205,10 +205,11 @@ def accumulate_case(dtype: torch.dtype, T: int, d_in: int, d_out: int, k: int) -
         versions = []
 
         def costs(name: str, mode: str) -> tuple[float, float]:
-            """FLOPs, W' composed once, and bytes."""
-            first, later = (work.layer_flops(name, mode, *shape, compositions=count) for count in (1, 0))
-            moved = MICRO_BATCHES * work.layer_bytes(name, dtype.itemsize, *shape)
-            return first + (MICRO_BATCHES - 1) * later, moved
+            """FLOPs and bytes."""
+            return (
+                MICRO_BATCHES * work.layer_flops(name, mode, *shape),
+                MICRO_BATCHES * work.layer_bytes(name, dtype.itemsize, *shape),
+            )
 
         for name, make in layers.COUNTERPARTS.items():
             module = make(f)
@@ -220,7 +221,7 @@ def accumulate_case(dtype: torch.dtype, T: int, d_in: int, d_out: int, k: int) -
         for mode in dispatch.MODES:
             layer = layers.ssvd_layer(f)
             layer.mode = mode
-            found, label = chosen(device, dtype, *shape, mode, 1)
+            found, label = chosen(device, dtype, *shape, mode)
             run = _accumulated(layer, xs, dys)
             versions.append(Version("ssvd", run, exact, bound, *costs("ssvd", found), "auto", label, capturable=False))
         return versions

@@ -94,7 +94,7 @@ def extras_case(dtype: torch.dtype, B: int, T: int, d: int, k: int) -> Case:
             fan = _injected(f, B)
             for layer in fan.parts:
                 layer.mode = mode
-            found.append(version("ssvd", fan, exact, bound, chosen(device, dtype, *size, mode, 1)[0]))
+            found.append(version("ssvd", fan, exact, bound, chosen(device, dtype, *size, mode)[0]))
         return found
 
     return Case("extras", dtype, build, "frozen linear", T, d, d, k, batch=B)

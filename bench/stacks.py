@@ -205,7 +205,7 @@ def model_case(dtype: torch.dtype, architecture: Architecture, sequences: int, T
                 exact, bound = found[-1].exact, twice(_gradients(stack, *small), found[-1].exact, dtype)
         stack = ssvd_stack(architecture, known)
         for mode in dispatch.MODES:
-            modes = {place: chosen(device, dtype, *sizes[place], mode, 1)[0] for place in adapted}
+            modes = {place: chosen(device, dtype, *sizes[place], mode)[0] for place in adapted}
             label = mode if mode != "auto" else f"auto ({' and '.join(sorted(set(modes.values())))})"
             begin = partial(_set_mode, stack, mode)
             found.append(version("ssvd", stack, exact, bound, begin, modes, backend="auto", mode=label))

@@ -89,13 +89,12 @@ def chosen(
     d_out: int,
     k: int,
     mode: str,
-    compositions: int,
     backend: str = "auto",
 ) -> tuple[str, str]:
     """(the mode that a call with `mode` and `backend` computes in, what to call it in the table)."""
     with sk.use_backend(backend):
-        fused = dispatch.backend_for("linear", device, dtype) == "triton"
-    found = dispatch.linear_mode(dtype, T, (d_out, d_in), k, mode, True, compositions, fused)
+        serving = dispatch.backend_for("linear", device, dtype)
+    found = "composed" if T >= dispatch.composed_from(dtype, (d_out, d_in), k, mode, True, serving) else "factored"
     return found, mode if mode == found else f"{mode} ({found})"
 
 
@@ -145,7 +144,7 @@ def layer_versions(p: Problem, compile: bool) -> Iterator[Version]:
         run = passes(layer, layer)
         # in training the parameters change before every forward: what is kept of them must not live on
         run = Passes(run.forward, run.leaves, p.dy, begin=layer.train, within=within(backend))
-        found, label = chosen(x.device, dtype, *shape, mode, 1, backend)
+        found, label = chosen(x.device, dtype, *shape, mode, backend)
         yield version("ssvd", run, exact, bound, layer, computes=found, backend=backend, mode=label)
     for name in peers.PEERS:
         if why := peers.absent(name):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from ssvd_kernels.ops import flops
 
 
-def linear_flops(mode: str, T: int, d_in: int, d_out: int, k: int, compositions: int = 2) -> float:
-    """y, dx and dcore from a core (multiply and add are two), W' composed so many times if at all."""
-    return flops.linear_flops(mode, T, d_in, d_out, k, backward=True, compositions=compositions)
+def linear_flops(mode: str, T: int, d_in: int, d_out: int, k: int) -> float:
+    """y, dx and dcore from a core (multiply and add are two)."""
+    return flops.linear_flops(mode, T, d_in, d_out, k, backward=True)
 
 
 def linear_bytes(size: int, T: int, d_in: int, d_out: int, k: int) -> float:
@@ -36,7 +36,7 @@ def rotation_bytes(B: int, k: int) -> float:
     return 4 * B * (k * (k - 1) + 3 * k * k)
 
 
-def layer_flops(version: str, mode: str, T: int, d_in: int, d_out: int, k: int, compositions: int = 1) -> float:
+def layer_flops(version: str, mode: str, T: int, d_in: int, d_out: int, k: int) -> float:
     """The version's products for y, dx and the gradients of its parameters, its rotation included."""
     frozen = 4 * T * d_in * d_out
     if version in ("frozen linear", "full fine-tuning"):
@@ -49,7 +49,7 @@ def layer_flops(version: str, mode: str, T: int, d_in: int, d_out: int, k: int, 
         r = min(d_in, d_out)
         return 1.5 * frozen + 4 * r * d_in * (r + d_out) + solve_flops(k)
     if version == "ssvd":
-        return linear_flops(mode, T, d_in, d_out, k, compositions) + rotation_flops(k)
+        return linear_flops(mode, T, d_in, d_out, k) + rotation_flops(k)
     return linear_flops("factored", T, d_in, d_out, k) + solve_flops(k)
 
 

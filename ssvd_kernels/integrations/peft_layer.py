@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..basis.factorize import BASIS, SAFE_GAP, SKETCH_ROWS, Factorization, facto
 from ..basis.linears import base_weight, check_adaptable
 from ..config import SSVDConfig
 from ..layers.merging import merged_weight
+from ..layers.running import structure
 from ..layers.ssvd import SSVDAdapter
 from ..ops import reference
 from ..ops.functional import ssvd_linear
@@ -32,6 +33,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("ssvd_adapter",)
     other_param_names = ()
+    quantized = False
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -42,6 +44,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = self.base_layer.in_features, self.base_layer.out_features
         self.ssvd_adapter = nn.ModuleDict()
         self.merged_adapters: list[str] = []
+        self._running: list[PeftAdapter] = []
         self._unmerged: Tensor | None = None  # W, while the base layer's weight is W'
 
     def update_layer(self, adapter_name: str, config: SSVDConfig, inference_mode: bool = False) -> None:
@@ -52,6 +55,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
             raise ValueError(f"{self.name}: {error}") from None
         found = self._factorization(max(k_in, k_out or 0))
         self.ssvd_adapter[adapter_name] = PeftAdapter(self, config, found)
+        structure.changed()
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _factorization(self, k: int) -> Factorization:
@@ -65,9 +69,17 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
 
     def running(self) -> list[PeftAdapter]:
         """The adapters that the forward applies: those active here, unless they are disabled or merged."""
-        if self.disable_adapters or self.merged:
-            return []
-        return [self.ssvd_adapter[name] for name in self.active_adapters if name in self.ssvd_adapter]  # type: ignore
+        return self._running
+
+    def _choose(self) -> None:
+        """After any change of what is active, disabled or merged."""
+        off = self.disable_adapters or self.merged
+        names = [] if off else [name for name in self.active_adapters if name in self.ssvd_adapter]
+        self._running = [self.ssvd_adapter[name] for name in names]  # type: ignore[misc]
+        for adapter in self._adapters():
+            adapter.idle = not any(adapter is each for each in self._running)
+            if adapter.idle:
+                adapter.forget()  # a composed weight each
 
     @property
     def base_weight(self) -> Tensor:
@@ -86,22 +98,29 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
             return reference.compose_ref(self.base_weight, *_sum(running))
 
     def forward(self, x: Tensor) -> Tensor:
+        running = self._running
+        if len(running) == 1:
+            return running[0].forward(x)
+        if running:
+            return ssvd_linear(x, self.base_weight, *_sum(running), self.base_layer.bias)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        running = self.running()
-        if len(running) == 1:
-            return running[0](x)
-        if not running:
-            return self.base_layer(x)
-        return ssvd_linear(x, self.base_weight, *_sum(running), self.base_layer.bias)
+        return self.base_layer(x)
 
     # -- what PEFT calls ---------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode)
-        for adapter in self._adapters():
-            if not adapter.in_use:
-                adapter.forget()  # a composed weight each
+        self._choose()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self._choose()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        structure.changed()
+        self._choose()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         names = self._to_merge(adapter_names)
@@ -112,6 +131,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         self._unmerged = self.base_weight.data
         self.base_layer.weight.data = merged
         self.merged_adapters = together
+        self._choose()
 
     def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
         return [name for name in check_adapters_to_merge(self, adapter_names) if name in self.ssvd_adapter]
@@ -125,6 +145,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         if self._unmerged is not None:
             self.base_layer.weight.data = self._unmerged
         self._unmerged, self.merged_adapters = None, []
+        self._choose()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """The update has rank k: PEFT's `convert_to_lora(model, rank=k)` is exact."""
@@ -194,9 +215,19 @@ class PeftAdapter(SSVDAdapter):
         """Whether the base layer's weight holds this adapter's update."""
         return any(self.layer.ssvd_adapter[name] is self for name in self.layer.merged_adapters)
 
-    @property
-    def in_use(self) -> bool:
-        return any(adapter is self for adapter in self.layer.running())
+    def frozen(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+        layer, own = self.__dict__["layer"], self.__dict__
+        base = layer._modules["base_layer"]._parameters
+        return None if layer.quantized else base["weight"], own["U"], own["V"], base["bias"]
+
+    def places(self) -> list[tuple[Mapping[str, Any], str]]:
+        kept = self.layer.base_layer._parameters
+        base = [] if self.layer.quantized else [(kept, name) for name in ("weight", "bias") if kept[name] is not None]
+        trained = [(self._parameters, name) for name in self.adapter()]
+        return [*base, *((self.__dict__, name) for name in BASIS), *trained]
+
+    def fixed(self, x: Tensor) -> Tensor:
+        return self.layer.base_layer(x)
 
     # -- state -------------------------------------------------------------------------------------------------
 

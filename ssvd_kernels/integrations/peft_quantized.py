@@ -17,11 +17,12 @@ class SSVDPeftQuantizedLinear(SSVDPeftLinear):
     W' in `unloaded_dtype`.
     """
 
+    quantized = True
     unloaded_dtype: torch.dtype | None = None  # by default the dequantised weight's
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
-        for adapter in self.running():
+        for adapter in self._running:
             y = y + adapter.update(x).to(y.dtype)
         return y
 

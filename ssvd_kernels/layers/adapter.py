@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,8 +15,8 @@ from ..basis.factorize import fingerprint as fingerprint_of
 from ..config import Config
 from ..ops import reference
 from ..utils.fsdp import assign, gathered, is_sharded
-from .caching import EvalCache, multiplies_kept_weight
-from .precomputed import unseen_by_checkpoints
+from .caching import LayerCache
+from .running import unseen_by_checkpoints
 
 Factors = tuple[Tensor, Tensor, Tensor]  # U (d_out, r), V (d_in, r), core (r, r)
 
@@ -46,7 +47,8 @@ class Adapter(nn.Module, ABC):
         self.mode = "auto"
         found = factorization or factorize(weight, self.k)
         self.basis = BasisIdentity(found.fingerprint, found.gap, found.sketch)
-        self.kept = EvalCache()
+        self.cache = LayerCache()
+        self.idle = False  # merged, disabled or inactive: a forward of the model does not need its update
         self.hold_basis(found)
 
     # -- what a method defines ---------------------------------------------------------------------------------
@@ -91,10 +93,17 @@ class Adapter(nn.Module, ABC):
     def bias(self) -> nn.Parameter | None:
         """The base layer's b (d_out,), frozen."""
 
-    @property
     @abstractmethod
-    def in_use(self) -> bool:
-        """Whether a forward of the model needs this adapter's update."""
+    def frozen(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+        """(W, U, V, b); no W where it takes work to read it."""
+
+    @abstractmethod
+    def places(self) -> list[tuple[Mapping[str, Any], str]]:
+        """Where everything that W' is made from is found: (dictionary, key)."""
+
+    @abstractmethod
+    def fixed(self, x: Tensor) -> Tensor:
+        """What an idle adapter computes: x W^T + b, or with a merged W'."""
 
     def hold_basis(self, found: Factorization) -> None:
         """Puts U, sigma and V where they are found from now on."""
@@ -114,8 +123,16 @@ class Adapter(nn.Module, ABC):
         return is_sharded(self._parameters.get("weight")) or is_sharded(getattr(original, "weight", None))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kept.serves(self) and multiplies_kept_weight(self, x):
-            return F.linear(x, self.kept.weight(self), self.bias)
+        if self.idle:
+            return self.fixed(x)
+        if not self.training and not torch.is_grad_enabled():
+            cache = self.cache
+            if cache.weight is not None and x.dtype == cache.dtype and not torch.compiler.is_dynamo_compiling():
+                if not torch.is_autocast_enabled(x.device.type) and cache.holds(self):
+                    return F.linear(x, cache.weight, cache.bias)
+            weight = cache.composed_for(self, x)
+            if weight is not None:
+                return F.linear(x, weight, self.bias)
         return self.adapted(x)
 
     # -- values ------------------------------------------------------------------------------------------------
@@ -145,16 +162,20 @@ class Adapter(nn.Module, ABC):
             raise RuntimeError(f"the effective weight could not be composed: {error}") from error
 
     def effective_weight(self) -> Tensor:
-        return self.kept.weight(self) if self.kept.serves(self) else self.compose()
+        return self.cache.composed(self) if self.cache.serves(self) else self.compose()
 
     def compose(self) -> Tensor:
         """W + U core V^T (d_out, d_in), computed in float32 at least and rounded once to the base weight's dtype."""
         with unseen_by_checkpoints(), torch.autocast(self.sigma.device.type, enabled=False):
             return reference.compose_ref(self.base_weight, *self.update_factors())
 
+    def operands(self, U: Tensor, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """U and V as the Triton kernels read them in `dtype`; cached, unless FSDP2 gathers them for each use."""
+        return (LayerCache() if self.sharded else self.cache).operands(U, V, dtype)
+
     def forget(self) -> None:
-        """Frees what is kept between calls, which then is made anew."""
-        self.kept.forget()
+        """Drops what is cached between calls."""
+        self.cache.forget()
 
     # -- the basis ---------------------------------------------------------------------------------------------
 

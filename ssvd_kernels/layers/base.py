@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..basis.factorize import Factorization
+from ..basis.factorize import BASIS, Factorization
 from ..config import Config
 from ..utils.fsdp import is_sharded
 from .adapter import Adapter
@@ -27,7 +27,7 @@ class AdaptedLinear(Adapter):
     def __init__(self, linear: nn.Linear, config: Config, factorization: Factorization | None = None) -> None:
         super().__init__(self.base_layer.read(linear), config, factorization)
         self.base_layer.attach(self, linear)
-        self.active_adapter, self.disabled = "default", False  # see adapters/switching.py
+        self.active_adapter = "default"  # see adapters/switching.py
         self.register_buffer("_merged_weight", None, persistent=False)
         self.training = linear.training
 
@@ -53,15 +53,22 @@ class AdaptedLinear(Adapter):
             return self._merged_weight
         return self.base_weight if self.disabled else super().effective_weight()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._merged_weight is not None:
-            if self.training and torch.is_grad_enabled() and self.first_trained.requires_grad:
-                kind = type(self).__name__
-                raise RuntimeError(f"this {kind} is merged and would not train: call unmerge() first, or eval()")
-            return F.linear(x, self._merged_weight, self.bias)
-        if self.disabled:
+    def frozen(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+        own: dict[str, Any] = self._parameters
+        return own["weight"], own["U"], own["V"], own["bias"]
+
+    def places(self) -> list[tuple[Mapping[str, Any], str]]:
+        own = self._parameters
+        return [(own, name) for name in ("weight", "bias", *BASIS, *self.trained_names) if own.get(name) is not None]
+
+    def fixed(self, x: Tensor) -> Tensor:
+        merged = self._merged_weight
+        if merged is None:
             return F.linear(x, self.base_weight, self.bias)
-        return super().forward(x)
+        if self.training and torch.is_grad_enabled() and self.first_trained.requires_grad:
+            kind = type(self).__name__
+            raise RuntimeError(f"this {kind} is merged and would not train: call unmerge() first, or eval()")
+        return F.linear(x, merged, self._parameters["bias"])
 
     # -- adapters ----------------------------------------------------------------------------------------------
 
@@ -91,8 +98,13 @@ class AdaptedLinear(Adapter):
         return self._merged_weight is not None
 
     @property
-    def in_use(self) -> bool:
-        return not (self.merged or self.disabled)
+    def disabled(self) -> bool:
+        """Whether the forward is the base layer's."""
+        return self.idle and not self.merged
+
+    @disabled.setter
+    def disabled(self, value: bool) -> None:
+        self.idle = value or self.merged
 
     def composed_for_merge(
         self, name: str = "weight", rounding: str = "nearest", unload: bool = False, dtype: torch.dtype | None = None
@@ -114,11 +126,13 @@ class AdaptedLinear(Adapter):
         """
         if self._merged_weight is None:
             self._merged_weight = self.composed_for_merge(rounding=rounding) if composed is None else composed
+            self.idle = True
             self.forget()
 
     def unmerge(self) -> None:
         """Goes back to W + U core V^T computed at each forward."""
-        self._merged_weight = None
+        if self._merged_weight is not None:
+            self._merged_weight, self.idle = None, False
 
     def unloaded(self, weight: Tensor) -> nn.Linear:
         """The plain layer that `merge(model, unload=True)` leaves: one with W' for a weight."""
@@ -144,7 +158,7 @@ class AdaptedLinear(Adapter):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "disabled": False}
+        return {**super().__getstate__(), "idle": self.merged}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Refuses another base weight without its basis, and any load while merged: both would be silently wrong."""

@@ -1,29 +1,54 @@
-"""What an adapter keeps between calls in eval mode with gradients off: its core, and W' where that is used."""
+"""What an adapter caches between calls: in eval with gradients off its core and W', for Triton its basis."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import dispatch, reference
-from ..ops.weight_cache import Provenance, WeightCache, capturing
+from ..config import check_choice
+from ..ops import dispatch, reference, triton_linear
 
 if TYPE_CHECKING:
     from .adapter import Adapter, Factors
 
 
-class EvalCache:
-    """Of one adapter: `update_factors` and a composed W', made anew once anything that they were made from changes."""
+class LayerCache:
+    """Of one adapter. Dropping it costs time alone: everything is computed again once its sources change.
+
+    Another tensor or another version of it is noticed. .data writes and fused optimizers leave no such trace: on the
+    CPU the values of what trains are compared; on a GPU that would stall the stream, and train() and eval() drop what
+    is kept.
+    """
 
     def __init__(self) -> None:
-        self.weights = WeightCache()  # in training, too: it serves the backward of a composed forward
-        self._factors: tuple[Provenance, Factors] | None = None
+        self.dtype: torch.dtype | None = None  # of the x that W' serves whatever its length
+        self.weight: Tensor | None = None  # W'
+        self.bias: Tensor | None = None
+        self._factors: Factors | None = None
+        self._made_from: list[tuple[Mapping[str, Any], str, Tensor, int]] = []
+        self._values: list[tuple[Tensor, Tensor]] = []
+        self._choices: tuple[object, ...] = ()
+        self._owner: object = None
+        self._operands: dict[torch.dtype, tuple[tuple[Tensor, int], tuple[Tensor, int], tuple[Tensor, Tensor]]] = {}
+        self._in_graphs: list[Tensor] = []
 
-    @staticmethod
-    def serves(adapter: Adapter) -> bool:
-        """Whether a call may use what is kept, and keep what it makes."""
+    def holds(self, adapter: Adapter) -> bool:
+        """Whether the cache was made from the present parameters."""
+        if self._owner is not adapter._parameters or self._choices != (adapter.mode, dispatch.forced):
+            return False  # replicas of DataParallel share this object
+        for place, name, tensor, version in self._made_from:
+            if place[name] is not tensor or tensor._version != version:
+                return False
+        for now, value in self._values:
+            if not torch.equal(now, value):
+                return False
+        return True
+
+    def serves(self, adapter: Adapter) -> bool:
+        """Whether a call may use and fill the cache."""
         return not (
             adapter.training
             or torch.is_grad_enabled()
@@ -34,50 +59,74 @@ class EvalCache:
             or torch._C._are_functorch_transforms_active()
         )
 
-    def holds(self, adapter: Adapter) -> bool:
-        """Whether the next forward can use what is kept: then it needs no rotation."""
-        kept = self._factors
-        return kept is not None and self.serves(adapter) and kept[0].holds(adapter._parameters.values())
-
     def factors(self, adapter: Adapter) -> Factors:
-        """`update_factors`, kept."""
-        kept = self._factors
-        if kept is None or not kept[0].holds(adapter._parameters.values()):
-            made_from = Provenance(adapter._parameters.values(), adapter.adapter().values())
-            with torch.inference_mode(False), torch.no_grad():
-                kept = made_from, adapter.update_factors()
-            if capturing(kept[1][-1]):  # hold their values only after the first replay
-                return kept[1]
-            self._factors = kept
-        if capturing(kept[1][-1]):
-            for made in (factor for factor in kept[1] if not isinstance(factor, nn.Parameter)):
-                self.weights.pin(made)
-        return kept[1]
-
-    def weight(self, adapter: Adapter) -> Tensor:
-        """W' in the base weight's dtype, kept."""
-        factors, W = self.factors(adapter), adapter.base_weight
+        """`update_factors`."""
+        if self._factors is not None and self.holds(adapter):
+            for factor in self._factors:
+                self._pin(factor)
+            return self._factors
+        self.forget()
         with torch.inference_mode(False), torch.no_grad():
-            return self.weights.composed(W, *factors, W.dtype, reference.compose_ref, "nearest")
+            factors = adapter.update_factors()
+        if not capturing(factors[-1]):  # else it has its values only after the first replay
+            trained, places = adapter.adapter().values(), adapter.places()
+            self._owner, self._choices = adapter._parameters, (adapter.mode, dispatch.forced)
+            self._made_from = [(place, name, place[name], place[name]._version) for place, name in places]
+            self._values = [(tensor, tensor.detach().clone()) for tensor in trained if tensor.is_cpu]
+            self._factors = factors
+        return factors
 
-    def drop_factors(self) -> None:
-        """Before a call that may be followed by changes which leave no trace."""
-        self._factors = None
+    def composed(self, adapter: Adapter) -> Tensor:
+        """W' in the base weight's dtype."""
+        factors = self.factors(adapter)
+        if self.weight is None:
+            with torch.inference_mode(False), torch.no_grad():
+                weight = reference.compose_ref(adapter.base_weight, *factors)
+            if capturing(weight):
+                return weight
+            self.weight = weight
+            self._made_from.append((self.__dict__, "weight", weight, weight._version))  # it may be written into
+        return self._pin(self.weight)
+
+    def composed_for(self, adapter: Adapter, x: Tensor) -> Tensor | None:
+        """W', if a call of `adapter` on x is to use it: in float32 and float64, where composing loses nothing."""
+        dtype, device = x.dtype, x.device
+        check_choice("mode", adapter.mode, dispatch.MODES)
+        if adapter.mode == "factored" or not dtype == adapter.base_weight.dtype == adapter.sigma.dtype:
+            return None
+        if dtype.itemsize < 4 or torch.is_autocast_enabled(device.type) or not self.serves(adapter):
+            return None
+        if dispatch.linear_backend(device, dtype) != "reference":
+            return None
+        weight = self.composed(adapter)
+        self.dtype, self.bias = None if weight is not self.weight or weight.is_cuda else dtype, adapter.bias
+        return weight
+
+    def operands(self, U: Tensor, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """U and V as the Triton kernels read them in `dtype`."""
+        kept = self._operands.get(dtype)
+        if kept is None or any(now is not old or now._version != version for now, (old, version) in zip((U, V), kept)):
+            made = triton_linear.operand(U.detach(), dtype), triton_linear.operand(V.detach(), dtype)
+            if capturing(made[0]):
+                return made
+            kept = self._operands[dtype] = (U, U._version), (V, V._version), made
+        return self._pin(kept[2][0]), self._pin(kept[2][1])
 
     def forget(self) -> None:
-        self.drop_factors()
-        self.weights.forget()
+        graphs = self._in_graphs
+        self.__init__()  # type: ignore[misc]
+        self._in_graphs = graphs
+
+    def _pin(self, tensor: Tensor) -> Tensor:
+        """`tensor`, which lives on whatever is forgotten if a CUDA graph is being captured, whose replays read it."""
+        if capturing(tensor):
+            self._in_graphs.append(tensor)
+        return tensor
 
     def __getstate__(self) -> dict[str, Any]:
-        return EvalCache().__dict__
+        return LayerCache().__dict__
 
 
-def multiplies_kept_weight(adapter: Adapter, x: Tensor) -> bool:
-    """Whether a kept W' serves x: in float32 and float64, where composing loses nothing and T does not matter."""
-    W = adapter.base_weight
-    if not x.dtype == W.dtype == adapter.sigma.dtype or torch.is_autocast_enabled(x.device.type):
-        return False
-    if dispatch.backend_for("linear", x.device, x.dtype) != "reference":
-        return False
-    mode = dispatch.linear_mode(x.dtype, 1, W.shape, adapter.k, adapter.mode, backward=False, compositions=0)
-    return mode == "composed"
+def capturing(tensor: Tensor) -> bool:
+    """Whether work on `tensor` is being captured in a CUDA graph rather than done."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -135,7 +135,11 @@ class SSVDQuantizedLinear(SSVDLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        return y if self.disabled else y + self.update(x).to(y.dtype)
+        return y if self.idle else y + self.update(x).to(y.dtype)
+
+    def frozen(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+        own: dict[str, Any] = self._parameters
+        return None, own["U"], own["V"], None
 
     def composed_for_merge(
         self, name: str = "weight", rounding: str = "nearest", unload: bool = False, dtype: torch.dtype | None = None

@@ -77,11 +77,7 @@ class SpectralFTLinear(AdaptedLinear):
     def adapted(self, x: Tensor) -> Tensor:
         if self.mode not in ("auto", "factored"):
             raise ValueError(f"`mode` must be 'auto' or 'factored' for a SpectralFT layer, got {self.mode!r}")
-        if self.kept.serves(self):
-            P, Q, _ = self.kept.factors(self)
-        else:
-            self.kept.drop_factors()
-            P, Q = self._low_rank()
+        P, Q = self.cache.factors(self)[:2] if self.cache.serves(self) else self._low_rank()
         dtype = compute_dtype(x)
         return F.linear(x, self.base_weight, self.bias) + F.linear(x @ Q.to(dtype), P.to(dtype))
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..basis.factorize import Factorization
 from ..config import SSVDConfig
-from ..ops import reference
-from ..ops.functional import compute_dtype, flip_theta, rotation_delta, ssvd_linear, ssvd_update, theta_length
+from ..ops.functional import Kind, core_of, flip_theta, linear, theta_length
+from . import running
 from .adapter import Adapter, Factors
 from .base import AdaptedLinear
 from .inactive import TRAINED
-from .precomputed import PrecomputedRotation, unseen_by_checkpoints
 
 
 class SSVDAdapter(Adapter):
@@ -36,66 +34,48 @@ class SSVDAdapter(Adapter):
         made = self.new_adapter()
         for name in TRAINED:
             self.register_parameter(name, made.get(name))
-        self._precomputed: PrecomputedRotation | None = None
+        self.kind = Kind(self.k, self.k_in, self.k_out, self.side, self.rotation, self.band)
 
     def core(self) -> Tensor:
-        """M (k, k) with W' = W + U M V^T, in float32 at least; exactly zero before training."""
-        precomputed = self._precomputed
-        if precomputed is not None:
-            E, E_out = precomputed.E, precomputed.E_out
-        else:
-            with unseen_by_checkpoints():
-                E, E_out = rotation_delta(self.theta, self.k_in, self.rotation, self.band), None
-                if self.theta_out is not None:
-                    assert self.k_out is not None
-                    E_out = rotation_delta(self.theta_out, self.k_out, self.rotation)
-        if E_out is not None:
-            E, E_out = _pad(E, self.k), _pad(E_out, self.k)
-        with torch.autocast(E.device.type, enabled=False):
-            if self.rotation == "banded":
-                return reference.banded_core_ref(E, self.delta_sigma.to(E.dtype))
-            return reference.core_ref(E, self.sigma.to(E.dtype), self.delta_sigma.to(E.dtype), self.side, E_out)
+        """M (k, k) with W' = W + U M V^T, in float32 at least; exactly zero before training.
+
+        Within a forward of the root it is the one that the root made for all layers at once.
+        """
+        forward, grad = running.thread.forward, torch.is_grad_enabled()
+        if forward is not None and self in forward.cores and (forward.caller is None or forward.is_running()):
+            core = forward.cores[self]
+            if core.requires_grad or not (grad and self.first_trained.requires_grad):
+                if not grad and core.requires_grad:  # a reentrant checkpoint: its recomputation has a graph of its own
+                    running.forget(self)
+                return core
+        elif grad and not torch.compiler.is_compiling() and (found := running.recomputed(self)) is not None:
+            return found
+        if grad and not torch.compiler.is_compiling():
+            running.forget(self)
+        with running.unseen_by_checkpoints():
+            return core_of(self.kind, self.theta, self.theta_out, self.delta_sigma, self.sigma)
 
     def update_factors(self) -> Factors:
         return self.U, self.V, self.core()
 
     orthonormal_factors = update_factors
 
-    def effective_weight(self) -> Tensor:
-        precomputed = self._precomputed
-        if precomputed is None or self.kept.serves(self):
-            return super().effective_weight()
-        if precomputed.weight is None or (torch.is_grad_enabled() and not precomputed.weight.requires_grad):
-            precomputed.weight = self.compose()
-        return precomputed.weight
-
     def adapted(self, x: Tensor) -> Tensor:
-        weight_cache = None if self.sharded else self.kept.weights  # which would keep W' whole
-        core = self.core_for(x)
-        return ssvd_linear(x, self.base_weight, self.U, self.V, core, self.bias, self.mode, weight_cache=weight_cache)
+        W, U, V, bias = self.frozen()
+        return linear(x, W, U, V, self.core_for_call(), bias, self.mode, self)
 
     def update(self, x: Tensor) -> Tensor:
         """((x V) core^T) U^T (..., d_out), in x's dtype or autocast's."""
-        if self.mode not in ("auto", "factored"):
+        if self.mode == "composed":
             raise ValueError(f"`mode` must be 'auto' or 'factored' for a quantised layer, got {self.mode!r}")
-        return ssvd_update(x, self.U, self.V, self.core_for(x), weight_cache=self.kept.weights)
+        _, U, V, _ = self.frozen()
+        return linear(x, None, U, V, self.core_for_call(), None, self.mode)
 
-    def core_for(self, x: Tensor) -> Tensor:
-        """The core for a call on x, which the root is told of as one that reads x."""
-        if self.kept.serves(self):
-            return self.kept.factors(self)[-1]
-        self.kept.drop_factors()
-        inputs = None if self._precomputed is None else self._precomputed.inputs
-        if inputs is not None and not self.sharded and torch.is_grad_enabled():
-            inputs.note(x, self.kept.weights, self.k, compute_dtype(x))
+    def core_for_call(self) -> Tensor:
+        """The core that a forward uses: `core`, or in eval with gradients off a kept one."""
+        if not self.training and self.cache.serves(self):
+            return self.cache.factors(self)[-1]
         return self.core()
-
-    def forget(self) -> None:
-        super().forget()
-        self._precomputed = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_precomputed": None}
 
     # -- adapters ----------------------------------------------------------------------------------------------
 
@@ -149,9 +129,9 @@ class SSVDLinear(AdaptedLinear, SSVDAdapter):
     becomes half precision, and casting back restores no digits. The core is computed in float32 even then.
 
     Before training the output is bit-identical to the base layer's. The Parameters of `linear` are shared and frozen.
-    A composed weight is kept: in training from forward to backward and over micro-batches, in eval with gradients off
-    from call to call. train(), eval(), loading, moving and merging drop it, and so does a change of the parameters (in
-    eval on the GPU, where comparing would stall the stream, one made through .data goes unseen until then). Raises as
+    In training a composed weight lives from forward to backward, in eval with gradients off it is cached from call to
+    call. train(), eval(), loading, moving and merging drop it, and so does a change of the parameters (on the GPU,
+    where comparing would stall the stream, one made through .data goes unseen until then). Raises as
     `SSVDConfig` and `factorize` do, and TypeError for anything but an nn.Linear.
     """
 
@@ -159,8 +139,3 @@ class SSVDLinear(AdaptedLinear, SSVDAdapter):
     def from_linear(cls, linear: nn.Linear, config: SSVDConfig) -> SSVDLinear:
         """Factorises `linear` and adapts it as `config` says; see the class."""
         return cls(linear, config)
-
-
-def _pad(E: Tensor, k: int) -> Tensor:
-    extra = k - E.shape[-1]
-    return F.pad(E, (0, extra, 0, extra)) if extra else E

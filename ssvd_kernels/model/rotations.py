@@ -1,42 +1,51 @@
-"""Hooks on the root module that compute all rotations in one batch at the start of each forward."""
+"""Hooks on the root module that make the cores of all layers in batches at the start of each forward."""
 
 from __future__ import annotations
 
+import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..layers import running
 from ..layers.adapter import Adapter
-from ..layers.input_sharing import InputSharing
-from ..layers.precomputed import PrecomputedRotation
+from ..layers.inactive import TRAINED
 from ..layers.quantized import prevent_repacking
 from ..layers.ssvd import SSVDAdapter
-from ..ops.functional import rotation_deltas
+from ..ops.functional import core_of
+
+MAX_BYTES = 2**28  # of one batch of cores
+PADDING = 1.25  # ranks within this factor share a batch
 
 
 @dataclass
 class _Root:
-    """What `inject` remembers on the module that it was given."""
+    """What `inject` remembers on the module that it was given, and the layers found in it."""
 
     trainable_before: list[str]
-    sharing: InputSharing = field(default_factory=InputSharing)
+    owner: nn.Module | None = None  # a replica of DataParallel shares this object, but not its layers
+    structure: int = -1
+    layers: list[SSVDAdapter] = field(default_factory=list)
+    active: list[SSVDAdapter] = field(default_factory=list)
+    batches: list[_Batch] = field(default_factory=list)
 
 
 def watch_forwards(root: nn.Module, trainable_before: Iterable[str] = ()) -> None:
-    """From now on one batched call computes the rotations of all SSVD layers at the start of each forward of `root`."""
+    """From now on one batched call makes the cores of all SSVD layers at the start of each forward of `root`."""
     prevent_repacking(root)
     root.__dict__["_ssvd_root"] = _Root(list(trainable_before))
-    root.register_forward_pre_hook(_precompute_rotations)
-    root.register_forward_hook(_end_of_forward, always_call=True)
+    root.register_forward_pre_hook(_begin_forward)
+    root.register_forward_hook(_end_forward, always_call=True)
 
 
 def unwatch_forwards(root: nn.Module) -> list[str]:
     """Undoes `watch_forwards` and returns its `trainable_before`."""
     for hooks in (root._forward_pre_hooks, root._forward_hooks):
-        for key in [key for key, hook in hooks.items() if hook in (_precompute_rotations, _end_of_forward)]:
+        for key in [key for key, hook in hooks.items() if hook in (_begin_forward, _end_forward)]:
             del hooks[key]
             root._forward_hooks_always_called.pop(key, None)
     found: _Root = root.__dict__.pop("_ssvd_root")
@@ -52,38 +61,109 @@ def watched_roots(model: nn.Module) -> Iterator[nn.Module]:
     return filter(is_watched, model.modules())
 
 
-def _precompute_rotations(root: nn.Module, args: Any) -> None:
-    """Forward pre-hook of the root: one batched rotation for all SSVD layers, which use it until the forward ends.
-
-    A layer that runs outside of it (alone, or recomputed by a checkpoint during backward) computes its own.
-    """
-    layers = [layer for layer in _rotating(root) if layer.in_use and type(layer.theta) is nn.Parameter]
-    if not torch.is_grad_enabled():
-        layers = [layer for layer in layers if not layer.kept.holds(layer)]
-    thetas = [layer.theta for layer in layers]
-    ranks = [layer.k_in for layer in layers]
-    outer = [layer for layer in layers if layer.theta_out is not None]
-    thetas += [layer.theta_out for layer in outer if layer.theta_out is not None]
-    ranks += [layer.k_out for layer in outer if layer.k_out is not None]
-    rotations = [layer.rotation for layer in [*layers, *outer]]
-    bands = [layer.band for layer in [*layers, *outer]]
-    deltas = rotation_deltas(thetas, ranks, rotations, bands)
-    E_out = dict(zip(map(id, outer), deltas[len(layers) :], strict=True))
-    # compiled, the partitioner chooses what is saved
-    inputs = None if torch.compiler.is_compiling() else _sharing(root).begin()
-    for layer, E in zip(layers, deltas):
-        layer._precomputed = PrecomputedRotation(E, E_out.get(id(layer)), inputs)
+def _begin_forward(root: nn.Module, args: Any) -> None:
+    """Forward pre-hook of the root. A layer that runs outside of its forward makes a core of its own."""
+    compiling = torch.compiler.is_compiling()
+    cores: dict[SSVDAdapter, Tensor] = {}
+    values = running.Values() if torch.is_grad_enabled() and not compiling else None
+    for batch in _batches(root):
+        made = batch.cores()
+        cores.update(zip(batch.layers, made.unbind() if batch.even else _Split.apply(made, batch.ranks)))
+        if values is not None:
+            values.add(batch.layers, made)
+    running.enter(cores, values, None if compiling else sys._getframe(1))
 
 
-def _end_of_forward(root: nn.Module, args: Any, output: Any) -> None:
-    if not torch.compiler.is_compiling():
-        _sharing(root).end()
-    for layer in _rotating(root):
-        layer._precomputed = None
+def _end_forward(root: nn.Module, args: Any, output: Any) -> None:
+    running.leave()
 
 
-def _rotating(root: nn.Module) -> Iterator[SSVDAdapter]:
-    return (layer for layer in _walk(root, set()) if isinstance(layer, SSVDAdapter))
+class _Split(torch.autograd.Function):
+    """Cores (B, K, K), zero beyond the rank k of each -> B cores (k, k)."""
+
+    @staticmethod
+    def forward(ctx: Any, batch: Tensor, ranks: list[int]) -> tuple[Tensor, ...]:
+        ctx.like = batch.new_empty(0), batch.shape
+        return tuple([batch[place, :k, :k] for place, k in enumerate(ranks)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        like, shape = ctx.like
+        batch = like.new_zeros(shape)
+        for place, grad in enumerate(grads):
+            batch[place, : grad.shape[0], : grad.shape[0]].copy_(grad)
+        return batch, None
+
+
+class _Batch:
+    """Layers whose cores are made together: of one kind, or of ranks that are padded with zeros, which is exact."""
+
+    def __init__(self, layers: list[SSVDAdapter]) -> None:
+        self.layers, self.ranks = layers, [layer.k for layer in layers]
+        K, device = max(self.ranks), layers[0].theta.device
+        self.even, self.kind = min(self.ranks) == K, layers[0].kind._replace(k=K)
+        if self.even:
+            return
+        self.kind = self.kind._replace(k_in=K)
+        thetas, diagonals = [], []
+        for place, k in enumerate(self.ranks):
+            i, j = torch.triu_indices(k, k, 1, device=device)
+            thetas.append(place * (K * (K - 1) // 2) + i * (2 * K - i - 1) // 2 - i - 1 + j)
+            diagonals.append(place * K + torch.arange(k, device=device))
+        self.places = torch.cat(thetas), torch.cat(diagonals)
+
+    def cores(self) -> Tensor:
+        """(B, K, K), zero beyond each layer's rank."""
+        own = [layer._parameters for layer in self.layers]
+        theta, theta_out, delta = ([parameters[name] for parameters in own] for name in TRAINED)
+        sigma = [p["sigma"] if "sigma" in p else layer.sigma for p, layer in zip(own, self.layers)]
+        outer = None if theta_out[0] is None else torch.stack(theta_out)  # type: ignore[arg-type]
+        K = self.kind.k
+        thetas = self._stack(theta, K * (K - 1) // 2, 0)
+        return core_of(self.kind, thetas, outer, self._stack(delta, K, 1), self._stack(sigma, K, 1))
+
+    def _stack(self, tensors: list[Any], size: int, where: int) -> Tensor:
+        if self.even:
+            return torch.stack(tensors)
+        flat = torch.cat(tensors)
+        return flat.new_zeros(len(tensors) * size).index_copy(0, self.places[where], flat).view(len(tensors), size)
+
+
+def _batches(root: nn.Module) -> list[_Batch]:
+    """The layers whose cores a forward needs, those of one kind together, but no more than MAX_BYTES of them."""
+    state: _Root = root.__dict__["_ssvd_root"]
+    if state.owner is not root or state.structure != running.structure.number:
+        state = _Root([], root, running.structure.number, [m for m in _walk(root, set()) if isinstance(m, SSVDAdapter)])
+        if root.__dict__["_ssvd_root"].owner in (None, root):
+            state.trainable_before = root.__dict__["_ssvd_root"].trainable_before
+            root.__dict__["_ssvd_root"] = state
+    active = [each for each in state.layers if not each.idle and each._parameters["theta"].__class__ is nn.Parameter]
+    if not (torch.is_grad_enabled() or root.training) and active and active[0].cache.holds(active[0]):
+        return []  # in eval, where the others most probably have theirs, too
+    if active != state.active:
+        state.active, state.batches = active, [_Batch(layers) for layers in _grouped(active)]
+    return state.batches
+
+
+def _grouped(layers: list[SSVDAdapter]) -> list[list[SSVDAdapter]]:
+    kinds: dict[tuple, list[SSVDAdapter]] = defaultdict(list)
+    for layer in layers:
+        kind = layer.kind
+        if kind.k_out is None and kind.rotation in ("cayley", "linear"):
+            kind = kind._replace(k=0, k_in=0)  # whatever its rank
+        kinds[kind, layer.theta.dtype, layer.theta.device].append(layer)
+    groups = []
+    for same in kinds.values():
+        same.sort(key=lambda layer: -layer.k)
+        group: list[SSVDAdapter] = []
+        for layer in same:
+            size = len(group) * group[0].k ** 2 * layer.theta.element_size() if group else 0
+            if group and (group[0].k > PADDING * layer.k or size >= MAX_BYTES):
+                groups.append(group)
+                group = []
+            group.append(layer)
+        groups.append(group)
+    return groups
 
 
 def _walk(module: nn.Module, seen: set[nn.Module]) -> Iterator[Adapter]:
@@ -96,8 +176,3 @@ def _walk(module: nn.Module, seen: set[nn.Module]) -> Iterator[Adapter]:
         return
     for child in module.children():
         yield from _walk(child, seen)
-
-
-def _sharing(root: nn.Module) -> InputSharing:
-    sharing: InputSharing = root.__dict__["_ssvd_root"].sharing
-    return sharing

@@ -1,4 +1,8 @@
-"""One autograd Function per op. These define the gradients and are independent of the backend."""
+"""One autograd Function per op. These define the gradients and are independent of the backend.
+
+Their contexts come with `forward`, not by setup_context, for which torch binds the arguments through inspect.signature
+at every call. So functorch's transforms, which want setup_context, take the reference in plain PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
-from .weight_cache import WeightCache
+from . import dispatch, reference, triton_linear
+
+OPS: dict[str, Any] = {"reference": reference, "triton": triton_linear}
 
 
 class CayleyDeltaFunction(torch.autograd.Function):
     """theta (B, m) -> E (B, n, n), zero beyond k <= n; the backward needs E alone (see `reference`)."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(theta: Tensor, k: int) -> Tensor:
-        return dispatch.cayley_delta(theta, k)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.k = inputs[1]
-        ctx.save_for_backward(output)
+    def forward(ctx: Any, theta: Tensor, k: int) -> Tensor:
+        E = dispatch.cayley_delta(theta, k)
+        ctx.k = k
+        ctx.save_for_backward(E)
+        return E
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -34,18 +35,15 @@ class CayleyDeltaFunction(torch.autograd.Function):
 
 
 class SSVDLinearFunction(torch.autograd.Function):
-    """(x, weight, U, V, core, bias) -> y = x (W + U core V^T)^T + b, computed in `dtype`; without `weight`, of W = 0.
+    """(x, weight, U, V, core, bias) -> y = x (weight + U core V^T)^T + b in `dtype`; without `weight` the update alone.
 
-    Besides the frozen tensors that the layer holds anyway it saves what dcore needs of x: `saves` is "z" for
-    z = x V (T, k), "x" for x itself, of which z is computed again, or "" for nothing. Nothing weight-sized is added.
-    Gradients reach x, core and bias; weight, U and V are frozen. z is an output of its own, so that second derivatives
-    reach x through it.
+    Gradients reach x, core and bias; weight, U and V are frozen. Of x it saves z = x V (T, k) alone, and in composed
+    mode W', which goes with the graph.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         U: Tensor,
@@ -54,38 +52,38 @@ class SSVDLinearFunction(torch.autograd.Function):
         bias: Tensor | None,
         mode: str,
         dtype: torch.dtype,
-        saves: str,
-        weight_cache: WeightCache | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        return dispatch.ssvd_linear(x.to(dtype), weight, U, V, core, bias, mode, saves == "z", weight_cache)
+        backend: str,
+        need_z: bool,
+    ) -> Tensor:
+        x = x if x.dtype == dtype else x.to(dtype)
+        if mode == "composed" and dtype.itemsize == 2:
+            with torch.autocast(x.device.type, enabled=False):
+                y, z, composed = OPS[backend].ssvd_linear_fwd(x, weight, U, V, core, bias, mode, need_z)
+        else:
+            y, z, composed = OPS[backend].ssvd_linear_fwd(x, weight, U, V, core, bias, mode, need_z)
+        ctx.save_for_backward(z, weight, U, V, core, composed)
+        ctx.backend, ctx.bias_dtype = backend, None if bias is None else bias.dtype
+        return y
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor | None]) -> None:
-        x, weight, U, V, core, bias, ctx.mode, ctx.dtype, ctx.saves, ctx.weight_cache = inputs
-        ctx.set_materialize_grads(False)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.inputs = None if ctx.weight_cache is None else ctx.weight_cache.inputs
-        ctx.save_for_backward({"z": output[1], "x": x, "": None}[ctx.saves], weight, U, V, core)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
-        z, weight, U, V, core = ctx.saved_tensors
-        ctx.inputs = None  # what was saved has been read, or recomputed
-        twice = torch.is_grad_enabled()  # create_graph: the references are made of differentiable operations
-        if ctx.saves == "x" and dy is not None:
-            x = z.to(ctx.dtype)
-            z = x @ V.to(ctx.dtype) if twice else dispatch.project(x, V)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "second derivatives of an adapted layer are not available here (create_graph=True): use torch.func, "
+                "whose transforms compute them by plain PyTorch"
+            )
+        z, weight, U, V, core, composed = ctx.saved_tensors
         need_dx, need_dbias = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
-        dx = dcore = dbias = None
-        if dy is not None:
-            if twice:
-                z = None if z is None else z[..., : len(core)]
-                dx, dcore = reference.ssvd_linear_backward_ref(dy, z, weight, U, V, core, None, need_dx)
-            else:
-                rest = (ctx.mode, need_dx, ctx.weight_cache)
-                dx, dcore = dispatch.ssvd_linear_backward(dy, z, weight, U, V, core, *rest)
-            dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if need_dbias else None
-        if dz is not None and need_dx:
-            through_z = dz[..., : len(core)] @ V.to(dz.dtype).mT
-            dx = through_z if dx is None else dx + through_z
+        arguments = dy, z, weight, U, V, core, composed, need_dx
+        if torch.is_autocast_enabled(dy.device.type):
+            with torch.autocast(dy.device.type, enabled=False):
+                dx, dcore = OPS[ctx.backend].ssvd_linear_bwd(*arguments)
+        else:
+            dx, dcore = OPS[ctx.backend].ssvd_linear_bwd(*arguments)
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if need_dbias else None
         return dx, None, None, None, dcore, dbias, None, None, None, None
+
+
+# `apply` less what it does for functorch, in 25 Python calls
+apply_cayley = super(torch.autograd.Function, CayleyDeltaFunction).apply
+apply_linear = super(torch.autograd.Function, SSVDLinearFunction).apply

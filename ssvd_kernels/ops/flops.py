@@ -59,9 +59,9 @@ def flops(products: Iterable[Product]) -> int:
     return sum(product.flops for product in products)
 
 
-def linear_flops(mode: str, T: int, d_in: int, d_out: int, k: int, backward: bool, compositions: int) -> int:
-    """FLOPs of the forward, and of the backward for x and core, with W' composed `compositions` times ("composed")."""
+def linear_flops(mode: str, T: int, d_in: int, d_out: int, k: int, backward: bool) -> int:
+    """FLOPs of the forward, and of the backward for x and core; "composed" builds W' once for both."""
     products = forward_products(mode, T, d_in, d_out, k, need_z=backward)
     if backward:
         products += backward_products(mode, T, d_in, d_out, k)
-    return flops(products) + (compositions * flops(compose_products(d_in, d_out, k)) if mode == "composed" else 0)
+    return flops(products) + (flops(compose_products(d_in, d_out, k)) if mode == "composed" else 0)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import check_choice
 from . import dispatch, reference
-from .autograd import CayleyDeltaFunction, SSVDLinearFunction
-from .weight_cache import WeightCache
+from .autograd import CayleyDeltaFunction, SSVDLinearFunction, apply_cayley, apply_linear
 
 
 def cayley_delta(theta: Tensor, k: int) -> Tensor:
@@ -27,7 +27,12 @@ def cayley_delta(theta: Tensor, k: int) -> Tensor:
     dtype = torch.promote_types(theta.dtype, torch.float32)
     flat = theta.to(dtype).reshape(math.prod(theta.shape[:-1]), theta.shape[-1])
     with torch.autocast(theta.device.type, enabled=False):
-        E = CayleyDeltaFunction.apply(flat.contiguous(), k)
+        if torch._C._are_functorch_transforms_active():
+            dispatch.check_vmap(flat)
+            E = reference.cayley_delta_ref(flat, k)
+        else:
+            apply = CayleyDeltaFunction.apply if torch.compiler.is_compiling() else apply_cayley
+            E = apply(flat.contiguous(), k)
     return E[:, :k, :k].view(*theta.shape[:-1], k, k)
 
 
@@ -51,20 +56,32 @@ def rotation_delta(theta: Tensor, k: int, rotation: str, band: int | None = None
     return -2 * reference.skew(theta, k)
 
 
-def rotation_deltas(
-    thetas: Sequence[Tensor], ks: Sequence[int], rotations: Sequence[str], bands: Sequence[int | None]
-) -> list[Tensor]:
-    """`rotation_delta` of many thetas: those of one rank, rotation, band, dtype and device go through one batched
-    call."""
-    buckets: dict[tuple, list[int]] = defaultdict(list)
-    for index, (theta, *kind) in enumerate(zip(thetas, ks, rotations, bands, strict=True)):
-        buckets[(*kind, theta.dtype, theta.device)].append(index)
-    result: list[Tensor] = list(thetas)
-    for (k, rotation, band, _, _), members in buckets.items():
-        stacked = torch.stack([thetas[index] for index in members])
-        for index, E in zip(members, rotation_delta(stacked, k, rotation, band).unbind(), strict=True):
-            result[index] = E
-    return result
+class Kind(NamedTuple):
+    """What turns an adapter's Parameters into its core."""
+
+    k: int
+    k_in: int
+    k_out: int | None  # of theta_out
+    side: str
+    rotation: str
+    band: int | None
+
+
+def core_of(kind: Kind, theta: Tensor, theta_out: Tensor | None, delta: Tensor, sigma: Tensor) -> Tensor:
+    """core M (..., k, k) of theta (..., m), theta_out, delta and sigma (..., k), in float32 at least."""
+    E, E_out = rotation_delta(theta, kind.k_in, kind.rotation, kind.band), None
+    if theta_out is not None:
+        assert kind.k_out is not None
+        E, E_out = (_pad(each, kind.k) for each in (E, rotation_delta(theta_out, kind.k_out, kind.rotation)))
+    with torch.autocast(E.device.type, enabled=False):
+        if kind.rotation == "banded":
+            return reference.banded_core_ref(E, delta.to(E.dtype))
+        return reference.core_ref(E, sigma.to(E.dtype), delta.to(E.dtype), kind.side, E_out)
+
+
+def _pad(E: Tensor, k: int) -> Tensor:
+    extra = k - E.shape[-1]
+    return F.pad(E, (0, extra, 0, extra)) if extra else E
 
 
 def flip_theta(theta: Tensor, signs: Tensor, rotation: str, band: int | None = None) -> Tensor:
@@ -91,8 +108,6 @@ def ssvd_linear(
     core: Tensor,
     bias: Tensor | None = None,
     mode: str = "auto",
-    *,
-    weight_cache: WeightCache | None = None,
 ) -> Tensor:
     """y = x W'^T + b with W' = weight + U core V^T, i.e. y = x weight^T + ((x V) core^T) U^T + b.
 
@@ -100,49 +115,54 @@ def ssvd_linear(
     Arithmetic is in x's dtype (autocast's, where that is on) with products accumulated in float32 at least.
     mode: "composed" builds W' once and multiplies once, "factored" never builds it, "auto" takes the cheaper one, in
     half precision among those that lose no update to rounding (see `dispatch.linear_mode`).
-    weight_cache: keeps a composed W' from forward to backward and until core changes (`SSVDLinear` has one each).
-    Gradients reach x, core and bias; weight, U and V are frozen and must not require them. Twice differentiable.
+    Gradients reach x, core and bias; weight, U and V are frozen and must not require them. torch.func's transforms
+    (vmap, jvp, grad of grad) compute by plain PyTorch.
     Raises ValueError naming the argument for shapes, dtypes or devices that do not fit or an unknown mode.
     Source: SSVD, arXiv 2509.02830, eq. 8-13, written as an update of the frozen weight.
     """
     _check_linear(x, weight, U, V, core, bias)
-    dtype = compute_dtype(x)
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(f"without autocast `weight` must have the dtype of `x` ({x.dtype}), got {weight.dtype}")
-    if torch.compiler.is_compiling():
-        weight_cache = None
-    saves = _saves(core, weight_cache)
-    backward = saves != "" or (torch.is_grad_enabled() and x.requires_grad)
-    # not whether W' is there already: the mode, and with it the last bit, must not depend on what went before
-    compositions = 2 if weight_cache is None and backward else 1
-    T, fused = x.numel() // x.shape[-1], dispatch.backend_for("linear", x.device, dtype) == "triton"
-    if fused and not torch.compiler.is_compiling() and dispatch.vmapped(x, core):
-        raise RuntimeError(dispatch.NO_VMAP)
-    chosen = dispatch.linear_mode(dtype, T, weight.shape, core.shape[0], mode, backward, compositions, fused)
-    with torch.autocast(x.device.type, enabled=False):
-        y, _ = SSVDLinearFunction.apply(x, weight, U, V, core, bias, chosen, dtype, saves, weight_cache)
-    return y
+    check_choice("mode", mode, dispatch.MODES)
+    return linear(x, weight, U, V, core, bias, mode)
 
 
-def ssvd_update(x: Tensor, U: Tensor, V: Tensor, core: Tensor, *, weight_cache: WeightCache | None = None) -> Tensor:
-    """((x V) core^T) U^T: what U core V^T adds to a base product that somebody else makes, e.g. of a quantised weight.
+class Operands(Protocol):
+    def operands(self, U: Tensor, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]: ...
 
-    x (..., d_in), U (d_out, k), V (d_in, k), core (k, k) -> (..., d_out). The rest is as in `ssvd_linear`.
+
+def linear(
+    x: Tensor,
+    weight: Tensor | None,
+    U: Tensor,
+    V: Tensor,
+    core: Tensor,
+    bias: Tensor | None,
+    mode: str,
+    operands: Operands | None = None,
+) -> Tensor:
+    """`ssvd_linear` of operands that fit; without `weight` the update ((x V) core^T) U^T alone.
+
+    operands: keeps U and V as the Triton kernels read them.
     """
-    _check_linear(x, None, U, V, core, None)
+    dtype, device = x.dtype, x.device
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    elif weight is not None and dtype != weight.dtype:
+        raise ValueError(f"without autocast `weight` must have the dtype of `x` ({dtype}), got {weight.dtype}")
+    need_z = core.requires_grad and torch.is_grad_enabled()
+    backend = "reference" if weight is None else dispatch.linear_backend(device, dtype)
+    chosen = "factored"
+    if weight is not None:
+        backward = need_z or (x.requires_grad and torch.is_grad_enabled())
+        chosen = dispatch.linear_mode(dtype, x.numel() // x.shape[-1], weight, core.shape[0], mode, backward, backend)
+    if torch._C._are_functorch_transforms_active():
+        dispatch.check_vmap(x, core)
+        with torch.autocast(device.type, enabled=False):
+            return reference.ssvd_linear_ref(x.to(dtype), weight, U, V, core, bias, chosen)
     if torch.compiler.is_compiling():
-        weight_cache = None
-    rest = ("factored", compute_dtype(x), _saves(core, weight_cache), weight_cache)
-    with torch.autocast(x.device.type, enabled=False):
-        y, _ = SSVDLinearFunction.apply(x, None, U, V, core, None, *rest)
-    return y
-
-
-def _saves(core: Tensor, weight_cache: WeightCache | None) -> str:
-    """What the backward needs of x: "" nothing, "x" itself, or "z" = x V."""
-    if not (torch.is_grad_enabled() and core.requires_grad):
-        return ""
-    return "x" if weight_cache is not None and weight_cache.save_input else "z"
+        return SSVDLinearFunction.apply(x, weight, U, V, core, bias, chosen, dtype, backend, need_z)
+    if backend == "triton" and operands is not None:
+        U, V = operands.operands(U, V, dtype)
+    return apply_linear(x, weight, U, V, core, bias, chosen, dtype, backend, need_z)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

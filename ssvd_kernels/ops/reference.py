@@ -90,7 +90,7 @@ def cayley_delta_backward_ref(grad: Tensor, E: Tensor) -> Tensor:
 
 
 def core_ref(E: Tensor, sigma: Tensor, delta: Tensor, side: str, E_out: Tensor | None = None) -> Tensor:
-    """core M (k, k) with W' = W + U M V^T, exactly zero where E and delta are.
+    """core M (..., k, k) with W' = W + U M V^T, exactly zero where E and delta are; sigma and delta (..., k).
 
     input   M = diag(delta) + D E,            D = diag(sigma + delta)
     output  M = diag(delta) + E^T D
@@ -98,25 +98,28 @@ def core_ref(E: Tensor, sigma: Tensor, delta: Tensor, side: str, E_out: Tensor |
     """
     D = sigma + delta
     if side == "output":
-        return torch.diag(delta) + E.mT * D
+        return torch.diag_embed(delta) + E.mT * D.unsqueeze(-2)
     right = D.unsqueeze(-1) * E
     if side == "input":
-        return torch.diag(delta) + right
+        return torch.diag_embed(delta) + right
     assert E_out is not None
     left = E_out.mT
-    return torch.diag(delta) + left * D + right + left @ right
+    return torch.diag_embed(delta) + left * D.unsqueeze(-2) + right + left @ right
 
 
 def banded_core_ref(E: Tensor, delta: Tensor) -> Tensor:
-    """core M = diag(delta) + E (k, k) of SVFT, W' = U (Sigma + M) V^T: E is added to Sigma, not multiplied with it."""
-    return torch.diag(delta) + E
+    """core M = diag(delta) + E (..., k, k) of SVFT, W' = U (Sigma + M) V^T: E is added to Sigma, not multiplied with
+    it."""
+    return torch.diag_embed(delta) + E
 
 
 def compose_ref(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """W' = W + U core V^T, (d_out, d_in): computed in at least float32, rounded once to `dtype` (weight's own)."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    out = torch.addmm(weight.to(wide), U.to(wide) @ core.to(wide), V.to(wide).mT)
-    return out.to(dtype or weight.dtype)
+    wide = weight.dtype if weight.dtype.itemsize >= 4 else torch.float32
+    if not weight.dtype == U.dtype == core.dtype == wide:
+        return torch.addmm(weight.to(wide), U.to(wide) @ core.to(wide), V.to(wide).mT).to(dtype or weight.dtype)
+    out = torch.addmm(weight, U @ core, V.mT)
+    return out if dtype is None or dtype == wide else out.to(dtype)
 
 
 def compose_operand_ref(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dtype) -> Tensor:
@@ -143,33 +146,54 @@ def round_stochastically(values: Tensor) -> Tensor:
 
 
 def ssvd_linear_ref(
+    x: Tensor, weight: Tensor | None, U: Tensor, V: Tensor, core: Tensor, bias: Tensor | None, mode: str
+) -> Tensor:
+    """y = x W'^T + b, W' = weight + U core V^T, in x's dtype: x (..., d_in) -> (..., d_out). Differentiable.
+
+    mode: "composed" builds W', "factored" computes x weight^T + ((x V) core^T) U^T. Without `weight` y is the update
+    alone.
+    """
+    dtype = x.dtype
+    bias = None if bias is None else bias.to(dtype)
+    if mode == "composed" and weight is not None:
+        return F.linear(x, compose_ref(weight, U, V, core, dtype), bias)
+    update = ((x @ V.to(dtype)) @ core.to(dtype).mT) @ U.to(dtype).mT
+    return update if weight is None else F.linear(x, weight.to(dtype), bias) + update
+
+
+def ssvd_linear_fwd(
     x: Tensor,
     weight: Tensor | None,
     U: Tensor,
     V: Tensor,
     core: Tensor,
     bias: Tensor | None,
-    composed: Tensor | None,
+    mode: str,
     need_z: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """y = x W^T + ((x V) core^T) U^T + b and z = x V (what the backward needs of x); x (..., d_in).
-
-    `composed` is W' in x's dtype, or None: then y is computed from the factors and W' never formed. Without `weight` y
-    is the update ((x V) core^T) U^T alone.
-    """
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, z, W'): y of `ssvd_linear_ref`; z = x V (T, k) where the backward needs it, W' where it was composed."""
     dtype = x.dtype
-    bias = None if bias is None else bias.to(dtype)
-    z = x @ V.to(dtype) if need_z or composed is None else None
-    if composed is not None:
-        return F.linear(x, composed, bias), z
-    assert z is not None
-    y = (z @ core.to(dtype).mT) @ U.to(dtype).mT
-    if weight is not None:
-        y = F.linear(x, weight.to(dtype), bias) + y
-    return y, z if need_z else None
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    if mode == "composed":
+        assert weight is not None
+        composed = compose_operand_ref(weight, U, V, core, dtype)
+        return F.linear(x, composed, bias), x @ V.to(dtype) if need_z else None, composed
+    if U.dtype != dtype:
+        U, V = U.to(dtype), V.to(dtype)
+    if core.dtype != dtype:
+        core = core.to(dtype)
+    z = x @ V
+    q = z @ core.mT
+    if weight is None:
+        return q @ U.mT, z if need_z else None, None
+    y = F.linear(x, weight if weight.dtype == dtype else weight.to(dtype), bias)
+    rows = y.view(-1, y.shape[-1])
+    torch.addmm(rows, q.reshape(-1, q.shape[-1]), U.mT, out=rows)
+    return y, z if need_z else None, None
 
 
-def ssvd_linear_backward_ref(
+def ssvd_linear_bwd(
     dy: Tensor,
     z: Tensor | None,
     weight: Tensor | None,
@@ -179,22 +203,30 @@ def ssvd_linear_backward_ref(
     composed: Tensor | None,
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx = dy W' and dcore = U^T dy^T z = (dy U)^T (x V); dcore is None when z is. The rest as in the forward."""
-    dtype = dy.dtype
+    """dx = dy W' if `need_dx`, and dcore = U^T dy^T z = (dy U)^T (x V) if z is given. The rest as in the forward."""
+    dtype, wide = dy.dtype, core.dtype
     dx = dcore = None
-    rows, Ud = dy.reshape(-1, dy.shape[-1]), U.to(dtype)
+    rows = dy.reshape(-1, dy.shape[-1])
+    if U.dtype != dtype:
+        U, V = U.to(dtype), V.to(dtype)
+    if core.dtype != dtype:
+        core = core.to(dtype)
     if composed is not None:
         if need_dx:
             dx = dy @ composed
         if z is not None:
             flat = z.reshape(-1, z.shape[-1])  # the cheaper order of the three
-            dcore = (rows @ Ud).mT @ flat if len(rows) < len(U) else Ud.mT @ (rows.mT @ flat)
+            dcore = (rows @ U).mT @ flat if rows.shape[0] < U.shape[0] else U.mT @ (rows.mT @ flat)
     else:
-        dyU = rows @ Ud
+        dyU = rows @ U
         if need_dx:
-            dx = ((dyU @ core.to(dtype)) @ V.to(dtype).mT).view(*dy.shape[:-1], len(V))
-            if weight is not None:
-                dx = dy @ weight.to(dtype) + dx
+            dq = dyU @ core
+            if weight is None:
+                dx = dq @ V.mT
+            else:
+                dx = rows @ (weight if weight.dtype == dtype else weight.to(dtype))
+                torch.addmm(dx, dq, V.mT, out=dx)
+            dx = dx.view(*dy.shape[:-1], V.shape[0])
         if z is not None:
             dcore = dyU.mT @ z.reshape(-1, z.shape[-1])
-    return dx, None if dcore is None else dcore.to(core.dtype)
+    return dx, dcore if dcore is None or dcore.dtype == wide else dcore.to(wide)

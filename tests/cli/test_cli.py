@@ -97,7 +97,7 @@ def test_selftest_passes_here(capsys):
     [
         (dispatch, "cayley_delta_backward", lambda was: lambda *a: -was(*a), "cayley k=64, float32, reference, cpu"),
         (reference, "compose_ref", lambda was: lambda weight, *args: weight, "merged equals unmerged, cpu"),
-        (reference, "ssvd_linear_ref", lambda was: lambda *args: 1 / 0, "linear factored, float32, reference, cpu"),
+        (reference, "ssvd_linear_fwd", lambda was: lambda *args: 1 / 0, "linear factored, float32, reference, cpu"),
         (reference, "core_ref", lambda was: lambda *args: was(*args) + 1e-3, "an untrained model equals its base, cpu"),
     ],
     ids=["gradient", "compose", "raises", "core"],

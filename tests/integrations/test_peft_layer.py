@@ -273,9 +273,9 @@ def test_idle_adapters_keep_no_composed_weight():
     adapter = next(iter(layers(model).values())).ssvd_adapter["default"]
     with torch.no_grad():
         run(model)
-        assert adapter.kept.holds(adapter)
+        assert adapter.cache.holds(adapter)
         model.set_adapter("b")
-        assert not adapter.kept.holds(adapter)
+        assert not adapter.cache.holds(adapter)
 
 
 @pytest.mark.parametrize("options", [{}, {"side": "both", "rank_out": 3}])

@@ -312,7 +312,7 @@ def test_what_eval_keeps_follows_the_parameters(dtype):
         plain, exact = references(nn.Sequential(layer), lambda network: network(x).detach())
         with torch.no_grad():
             assert_within(layer(x), plain, exact)
-            assert torch.equal(layer(x), layer(x)) and layer.kept.holds(layer)
+            assert torch.equal(layer(x), layer(x)) and layer.cache.holds(layer)
 
 
 class Checkpointed(nn.Sequential):

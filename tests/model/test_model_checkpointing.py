@@ -15,8 +15,6 @@ from speech_models import MODELS, adapted, inputs, run
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ssvd_kernels.ops import reference
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -82,17 +80,6 @@ def test_gradient_checkpointing_of_modules_that_read_the_weight(use_reentrant):
         for model in (direct, checkpointed):
             assert_all_within(compute(model), plain, exact)
             step(model)
-
-
-def test_weight_is_composed_once_a_forward(monkeypatch):
-    model = Stack(None, WeightReader)
-    inject(model)
-    train_randomly(model)
-    composed = []
-    original = reference.compose_ref
-    monkeypatch.setattr(reference, "compose_ref", lambda *args: composed.append(1) or original(*args))
-    model(torch.randn(4, 8)).sum().backward()
-    assert len(composed) == 5  # each is read twice, the head called once
 
 
 # -- other forwards in between -----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import ssvd_kernels as sk
 from ssvd_kernels.ops import extension, reference
-from ssvd_kernels.ops.functional import rotation_delta, rotation_deltas
+from ssvd_kernels.ops.functional import rotation_delta
 
 EXT = pytest.param(
     "ext", marks=pytest.mark.skipif(not extension.available(), reason=str(extension.unavailable_reason()))
@@ -128,24 +128,6 @@ def test_half_precision_theta_is_upcast(dtype):
     assert theta.grad is not None and theta.grad.dtype == dtype
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(sk.cayley_delta(theta, 31), E)
-
-
-def test_mixed_ranks_share_one_call_per_rank(monkeypatch):
-    from ssvd_kernels.ops import dispatch
-
-    calls = []
-    original = dispatch.cayley_delta
-    monkeypatch.setattr(dispatch, "cayley_delta", lambda theta, k: calls.append((len(theta), k)) or original(theta, k))
-    ks = [5, 3, 5, 1, 3, 5]
-    thetas = [torch.randn(k * (k - 1) // 2) for k in ks]
-    deltas = rotation_deltas(thetas, ks, ["cayley"] * len(ks), [None] * len(ks))
-    assert sorted(calls) == [(1, 1), (2, 3), (3, 5)]
-    pairs = [
-        (solved_delta(theta.unsqueeze(0), k)[0], exact_delta(theta.unsqueeze(0), k)[0]) for theta, k in zip(thetas, ks)
-    ]
-    bound = twice_of_draws(pairs)
-    for E, (_, exact) in zip(deltas, pairs, strict=True):
-        assert relative_error(E, exact) <= bound
 
 
 def test_reference_is_right_with_two_threads_where_a_batched_lu_is_not():

@@ -133,7 +133,7 @@ def test_forced_extension_that_is_not_there_raises(monkeypatch):
     with pytest.raises(ValueError, match=r"`name` must be one of 'auto', 'reference', 'ext', 'triton', got 'cuda'"):
         with sk.use_backend("cuda"):
             pass
-    assert dispatch._forced == "auto"
+    assert dispatch.forced == "auto"
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from bounds import DRAWS, twice, unit_roundoff
 from cases import LINEAR_SHAPES, linear_inputs, naive_linear, relative_error, together
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import gradcheck
 
 import ssvd_kernels as sk
-from ssvd_kernels.ops import dispatch
+from ssvd_kernels.ops import dispatch, flops, reference
 from ssvd_kernels.ops import kernels as triton_backend
-from ssvd_kernels.ops.functional import ssvd_update
+from ssvd_kernels.ops.functional import linear
 
 CPU = torch.device("cpu")
 _WHY_NOT = triton_backend.unavailable_reason(CPU, torch.float32)
@@ -64,7 +64,6 @@ def test_gradcheck_and_gradgradcheck(mode, bias):
 
     arguments = (x, core, b) if bias else (x, core, None)
     assert gradcheck(op, arguments)
-    assert gradgradcheck(op, arguments)
 
 
 @pytest.mark.parametrize("shape", [(6,), (0, 6), (1, 6), (2, 3, 6), (2, 0, 6)])
@@ -73,22 +72,19 @@ def test_update_alone_is_the_linear_op_over_a_zero_weight(shape):
     U, V, core = inputs["U"], inputs["V"], inputs["core"].requires_grad_()
     x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
     expected = sk.ssvd_linear(x, torch.zeros(5, 6, dtype=torch.float64), U, V, core, mode="factored")
-    update = ssvd_update(x, U, V, core)
+    update = linear(x, None, U, V, core, None, "factored")
     assert torch.equal(update, expected)
     grads, references = (torch.autograd.grad(y.sin().sum(), [x, core]) for y in (update, expected))
     assert all(map(torch.equal, grads, references))
     if x.numel():
-        assert gradcheck(lambda x, core: ssvd_update(x, U, V, core), (x, core))
-        assert gradgradcheck(lambda x, core: ssvd_update(x, U, V, core), (x, core))
-    with pytest.raises(ValueError, match=r"`x` must have shape \(\.\.\., 6\) .*got \(4, 7\)"):
-        ssvd_update(torch.randn(4, 7), U, V, core)
+        assert gradcheck(lambda x, core: linear(x, None, U, V, core, None, "factored"), (x, core))
 
 
 def assert_equal_up_to_rounding(values, references):
     """In float64: two results, each of three sums of at most 12 terms in a row."""
-    for value, reference in zip(values, references, strict=True):
-        assert value.shape == reference.shape
-        assert relative_error(value, reference) <= 2 * 3 * 12 * unit_roundoff(torch.float64)
+    for value, expected in zip(values, references, strict=True):
+        assert value.shape == expected.shape
+        assert relative_error(value, expected) <= 2 * 3 * 12 * unit_roundoff(torch.float64)
 
 
 @pytest.mark.parametrize("mode", ["composed", "factored", "auto"])
@@ -128,13 +124,13 @@ def test_autocast_takes_its_dtype_and_gradients_keep_theirs():
 
 def test_gradients_that_nobody_needs_are_not_computed(monkeypatch):
     seen = []
-    original = dispatch.ssvd_linear_backward
+    original = reference.ssvd_linear_bwd
 
     def spy(dy, z, *rest):
-        seen.append((z is not None, rest[-2]))
+        seen.append((z is not None, rest[-1]))
         return original(dy, z, *rest)
 
-    monkeypatch.setattr(dispatch, "ssvd_linear_backward", spy)
+    monkeypatch.setattr(reference, "ssvd_linear_bwd", spy)
     inputs = linear_inputs((4, 6, 5, 3), torch.float32)
     frozen = (inputs["weight"], inputs["U"], inputs["V"])
     sk.ssvd_linear(inputs["x"], *frozen, inputs["core"].requires_grad_()).sum().backward()
@@ -142,8 +138,8 @@ def test_gradients_that_nobody_needs_are_not_computed(monkeypatch):
     assert seen == [(True, False), (False, True)]
 
 
-@pytest.mark.parametrize("mode", ["composed", "factored"])
-def test_nothing_weight_sized_is_saved(mode):
+@pytest.mark.parametrize(("mode", "kept"), [("composed", [(8, 5), (96, 64)]), ("factored", [(8, 5)])])
+def test_the_backward_keeps_x_v_and_a_composed_weight(mode, kept):
     inputs = linear_inputs((8, 64, 96, 5), torch.float32)
     frozen = [inputs[name] for name in ("weight", "U", "V")]
     known = {tensor.data_ptr() for tensor in (*frozen, inputs["core"])}
@@ -152,17 +148,22 @@ def test_nothing_weight_sized_is_saved(mode):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         sk.ssvd_linear(x, *frozen, core, inputs["bias"], mode=mode)
     extra = [tuple(tensor.shape) for tensor in saved if tensor.data_ptr() not in known]
-    assert extra == [(8, 5)]  # z = x V
+    assert extra == kept
 
 
 def test_auto_is_factored_in_half_precision_and_the_cheaper_mode_else():
-    square = (1024, 1024)
-    choose = dispatch.linear_mode
-    assert choose(torch.bfloat16, 4096, square, 409, "auto", True, 1) == "factored"
-    assert choose(torch.float32, 64, square, 409, "auto", True, 1) == "factored"
-    assert choose(torch.float32, 4096, square, 409, "auto", True, 2) == "composed"
-    assert choose(torch.float32, 64, square, 409, "auto", True, 0) == "composed"  # nothing to compose
-    assert choose(torch.float32, 64, square, 409, "composed", True, 2) == "composed"
+    weight = torch.empty(1024, 1024, device="meta")
+
+    def choose(dtype, T, mode="auto", k=409):
+        return dispatch.linear_mode(dtype, T, weight, k, mode, True, "reference")
+
+    assert choose(torch.bfloat16, 4096) == "factored"
+    assert choose(torch.bfloat16, 4096, "composed") == choose(torch.float32, 64, "composed") == "composed"
+    assert choose(torch.float32, 4096, "factored") == "factored"
+    for k in (16, 409, 1024):
+        for T in range(1, 4096, 17):
+            composed, factored = (flops.linear_flops(mode, T, 1024, 1024, k, True) for mode in ("composed", "factored"))
+            assert choose(torch.float32, T, k=k) == ("composed" if composed <= factored else "factored")
 
 
 def test_forced_backend_that_cannot_serve_raises():
@@ -199,3 +200,19 @@ def test_bad_arguments_are_named(change, message):
     inputs.pop("dy")
     with pytest.raises((ValueError, TypeError), match=message):
         sk.ssvd_linear(**inputs)
+
+
+def test_second_derivatives_are_those_of_torch_func_or_refused():
+    inputs = linear_inputs((3, 6, 5, 3), torch.float64)
+    frozen = (inputs["weight"], inputs["U"], inputs["V"])
+    x, core = inputs["x"].requires_grad_(), inputs["core"]
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return sk.ssvd_linear(x, *frozen, core).square().sum()
+
+    W = frozen[0] + frozen[1] @ core @ frozen[2].mT
+    hessian = torch.func.hessian(loss)(x.detach())
+    expected = 2 * torch.einsum("ab,ij->aibj", torch.eye(3, dtype=torch.float64), W.mT @ W)
+    assert_equal_up_to_rounding([hessian], [expected])
+    with pytest.raises(RuntimeError, match=r"second derivatives .* use torch\.func"):
+        torch.autograd.grad(loss(x), x, create_graph=True)

@@ -18,7 +18,8 @@ from bounds import DRAWS, twice_of_draws
 from cases import linear_inputs, relative_error
 from torch import Tensor
 
-from ssvd_kernels.ops.reference import compose_operand_ref, compose_ref, ssvd_linear_backward_ref, ssvd_linear_ref
+from ssvd_kernels.ops import reference
+from ssvd_kernels.ops.reference import compose_operand_ref, compose_ref
 
 if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -88,8 +89,8 @@ def twins(case_of: Callable[[int], Results]) -> Callable[[int], tuple[Results, R
 
     def twin(case: Results) -> Results:
         factors = [case[name] for name in ("weight", "U", "V", "core")]
-        y, z = ssvd_linear_ref(case["x"], *factors, case.get("bias"), None, True)
-        dx, dcore = ssvd_linear_backward_ref(case["dy"], z, *factors, None, True)
+        y, z, _ = reference.ssvd_linear_fwd(case["x"], *factors, case.get("bias"), "factored", True)
+        dx, dcore = reference.ssvd_linear_bwd(case["dy"], z, *factors, None, True)
         return {"y": y, "z": z, "dx": dx, "dcore": dcore, "W'": compose_ref(*factors)}
 
     def references(draw: int) -> tuple[Results, Results]:

@@ -1,0 +1,115 @@
+"""The cores that a root module made for all its layers at the start of a forward: they serve that forward, in its
+thread, and the recomputations of its checkpoints, and nothing else."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .ssvd import SSVDAdapter
+
+
+class Forward(NamedTuple):
+    """A root's forward that is running in this thread."""
+
+    cores: dict[SSVDAdapter, Tensor]
+    values: Values | None  # of the cores, where they have gradients
+    caller: FrameType | None  # of the root's hooks; None while torch.compile traces
+    outer: Forward | None
+
+    def is_running(self) -> bool:
+        """False after a KeyboardInterrupt, which no hook of the root sees."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self.caller:
+            frame = frame.f_back
+        return frame is not None
+
+
+class Values:
+    """The cores of a forward without their graph, which holds this object until its backward ran."""
+
+    def __init__(self) -> None:
+        self.places: dict[SSVDAdapter, tuple[Tensor, int, int]] = {}  # a batch of cores, where in it, and its rank
+
+    def add(self, layers: list[SSVDAdapter], batch: Tensor) -> None:
+        """The cores `batch` (B, k, k) of `layers`."""
+        if batch.grad_fn is not None:
+            values = batch.detach()
+            self.places.update([(layer, (values, place, layer.k)) for place, layer in enumerate(layers)])
+            batch.grad_fn.metadata["cores"] = self  # type: ignore[index]
+
+
+class _Structure:
+    """Counts what adds or takes away adapters: roots then look for their layers again."""
+
+    number = 0
+
+    def changed(self) -> None:
+        self.number += 1
+
+
+class _Thread(threading.local):
+    forward: Forward | None = None
+
+
+thread, structure = _Thread(), _Structure()
+_finished: list[weakref.ref[Values]] = []  # of all forwards whose backward may come, the newest last
+
+
+def enter(cores: dict[SSVDAdapter, Tensor], values: Values | None, caller: FrameType | None) -> None:
+    """At the start of a root's forward, called with the frame that calls its hooks."""
+    outer = thread.forward
+    while outer is not None and outer.caller is not None and not outer.is_running():
+        outer = outer.outer
+    thread.forward = Forward(cores, values, caller, outer)
+    if values is not None:
+        _finished[:] = [*(ref for ref in _finished if ref() is not None), weakref.ref(values)]
+
+
+def leave() -> None:
+    """At its end."""
+    if thread.forward is not None:
+        thread.forward = thread.forward.outer
+
+
+def recomputed(layer: SSVDAdapter) -> Tensor | None:
+    """The core of the newest forward for a checkpoint that recomputes `layer` during the backward; None elsewhere."""
+    if torch._C._current_graph_task_id() == -1 or not torch.is_grad_enabled():
+        return None
+    for ref in reversed(_finished):
+        values = ref()
+        if values is not None and layer in values.places:
+            batch, place, k = values.places[layer]
+            return batch[place, :k, :k].requires_grad_()
+    return None
+
+
+def forget(layer: SSVDAdapter) -> None:
+    """`layer` computes a core of its own, or has run without gradients: a recomputation is to do so as well."""
+    for ref in _finished:
+        values = ref()
+        if values is not None:
+            values.places.pop(layer, None)
+
+
+@contextmanager
+def unseen_by_checkpoints() -> Iterator[None]:
+    """Saves tensors for backward as if no checkpoint were there.
+
+    Non-reentrant checkpointing wants its recomputation to save as many tensors as its forward did, and the one may
+    compute a core where the other found one.
+    """
+    if torch.compiler.is_compiling() or not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        yield

@@ -1,0 +1,89 @@
+"""The linear op by the Triton kernels: pads operands, and chooses among the kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels.tile_sizes import CONCAT_MAX_D
+
+ALIGNMENT = 16  # columns
+
+
+def ssvd_linear_fwd(
+    x: Tensor,
+    weight: Tensor | None,
+    U: Tensor,
+    V: Tensor,
+    core: Tensor,
+    bias: Tensor | None,
+    mode: str,
+    need_z: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `reference.ssvd_linear_fwd`; z may have columns of zeros beyond its k."""
+    assert weight is not None
+    U, V = operand(U, x.dtype), operand(V, x.dtype)
+    if mode == "factored":
+        return *kernels().ssvd_linear_fwd(x, weight, U, V, padded(core, both=True), bias, need_z), None
+    composed = kernels().compose(weight, U, V, padded(core, both=True), x.dtype)
+    if need_z and _concatenated(x, weight):
+        return *kernels().concat(x, composed, V, bias), composed
+    y = F.linear(x, composed, None if bias is None else bias.to(x.dtype))
+    return y, x @ V if need_z else None, composed
+
+
+def ssvd_linear_bwd(
+    dy: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    U: Tensor,
+    V: Tensor,
+    core: Tensor,
+    composed: Tensor | None,
+    need_dx: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `reference.ssvd_linear_bwd`."""
+    k, U = core.shape[0], operand(U, dy.dtype)
+    if composed is None:
+        V = operand(V, dy.dtype)
+        dx, dcore = kernels().ssvd_linear_bwd(dy, z, weight, U, V, padded(core, both=True), need_dx)
+    elif need_dx and z is not None and _concatenated(dy, weight):
+        dx, dyU = kernels().concat(dy, composed.mT, U, None)
+        dcore = kernels().core_grad(dyU.reshape(-1, dyU.shape[-1]), z.reshape(-1, z.shape[-1]))
+    else:
+        dx = dy @ composed if need_dx else None
+        dcore = None if z is None else kernels().core_gradient(dy, z, U)
+    return dx, None if dcore is None else dcore[:k, :k].to(core.dtype)
+
+
+def operand(basis: Tensor, dtype: torch.dtype) -> Tensor:
+    """U or V (d, k) as the kernels read it."""
+    return padded(basis.to(dtype))
+
+
+def padded(matrix: Tensor, both: bool = False) -> Tensor:
+    """`matrix` with columns (`both`: and rows) of zeros up to a multiple of ALIGNMENT, which changes no product.
+
+    Rows of 409 half-precision numbers, say, cannot be read in wide loads.
+    """
+    extra = [-n % ALIGNMENT for n in matrix.shape]
+    return F.pad(matrix, (0, extra[1], 0, extra[0] if both else 0)) if any(extra[1:] + extra[: int(both)]) else matrix
+
+
+def kernels() -> Any:
+    """The Triton launchers; while torch.compile traces, as operators."""
+    if torch.compiler.is_compiling():
+        from .kernels import custom_ops
+
+        return custom_ops
+    from .kernels import launchers
+
+    return launchers
+
+
+def _concatenated(x: Tensor, weight: Tensor) -> bool:
+    """Whether one kernel makes both products of x: the weight's and the basis'."""
+    return x.dtype.itemsize == 2 and max(weight.shape) <= CONCAT_MAX_D
