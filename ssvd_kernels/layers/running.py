@@ -38,13 +38,12 @@ class Values:
     """The cores of a forward without their graph, which holds this object until its backward ran."""
 
     def __init__(self) -> None:
-        self.places: dict[SSVDAdapter, tuple[Tensor, int, int]] = {}  # a batch of cores, where in it, and its rank
+        self.cores: dict[SSVDAdapter, Tensor] = {}
 
-    def add(self, layers: list[SSVDAdapter], batch: Tensor) -> None:
-        """The cores `batch` (B, k, k) of `layers`."""
+    def add(self, cores: dict[SSVDAdapter, Tensor], batch: Tensor) -> None:
+        """The `cores` of `batch` (B, k, k)."""
         if batch.grad_fn is not None:
-            values = batch.detach()
-            self.places.update([(layer, (values, place, layer.k)) for place, layer in enumerate(layers)])
+            self.cores.update({layer: core.detach() for layer, core in cores.items()})
             batch.grad_fn.metadata["cores"] = self  # type: ignore[index]
 
 
@@ -87,9 +86,8 @@ def recomputed(layer: SSVDAdapter) -> Tensor | None:
         return None
     for ref in reversed(_finished):
         values = ref()
-        if values is not None and layer in values.places:
-            batch, place, k = values.places[layer]
-            return batch[place, :k, :k].requires_grad_()
+        if values is not None and layer in values.cores:
+            return values.cores[layer].detach().requires_grad_()
     return None
 
 
@@ -98,7 +96,7 @@ def forget(layer: SSVDAdapter) -> None:
     for ref in _finished:
         values = ref()
         if values is not None:
-            values.places.pop(layer, None)
+            values.cores.pop(layer, None)
 
 
 @contextmanager

@@ -68,9 +68,10 @@ def _begin_forward(root: nn.Module, args: Any) -> None:
     values = running.Values() if torch.is_grad_enabled() and not compiling else None
     for batch in _batches(root):
         made = batch.cores()
-        cores.update(zip(batch.layers, made.unbind() if batch.even else _Split.apply(made, batch.ranks)))
+        some = dict(zip(batch.layers, made.unbind() if batch.even else _Split.apply(made, batch.ranks)))
+        cores |= some
         if values is not None:
-            values.add(batch.layers, made)
+            values.add(some, made)
     running.enter(cores, values, None if compiling else sys._getframe(1))
 
 

@@ -188,9 +188,9 @@ def ssvd_linear_fwd(
     if weight is None:
         return q @ U.mT, z if need_z else None, None
     y = F.linear(x, weight if weight.dtype == dtype else weight.to(dtype), bias)
-    rows = y.view(-1, y.shape[-1])
-    torch.addmm(rows, q.reshape(-1, q.shape[-1]), U.mT, out=rows)
-    return y, z if need_z else None, None
+    # not in place: a selective checkpoint may have cached the first product
+    total = torch.addmm(y.view(-1, y.shape[-1]), q.reshape(-1, q.shape[-1]), U.mT).view(y.shape)
+    return total, z if need_z else None, None
 
 
 def ssvd_linear_bwd(

@@ -20,7 +20,7 @@ SCALES = (1.0, -1.0, 0.5)
 
 @pytest.fixture
 def model() -> nn.Module:
-    return adapt(Stack(None)).eval()
+    return adapt(Stack()).eval()
 
 
 def set_mode(model: nn.Module, mode: str) -> None:
@@ -98,7 +98,7 @@ def test_vmap_over_adapters(model, mode, backend, shared_input):
         for index in range(len(SCALES)):
             mine = x if shared_input else x[index]
             one = {name: value[index] for name, value in parameters.items()}
-            twin = Stack(None)  # with these parameters by other means
+            twin = Stack()  # with these parameters by other means
             inject(twin)
             twin.load_state_dict(model.state_dict() | one)
             set_mode(twin, mode)

@@ -298,7 +298,7 @@ def test_average_refuses_weights_that_are_none(base, weights):
 @pytest.mark.slow
 def test_compiled_model_switches_without_compiling_again():
     torch._dynamo.reset()
-    base = Stack(None)
+    base = Stack()
     net = with_adapters(base, "b", "c")
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     x = torch.randn(16, 8)

@@ -103,7 +103,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant):
 @pytest.mark.slow
 def test_compile_fullgraph():
     torch._dynamo.reset()
-    model = train_randomly(peft.get_peft_model(Stack(None), config()))
+    model = train_randomly(peft.get_peft_model(Stack(), config()))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(64, 8)
 

@@ -21,7 +21,7 @@ NAMES = ["encoder.blocks.0.0", "encoder.blocks.0.2", "encoder.blocks.1.0", "enco
 
 @pytest.fixture
 def model() -> Stack:
-    stack = Stack(None)
+    stack = Stack()
     inject(stack)
     return stack
 
@@ -39,7 +39,7 @@ def lists(report: sk.TrainingReport) -> dict[str, list[str]]:
 @pytest.mark.parametrize("rank", [1, 5])
 @pytest.mark.parametrize("rotation", ["cayley", "linear", "free"])
 def test_at_initialisation_every_layer_that_is_called_trains(x, rotation, rank):
-    model = Stack(None)
+    model = Stack()
     inject(model, rotation=rotation, rank=rank)
     report = sk.check_training(model, model(x).square().mean())
     assert lists(report) == {"ok": NAMES}
@@ -101,18 +101,18 @@ def test_reentrant_checkpointing_is_read_from_the_gradients(model, x):
     x.requires_grad_()
     for wholly in (True, False):  # checkpointed, or only the blocks
         model.zero_grad()
-        model.encoder.use_reentrant = None if wholly else True
+        model.encoder.checkpointing = None if wholly else {"use_reentrant": True}
         loss = (checkpoint(model, x, use_reentrant=True) if wholly else model(x)).square().mean()
         with pytest.raises(ValueError, match=r"use_reentrant=True.*without the loss"):
             sk.check_training(model, loss)
         loss.backward()
         assert lists(sk.check_training(model)) == {"ok": NAMES}
-    model.encoder.use_reentrant = False
+    model.encoder.checkpointing = {"use_reentrant": False}
     assert lists(sk.check_training(model, model(x).sum())) == {"ok": NAMES}
 
 
 def test_what_cannot_be_checked_is_refused(model, x):
-    base = Stack(None)
+    base = Stack()
     with pytest.raises(ValueError, match="no trainable SSVD layer"):
         sk.check_training(base, base(x).sum())
     with pytest.raises(ValueError, match=r"`loss` must be a scalar, got shape \(4, 8\)"):

@@ -33,7 +33,7 @@ Wrap = Callable[[nn.Module], nn.Module]
 
 def _model(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    model = Stack(None).to(dtype)
+    model = Stack().to(dtype)
     inject(model, **options)
     return train_randomly(model)
 

@@ -77,7 +77,7 @@ def test_whole_model_keeps_little_more_than_the_frozen_one():
 
 def test_compile_fullgraph():
     torch._dynamo.reset()
-    model = Stack(None)
+    model = Stack()
     inject(model)
     train_randomly(model)
     twin = copy.deepcopy(model)

@@ -189,7 +189,7 @@ def test_merging_a_model_passes_the_rounding_on():
     models = {}
     for rounding in ("nearest", "stochastic"):
         torch.manual_seed(0)
-        model = Stack(None).to(BF16)
+        model = Stack().to(BF16)
         inject(model)
         models[rounding] = train_randomly(model)
         sk.merge(model, unload=True, rounding=rounding)
@@ -204,7 +204,7 @@ def test_merging_a_model_passes_the_rounding_on():
 
 
 def test_grad_scaler_skips_the_step_that_overflows_and_trains_on():
-    model = Stack(None)
+    model = Stack()
     inject(model)
     x = torch.randn(32, 8)
     target = torch.sin(x)
@@ -232,7 +232,7 @@ def test_grad_scaler_skips_the_step_that_overflows_and_trains_on():
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_casting_an_adapted_model_rounds_theta_and_says_so(dtype):
-    model = Stack(None)
+    model = Stack()
     inject(model)
     train_randomly(model)
     exact = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -253,7 +253,7 @@ def test_casting_an_adapted_model_rounds_theta_and_says_so(dtype):
 
 
 def test_adapting_after_casting_keeps_theta_in_float32():
-    model = Stack(None).to(BF16)
+    model = Stack().to(BF16)
     inject(model)
     assert all(p.dtype == F32 for name, p in model.named_parameters() if not name.endswith(("weight", "bias")))
     small = 2.0**-12  # lost next to 1 in bfloat16

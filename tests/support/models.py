@@ -28,9 +28,9 @@ Result = TypeVar("Result")
 class Stack(nn.Module):
     """An encoder and a head; each block can be checkpointed. The smallest model with a part that is called alone."""
 
-    def __init__(self, use_reentrant: bool | None, block: Callable[[], nn.Module] | None = None) -> None:
+    def __init__(self, checkpointing: dict | None = None, block: Callable[[], nn.Module] | None = None) -> None:
         super().__init__()
-        self.encoder = Encoder(use_reentrant, block or FeedForward)
+        self.encoder = Encoder(checkpointing, block or FeedForward)
         self.head = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,14 +43,14 @@ class FeedForward(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    def __init__(self, use_reentrant: bool | None, block: Callable[[], nn.Module]) -> None:
+    def __init__(self, checkpointing: dict | None, block: Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.use_reentrant = use_reentrant
+        self.checkpointing = checkpointing  # options of torch's `checkpoint`, or none of it
         self.blocks = nn.ModuleList(block() for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = block(x) if self.use_reentrant is None else checkpoint(block, x, use_reentrant=self.use_reentrant)
+            x = block(x) if self.checkpointing is None else checkpoint(block, x, **self.checkpointing)
         return x
 
 

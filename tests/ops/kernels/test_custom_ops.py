@@ -173,7 +173,7 @@ def test_every_concat_configuration(config, monkeypatch):
 
 
 def test_large_layers_are_left_to_the_library(monkeypatch):
-    monkeypatch.setattr("ssvd_kernels.ops.dispatch.CONCAT_MAX_D", 64)
+    monkeypatch.setattr("ssvd_kernels.ops.triton_linear.CONCAT_MAX_D", 64)
     calls = []
     monkeypatch.setattr(
         "ssvd_kernels.ops.kernels.launchers.core_gradient", lambda *args: calls.append(1) or core_gradient(*args)
