@@ -126,11 +126,11 @@ class Adapter(nn.Module, ABC):
         if self.idle:
             return self.fixed(x)
         if not self.training and not torch.is_grad_enabled():
-            cache = self.cache
-            if cache.weight is not None and x.dtype == cache.dtype and not torch.compiler.is_dynamo_compiling():
-                if not torch.is_autocast_enabled(x.device.type) and cache.holds(self):
-                    return F.linear(x, cache.weight, cache.bias)
-            weight = cache.composed_for(self, x)
+            made = self.cache.made
+            if made is not None and x.dtype == made.dtype and not torch.compiler.is_dynamo_compiling():
+                if not torch.is_autocast_enabled(x.device.type) and made.holds(self):
+                    return F.linear(x, made.weight, made.bias)  # type: ignore[arg-type]
+            weight = self.cache.composed_for(self, x)
             if weight is not None:
                 return F.linear(x, weight, self.bias)
         return self.adapted(x)

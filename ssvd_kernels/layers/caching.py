@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,37 +14,50 @@ if TYPE_CHECKING:
     from .adapter import Adapter, Factors
 
 
+class Made:
+    """The factors of one adapter, W' where it was composed, and what they were made from."""
+
+    def __init__(self, adapter: Adapter, factors: Factors) -> None:
+        self.owner, self.choices, self.factors = adapter._parameters, (adapter.mode, dispatch.forced), factors
+        self.sources = [(place, name, place[name], place[name]._version) for place, name in adapter.places()]
+        self.values = [(tensor, tensor.detach().clone()) for tensor in adapter.adapter().values() if tensor.is_cpu]
+        self.weight: Tensor | None = None  # W'
+        self.dtype: torch.dtype | None = None  # of the x that W' serves, whatever its length
+        self.bias: Tensor | None = None
+
+    def holds(self, adapter: Adapter) -> bool:
+        """Whether it was made from the present parameters."""
+        if self.owner is not adapter._parameters or self.choices != (adapter.mode, dispatch.forced):
+            return False  # replicas of DataParallel share this object
+        for place, name, tensor, version in self.sources:
+            if place[name] is not tensor or tensor._version != version:
+                return False
+        for now, value in self.values:
+            if not torch.equal(now, value):
+                return False
+        return True
+
+    def hold(self, weight: Tensor) -> None:
+        self.sources.append((self.__dict__, "weight", weight, weight._version))  # it may be written into
+        self.weight = weight
+
+
 class LayerCache:
     """Of one adapter. Dropping it costs time alone: everything is computed again once its sources change.
 
     Another tensor or another version of it is noticed. .data writes and fused optimizers leave no such trace: on the
     CPU the values of what trains are compared; on a GPU that would stall the stream, and train() and eval() drop what
-    is kept.
+    is cached. `made` is replaced and never emptied: another thread may be reading it.
     """
 
     def __init__(self) -> None:
-        self.dtype: torch.dtype | None = None  # of the x that W' serves whatever its length
-        self.weight: Tensor | None = None  # W'
-        self.bias: Tensor | None = None
-        self._factors: Factors | None = None
-        self._made_from: list[tuple[Mapping[str, Any], str, Tensor, int]] = []
-        self._values: list[tuple[Tensor, Tensor]] = []
-        self._choices: tuple[object, ...] = ()
-        self._owner: object = None
+        self.made: Made | None = None
         self._operands: dict[torch.dtype, tuple[tuple[Tensor, int], tuple[Tensor, int], tuple[Tensor, Tensor]]] = {}
-        self._in_graphs: list[Tensor] = []
+        self._in_graphs: list[object] = []  # what CUDA graphs that were captured read, whatever is forgotten
 
     def holds(self, adapter: Adapter) -> bool:
-        """Whether the cache was made from the present parameters."""
-        if self._owner is not adapter._parameters or self._choices != (adapter.mode, dispatch.forced):
-            return False  # replicas of DataParallel share this object
-        for place, name, tensor, version in self._made_from:
-            if place[name] is not tensor or tensor._version != version:
-                return False
-        for now, value in self._values:
-            if not torch.equal(now, value):
-                return False
-        return True
+        """Whether something is cached that was made from the present parameters."""
+        return self.made is not None and self.made.holds(adapter)
 
     def serves(self, adapter: Adapter) -> bool:
         """Whether a call may use and fill the cache."""
@@ -61,32 +73,11 @@ class LayerCache:
 
     def factors(self, adapter: Adapter) -> Factors:
         """`update_factors`."""
-        if self._factors is not None and self.holds(adapter):
-            for factor in self._factors:
-                self._pin(factor)
-            return self._factors
-        self.forget()
-        with torch.inference_mode(False), torch.no_grad():
-            factors = adapter.update_factors()
-        if not capturing(factors[-1]):  # else it has its values only after the first replay
-            trained, places = adapter.adapter().values(), adapter.places()
-            self._owner, self._choices = adapter._parameters, (adapter.mode, dispatch.forced)
-            self._made_from = [(place, name, place[name], place[name]._version) for place, name in places]
-            self._values = [(tensor, tensor.detach().clone()) for tensor in trained if tensor.is_cpu]
-            self._factors = factors
-        return factors
+        return self._current(adapter).factors
 
     def composed(self, adapter: Adapter) -> Tensor:
         """W' in the base weight's dtype."""
-        factors = self.factors(adapter)
-        if self.weight is None:
-            with torch.inference_mode(False), torch.no_grad():
-                weight = reference.compose_ref(adapter.base_weight, *factors)
-            if capturing(weight):
-                return weight
-            self.weight = weight
-            self._made_from.append((self.__dict__, "weight", weight, weight._version))  # it may be written into
-        return self._pin(self.weight)
+        return self._composed(adapter, self._current(adapter))
 
     def composed_for(self, adapter: Adapter, x: Tensor) -> Tensor | None:
         """W', if a call of `adapter` on x is to use it: in float32 and float64, where composing loses nothing."""
@@ -98,30 +89,49 @@ class LayerCache:
             return None
         if dispatch.linear_backend(device, dtype) != "reference":
             return None
-        weight = self.composed(adapter)
-        self.dtype, self.bias = None if weight is not self.weight or weight.is_cuda else dtype, adapter.bias
+        made = self._current(adapter)
+        weight = self._composed(adapter, made)
+        if weight is made.weight and weight.is_cpu:
+            made.bias, made.dtype = adapter.bias, dtype
+        return weight
+
+    def _current(self, adapter: Adapter) -> Made:
+        made = self.made
+        if made is not None and made.holds(adapter):
+            if capturing(made.factors[-1]):
+                self._in_graphs.append(made)
+            return made
+        self.forget()
+        with torch.inference_mode(False), torch.no_grad():
+            made = Made(adapter, adapter.update_factors())
+        if not capturing(made.factors[-1]):  # else it has its values only after the first replay
+            self.made = made
+        return made
+
+    def _composed(self, adapter: Adapter, made: Made) -> Tensor:
+        weight = made.weight
+        if weight is None:
+            with torch.inference_mode(False), torch.no_grad():
+                weight = reference.compose_ref(adapter.base_weight, *made.factors)
+            if not capturing(weight):
+                made.hold(weight)
         return weight
 
     def operands(self, U: Tensor, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """U and V as the Triton kernels read them in `dtype`."""
-        kept = self._operands.get(dtype)
-        if kept is None or any(now is not old or now._version != version for now, (old, version) in zip((U, V), kept)):
+        found = self._operands.get(dtype)
+        sources = (U, U._version), (V, V._version)
+        if found is None or any(now is not old or n != m for (now, n), (old, m) in zip(sources, found)):
             made = triton_linear.operand(U.detach(), dtype), triton_linear.operand(V.detach(), dtype)
-            if capturing(made[0]):
-                return made
-            kept = self._operands[dtype] = (U, U._version), (V, V._version), made
-        return self._pin(kept[2][0]), self._pin(kept[2][1])
+            if not capturing(made[0]):
+                self._operands[dtype] = *sources, made
+            return made
+        if capturing(found[2][0]):
+            self._in_graphs.append(found)
+        return found[2]
 
     def forget(self) -> None:
-        graphs = self._in_graphs
-        self.__init__()  # type: ignore[misc]
-        self._in_graphs = graphs
-
-    def _pin(self, tensor: Tensor) -> Tensor:
-        """`tensor`, which lives on whatever is forgotten if a CUDA graph is being captured, whose replays read it."""
-        if capturing(tensor):
-            self._in_graphs.append(tensor)
-        return tensor
+        self.made, self._operands = None, {}
 
     def __getstate__(self) -> dict[str, Any]:
         return LayerCache().__dict__

@@ -135,9 +135,9 @@ def test_kept_weights_are_dropped_at_once(base, change):
     layers = sk.ssvd_layers(net).values()
     with torch.no_grad():
         net(example(net))
-    assert all(layer.cache.weight is not None for layer in layers)
+    assert all(layer.cache.made.weight is not None for layer in layers)
     change(net)
-    assert not any(layer.cache.weight is not None or layer.cache._factors for layer in layers)
+    assert not any(layer.cache.made for layer in layers)
 
 
 def test_merging_takes_the_adapter_in_use(base):

@@ -106,9 +106,9 @@ def test_train_eval_and_merging_free_the_kept_weight():
         layer = composed_layer().eval()
         with torch.no_grad():
             layer(x_of_block())
-        assert layer.cache.weight is not None
+        assert layer.cache.made.weight is not None
         free(layer)
-        assert layer.cache.weight is None
+        assert layer.cache.made is None
 
 
 @torch.no_grad()
@@ -125,7 +125,7 @@ def test_copies_carry_nothing_kept(copied):
     layer = composed_layer().eval()
     expected = layer(x_of_block())
     twin = copied(layer)
-    assert layer.cache.weight is not None and twin.cache.weight is None
+    assert layer.cache.made is not None and twin.cache.made is None
     assert torch.equal(twin(x_of_block()), expected)
 
 
@@ -134,7 +134,7 @@ def test_inference_mode_keeps_nothing_and_transforms_are_right():
     net = nn.Sequential(layer)  # whose twin is to be made
     with torch.inference_mode():
         y = layer(x_of_block().detach())
-    assert layer.cache.weight is None
+    assert layer.cache.made is None
 
     def compute(net: nn.Module) -> tuple[Tensor, Tensor]:
         out = net(x_of_block())
@@ -173,11 +173,12 @@ def test_what_a_graph_reads_outlives_forgetting_and_what_it_makes_serves_no_eage
     layer = composed_layer().eval()
     x = x_of_block()
     graph(lambda: layer(x))  # nothing was kept before
-    assert layer.cache.weight is None and layer.cache._factors is None and not layer.cache._in_graphs
+    assert layer.cache.made is None and not layer.cache._in_graphs
     layer(x)
-    kept, layer.cache.dtype = layer.cache.weight, None  # as on a GPU
+    made = layer.cache.made
+    made.dtype = None  # as on a GPU
     graph(lambda: layer(x))
     layer.train()
-    assert layer.cache.weight is None and any(tensor is kept for tensor in layer.cache._in_graphs)
+    assert layer.cache.made is None and made in layer.cache._in_graphs
     U, V = graph(lambda: layer.operands(layer.U, layer.V, torch.bfloat16))
     assert layer.cache._operands == {} and U.dtype == V.dtype == torch.bfloat16

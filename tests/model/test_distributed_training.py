@@ -222,7 +222,7 @@ def _eval_between(rank: int, world: int, model: nn.Module) -> Tensor:
 def _sharded_eval_between(rank: int, wrap: Wrap) -> tuple[Tensor, list[bool]]:
     model = wrap(_model())
     outputs, layers = _eval_between(rank, SIZE, model), sk.ssvd_layers(model).values()
-    return outputs, [layer.cache._factors is None and layer.cache.weight is None for layer in layers]
+    return outputs, [layer.cache.made is None for layer in layers]
 
 
 @pytest.mark.parametrize("wrap", SHARDED)

@@ -1,0 +1,121 @@
+"""A root's forward and its cores: interrupted, with gradients switched within it, and in several threads at once."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from models import Stack, adapt, assert_all_within, gradients, references, step
+from torch import Tensor, nn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(5))
+
+
+class GradientsWithin(nn.Module):
+    """Switches gradients on by itself, under whatever its caller chose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = Stack()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return self.stack(x)
+
+
+def test_gradients_that_are_switched_on_within_a_forward_reach_all_parameters():
+    model = adapt(GradientsWithin())
+
+    def compute(network: nn.Module) -> dict[str, Tensor]:
+        with torch.no_grad():
+            y = network(X.to(next(network.parameters()).dtype))
+        y.square().mean().backward()
+        return gradients(network)
+
+    plain, exact = references(model, compute)
+    found = compute(model)
+    assert len(found) == 2 * 5 and all(bool(gradient.any()) for gradient in found.values())
+    assert_all_within(found, plain, exact)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_keyboard_interrupt_leaves_nothing_behind(training):
+    model = adapt(Stack()).train(training)
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.head.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(X)
+    handle.remove()
+    step(model)
+
+    def encode(network: nn.Module) -> dict[str, Tensor]:
+        with torch.set_grad_enabled(training):
+            return {"y": network.encoder(X.to(next(network.parameters()).dtype)).detach()}
+
+    plain, exact = references(model, encode)
+    assert_all_within(encode(model), plain, exact)
+    assert_all_within(encode(model), plain, exact)
+
+
+def _at_once(*works: Callable[[], object]) -> list[object]:
+    """What they return, each in a thread of its own; the threads take turns as often as Python lets them."""
+    start = threading.Barrier(len(works))
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [done.result() for done in [pool.submit(lambda work=work: (start.wait(), work())[1]) for work in works]]
+
+
+@pytest.fixture
+def many_switches():
+    import sys
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("many_switches")
+def test_inference_in_several_threads():
+    model = adapt(Stack()).eval()
+    with torch.no_grad():
+        right = model(X)
+
+    def serve() -> int:
+        wrong = 0
+        for _ in range(150):
+            model.eval()
+            with torch.no_grad():
+                wrong += not torch.equal(model(X), right)
+        return wrong
+
+    assert _at_once(*[serve] * 4) == [0] * 4
+
+
+@pytest.mark.usefixtures("many_switches")
+def test_training_beside_inference_in_another_thread():
+    model = adapt(Stack())
+    alone = copy.deepcopy(model)
+    alone(X).square().mean().backward()
+    right = gradients(alone)
+
+    def train() -> int:
+        wrong = 0
+        for _ in range(150):
+            model.zero_grad()
+            model(X).square().mean().backward()
+            wrong += any(not torch.equal(gradient, right[name]) for name, gradient in gradients(model).items())
+        return wrong
+
+    def serve() -> int:
+        with torch.no_grad():
+            return sum(not torch.equal(model(X), alone(X)) for _ in range(300))
+
+    assert _at_once(train, serve) == [0, 0]
