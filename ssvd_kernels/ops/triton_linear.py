@@ -27,8 +27,8 @@ def ssvd_linear_fwd(
     assert weight is not None
     U, V = operand(U, x.dtype), operand(V, x.dtype)
     if mode == "factored":
-        return *kernels().ssvd_linear_fwd(x, weight, U, V, padded(core, both=True), bias, need_z), None
-    composed = kernels().compose(weight, U, V, padded(core, both=True), x.dtype)
+        return *kernels().ssvd_linear_fwd(x, weight, U, V, core, bias, need_z), None
+    composed = kernels().compose(weight, U, V, core, x.dtype)
     if need_z and _concatenated(x, weight):
         return *kernels().concat(x, composed, V, bias), composed
     y = F.linear(x, composed, None if bias is None else bias.to(x.dtype))
@@ -49,7 +49,7 @@ def ssvd_linear_bwd(
     k, U = core.shape[0], operand(U, dy.dtype)
     if composed is None:
         V = operand(V, dy.dtype)
-        dx, dcore = kernels().ssvd_linear_bwd(dy, z, weight, U, V, padded(core, both=True), need_dx)
+        dx, dcore = kernels().ssvd_linear_bwd(dy, z, weight, U, V, core, need_dx)
     elif need_dx and z is not None and _concatenated(dy, weight):
         dx, dyU = kernels().concat(dy, composed.mT, U, None)
         dcore = kernels().core_grad(dyU.reshape(-1, dyU.shape[-1]), z.reshape(-1, z.shape[-1]))
@@ -64,13 +64,13 @@ def operand(basis: Tensor, dtype: torch.dtype) -> Tensor:
     return padded(basis.to(dtype))
 
 
-def padded(matrix: Tensor, both: bool = False) -> Tensor:
-    """`matrix` with columns (`both`: and rows) of zeros up to a multiple of ALIGNMENT, which changes no product.
+def padded(matrix: Tensor) -> Tensor:
+    """`matrix` with columns of zeros up to a multiple of ALIGNMENT, which changes no product.
 
     Rows of 409 half-precision numbers, say, cannot be read in wide loads.
     """
-    extra = [-n % ALIGNMENT for n in matrix.shape]
-    return F.pad(matrix, (0, extra[1], 0, extra[0] if both else 0)) if any(extra[1:] + extra[: int(both)]) else matrix
+    extra = -matrix.shape[1] % ALIGNMENT
+    return F.pad(matrix, (0, extra)) if extra else matrix
 
 
 def kernels() -> Any:

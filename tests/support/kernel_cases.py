@@ -70,12 +70,17 @@ def _linear_cases() -> Iterator[Case]:
                 kernel = "linear_and_projection:_ssvd_linear_concat_kernel"
                 unit = (layout, *common, "stride_v_k", "stride_z_k")
                 yield _case(kernel, config, x, {"b_ptr": w}, unit, odd, "TNK", **flags)
-    for key, config, (x, w, uv) in _entries(tiles.ONE_PASS):
-        for layout, core in (("stride_w_d", "stride_core_j"), ("stride_w_n", "stride_core_i")):
-            unit = (layout, core, *common, "stride_u_k", "stride_v_k", "stride_z_k")
-            for rank in (r for r in (16, 32, 64, 128) if r <= config.max_k):
-                kernel, more = "ssvd_linear:_ssvd_linear_one_pass_kernel", {"BLOCK_R": rank, "NEED_Z": True, **flags}
-                yield _case(kernel, config, x, _pointers(w, uv), unit, key.endswith("odd"), "TNK", **more)
+    for ranks in ((16, 32, 64), (128,)):
+        tables = {key: tiles.one_pass_tiles(key, ranks[0]) for key in tiles.ONE_PASS}
+        for key, config, (x, w, uv) in _entries(tables):
+            for layout, core in (("stride_w_d", "stride_core_j"), ("stride_w_n", "stride_core_i")):
+                unit = (layout, core, *common, "stride_u_k", "stride_v_k", "stride_z_k")
+                for rank in (r for r in ranks if config in tiles.one_pass_tiles(key, r)):
+                    kernel, more = (
+                        "ssvd_linear:_ssvd_linear_one_pass_kernel",
+                        {"BLOCK_R": rank, "NEED_Z": True, **flags},
+                    )
+                    yield _case(kernel, config, x, _pointers(w, uv), unit, key.endswith("odd"), "TNK", **more)
 
 
 def _compose_cases() -> Iterator[Case]:

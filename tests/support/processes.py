@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -73,3 +74,8 @@ def _serve(rank: int, store: str, connection: Connection) -> None:
         torch.save(answer, buffer)
         connection.send(buffer.getvalue())
     dist.destroy_process_group()
+
+
+def update_environment(values: dict[str, str]) -> None:
+    """For a new process, before it imports what reads them."""
+    os.environ.update(values)

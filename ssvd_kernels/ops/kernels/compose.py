@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssvd_kernels.ops.kernels.launch import aligned, current_device
+from ssvd_kernels.ops.kernels.launch import aligned, current_device, padded_core
 from ssvd_kernels.ops.kernels.tile_sizes import COMPOSE_PRECISION, GROUP, compose_config, table_key
 from ssvd_kernels.ops.kernels.tiles import accumulate, cast, grouped_program, round_stochastically
 
@@ -64,11 +64,12 @@ def _compose_kernel(
 def compose(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dtype) -> Tensor:
     """W' = W + U core V^T: weight (d_out, d_in), U (d_out, k), V (d_in, k), core (k, k) -> (d_out, d_in) in `dtype`.
 
-    Half outputs take the products through the tensor cores (tf32, for float16 in three terms): what that loses is below
-    the rounding of the sum, whatever the size of the update.
+    core may be smaller where the last columns of U and V are zero. Half outputs take the products through the tensor
+    cores (tf32, for float16 in three terms): what that loses is below the rounding of the sum, whatever the size of the
+    update.
     """
-    (d_out, d_in), k = weight.shape, core.shape[0]
-    P = U.to(torch.float32) @ core.to(torch.float32)
+    (d_out, d_in), k = weight.shape, V.shape[1]
+    P = U.to(torch.float32) @ padded_core(core, k, torch.float32)
     out = torch.empty((d_out, d_in), dtype=dtype, device=weight.device)
     key = table_key(dtype, (weight.dtype, V.dtype), dtype != torch.float16 and aligned(weight, P, V))
 

@@ -55,7 +55,7 @@ def _fwd(
 
 @_fwd.register_fake
 def _(x, weight, U, V, core, bias, need_z):
-    return _lead(x, weight.shape[0]), _lead(x, core.shape[0], need_z)
+    return _lead(x, weight.shape[0]), _lead(x, V.shape[1], need_z)
 
 
 @torch.library.custom_op("ssvd_kernels::triton_linear_bwd", mutates_args=())
@@ -68,7 +68,7 @@ def _bwd(
 
 @_bwd.register_fake
 def _(dy, z, weight, U, V, core, need_dx):
-    dcore = core.new_empty(core.shape if z is not None else (0,), dtype=torch.float32)
+    dcore = core.new_empty((0,) if z is None else (U.shape[1],) * 2, dtype=torch.float32)
     return _lead(dy, weight.shape[1], need_dx), dcore
 
 

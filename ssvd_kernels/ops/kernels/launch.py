@@ -13,6 +13,16 @@ def current_device(tensor: Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def padded_core(core: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """core in `dtype`, with zeros up to (k, k)."""
+    rank = core.shape[0]
+    if rank == k:
+        return core.to(dtype)
+    padded = core.new_zeros((k, k), dtype=dtype)
+    padded[:rank, :rank] = core
+    return padded
+
+
 def aligned(*tensors: Tensor) -> bool:
     """Whether every matrix can be read 16 elements at a time along one of its axes (what Triton specialises on)."""
     for tensor in tensors:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssvd_kernels.ops.kernels.launch import aligned, current_device
+from ssvd_kernels.ops.kernels.launch import aligned, current_device, padded_core
 from ssvd_kernels.ops.kernels.split_k import core_grad
 from ssvd_kernels.ops.kernels.tile_sizes import (
     GROUP,
@@ -108,6 +108,7 @@ def _ssvd_linear_one_pass_kernel(
     d_in,
     d_out,
     k,
+    rank,
     HAS_BIAS: tl.constexpr,
     NEED_Z: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -147,7 +148,8 @@ def _ssvd_linear_one_pass_kernel(
             z_ptrs = z_ptr + row_t[:, None] * stride_z_t + offs_r[None, :] * stride_z_k
             tl.store(z_ptrs, z, mask=mask_t[:, None] & mask_r[None, :])
     core_ptrs = core_ptr + offs_r[None, :] * stride_core_i + offs_r[:, None] * stride_core_j
-    core_t = tl.load(core_ptrs, mask=mask_r[None, :] & mask_r[:, None], other=0.0)  # [BLOCK_R, BLOCK_R]
+    mask_core = (offs_r < rank)[None, :] & (offs_r < rank)[:, None]
+    core_t = tl.load(core_ptrs, mask=mask_core, other=0.0)  # [BLOCK_R, BLOCK_R]
     acc_q = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
     acc_q = product(z, cast(core_t, dtype), acc_q, PRECISION)  # [BLOCK_T, BLOCK_R]
     u_ptrs = u_ptr + row_n[None, :] * stride_u_n + offs_r[:, None] * stride_u_k
@@ -184,7 +186,7 @@ def _products(x: Tensor, weight: Tensor, q: Tensor | None, U: Tensor | None, bia
 def _one_pass(
     x: Tensor, weight: Tensor, V: Tensor, core: Tensor, U: Tensor, bias: Tensor | None, need_z: bool, config: TileConfig
 ) -> tuple[Tensor, Tensor | None]:
-    (T, d_in), d_out, k = x.shape, weight.shape[0], core.shape[0]
+    (T, d_in), d_out, k = x.shape, weight.shape[0], V.shape[1]
     y = torch.empty((T, d_out), dtype=x.dtype, device=x.device)
     z = torch.empty((T, k), dtype=x.dtype, device=x.device) if need_z else None
     grid = (triton.cdiv(T, config.rows) * triton.cdiv(d_out, config.cols),)
@@ -192,7 +194,7 @@ def _one_pass(
         _ssvd_linear_one_pass_kernel[grid](
             x, *x.stride(), weight, *weight.stride(), V, *V.stride(), core, *core.stride(), U, *U.stride(),
             y if bias is None else bias, 0 if bias is None else bias.stride(0), y, *y.stride(),
-            *((y, 0, 0) if z is None else (z, *z.stride())), T, d_in, d_out, k,
+            *((y, 0, 0) if z is None else (z, *z.stride())), T, d_in, d_out, k, core.shape[0],
             HAS_BIAS=bias is not None, NEED_Z=need_z, BLOCK_T=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth,
             BLOCK_R=one_pass_rank(k), GROUP_T=GROUP, PRECISION="ieee",
             num_warps=config.warps, num_stages=config.stages,
@@ -209,7 +211,7 @@ def _apply(
     x: Tensor, weight: Tensor, V: Tensor, core: Tensor, U: Tensor, bias: Tensor | None, need_z: bool
 ) -> tuple[Tensor, Tensor | None]:
     """y (T, d_out) and z = x V (T, k) if needed, for x (T, d_in)."""
-    (T, d_out), k = (x.shape[0], weight.shape[0]), core.shape[0]
+    (T, d_out), k = (x.shape[0], weight.shape[0]), V.shape[1]
     if T == 0:
         return x.new_empty((0, d_out)), x.new_empty((0, k)) if need_z else None
     key = table_key(x.dtype, (weight.dtype, U.dtype, V.dtype), aligned(x, weight, U, V))
@@ -217,7 +219,7 @@ def _apply(
     if config is not None:
         return _one_pass(x, weight, V, core, U, bias, need_z, config)
     z = _project(x, V)
-    return _products(x, weight, z @ core.to(x.dtype).mT, U, bias), z if need_z else None
+    return _products(x, weight, z @ padded_core(core, k, x.dtype).mT, U, bias), z if need_z else None
 
 
 def ssvd_linear_fwd(
@@ -225,8 +227,9 @@ def ssvd_linear_fwd(
 ) -> tuple[Tensor, Tensor | None]:
     """y = x W^T + ((x V) core^T) U^T + b (..., d_out), and z = x V (..., k) if `need_z`, in x's dtype.
 
-    x (..., d_in), weight (d_out, d_in), U (d_out, k), V (d_in, k), core (k, k), bias (d_out); any strides; the
-    parameters may be float32 where x is half: their tiles are cast in the kernel.
+    x (..., d_in), weight (d_out, d_in), U (d_out, k), V (d_in, k), bias (d_out), core (k, k) or smaller where the last
+    columns of U and V are zero; any strides; the parameters may be float32 where x is half: their tiles are cast in the
+    kernel.
     """
     y, z = _apply(x.reshape(-1, x.shape[-1]), weight, V, core, U, bias, need_z)
     lead = x.shape[:-1]
@@ -240,7 +243,7 @@ def ssvd_linear_bwd(
 
     dy (..., d_out), z (..., k) in dy's dtype; the parameters as in `ssvd_linear_fwd`.
     """
-    rows, k = dy.reshape(-1, dy.shape[-1]), core.shape[0]
+    rows, k = dy.reshape(-1, dy.shape[-1]), U.shape[1]
     dx = dyU = None
     if need_dx:
         dx, dyU = _apply(rows, weight.mT, U, core.mT, V, None, z is not None)

@@ -27,7 +27,6 @@ class TileConfig(NamedTuple):
     depth: int  # extent of the reduction loop's tiles
     warps: int
     stages: int
-    max_k: int = 0  # one-pass only: the largest k whose accumulator stays in registers
 
 
 LINEAR = {
@@ -51,16 +50,24 @@ LINEAR = {
         TileConfig(128, 128, 32, 8, 3),
     ),
     "mixed_odd": (TileConfig(16, 32, 64, 4, 3), TileConfig(32, 64, 32, 4, 3), TileConfig(64, 128, 32, 8, 3)),
-    "float32": (TileConfig(16, 32, 16, 4, 4), TileConfig(32, 32, 16, 4, 3), TileConfig(32, 64, 16, 4, 3)),
+    "float32": (TileConfig(16, 32, 16, 4, 4), TileConfig(32, 32, 16, 4, 3), TileConfig(32, 64, 16, 4, 2)),
     "float32_odd": (TileConfig(16, 32, 16, 4, 4), TileConfig(32, 32, 16, 4, 3)),
 }
+# By the largest k that the tiles serve: z's accumulator stays in registers, the pipeline within a block's shared memory
+# (99 KB on consumer GPUs).
 ONE_PASS = {
-    "half": (TileConfig(16, 32, 128, 4, 4, 128), TileConfig(32, 64, 64, 4, 4, 64), TileConfig(64, 64, 64, 4, 3, 64)),
-    "half_odd": (TileConfig(16, 32, 32, 4, 2, 64), TileConfig(32, 32, 32, 4, 2, 64)),
-    "mixed": (TileConfig(16, 32, 64, 4, 2, 128), TileConfig(32, 64, 64, 4, 3, 64)),
-    "mixed_odd": (TileConfig(16, 32, 32, 4, 3, 64), TileConfig(32, 32, 32, 4, 3, 64)),
-    "float32": (TileConfig(16, 16, 16, 4, 3, 32), TileConfig(32, 32, 16, 4, 3, 32)),
-    "float32_odd": (TileConfig(16, 16, 16, 4, 3, 32),),
+    "half": {
+        64: (TileConfig(16, 32, 128, 4, 4), TileConfig(32, 64, 64, 4, 4), TileConfig(64, 64, 64, 4, 3)),
+        128: (TileConfig(16, 32, 128, 4, 3),),
+    },
+    "half_odd": {64: (TileConfig(16, 32, 32, 4, 2), TileConfig(32, 32, 32, 4, 2))},
+    "mixed": {
+        64: (TileConfig(16, 32, 64, 4, 2), TileConfig(32, 64, 64, 4, 3)),
+        128: (TileConfig(16, 32, 64, 4, 2),),
+    },
+    "mixed_odd": {64: (TileConfig(16, 32, 32, 4, 3), TileConfig(32, 32, 32, 4, 3))},
+    "float32": {32: (TileConfig(16, 16, 16, 4, 3), TileConfig(32, 32, 16, 4, 3))},
+    "float32_odd": {32: (TileConfig(16, 16, 16, 4, 3),)},
 }
 COMPOSE = {
     "half": (TileConfig(64, 64, 32, 4, 3), TileConfig(128, 128, 32, 8, 3)),
@@ -74,14 +81,14 @@ COMPOSE = {
 # need as many registers as scalar loads do, so float16 uses the odd tables.
 COMPOSE_PRECISION = {torch.float32: "ieee", torch.bfloat16: "tf32", torch.float16: "tf32x3"}
 CORE_GRAD = {
-    "half": (TileConfig(16, 16, 128, 4, 3), TileConfig(64, 64, 64, 4, 4), TileConfig(128, 128, 64, 8, 3)),
+    "half": (TileConfig(16, 16, 128, 4, 3), TileConfig(64, 64, 32, 4, 4), TileConfig(128, 128, 64, 8, 3)),
     "half_odd": (TileConfig(16, 16, 64, 4, 2), TileConfig(64, 64, 32, 4, 2)),
     "float32": (TileConfig(16, 16, 32, 4, 3), TileConfig(64, 64, 16, 4, 3)),
     "float32_odd": (TileConfig(16, 16, 32, 4, 3), TileConfig(32, 32, 16, 4, 3)),
 }
 # Batches of k x k matrices in float32, by the precision of their products (see cayley.py).
 CAYLEY = {
-    "bf16x3": (TileConfig(32, 32, 32, 4, 2), TileConfig(64, 64, 32, 4, 3), TileConfig(128, 128, 32, 8, 3)),
+    "bf16x3": (TileConfig(32, 32, 32, 4, 2), TileConfig(64, 64, 32, 4, 3), TileConfig(128, 128, 32, 8, 2)),
     "bf16x6": (TileConfig(32, 32, 32, 4, 2), TileConfig(64, 64, 32, 4, 3), TileConfig(64, 128, 32, 8, 3)),
 }
 CAYLEY_LEAF = TileConfig(64, 64, 0, 8, 1)  # the block that one program inverts by itself
@@ -114,8 +121,12 @@ def linear_config(key: str, T: int, d_out: int) -> TileConfig:
 
 def one_pass_config(key: str, T: int, d_out: int, k: int) -> TileConfig | None:
     """A configuration that holds z (BLOCK_T, k) in registers, or None where two library products are the better way."""
-    table = tuple(config for config in ONE_PASS[key] if config.max_k >= k)
-    return _pick(table, T, d_out) if table and T <= ONE_PASS_MAX_T else None
+    tiles = one_pass_tiles(key, k)
+    return _pick(tiles, T, d_out) if tiles and T <= ONE_PASS_MAX_T else None
+
+
+def one_pass_tiles(key: str, k: int) -> tuple[TileConfig, ...]:
+    return next((tiles for max_k, tiles in ONE_PASS[key].items() if k <= max_k), ())
 
 
 def one_pass_rank(k: int) -> int:

@@ -1,4 +1,4 @@
-"""Every Triton configuration that can be launched, compiled for sm_80 and sm_90: no GPU needed.
+"""Every Triton configuration that can be launched, compiled for sm_80, sm_90 and sm_120: no GPU needed.
 
 Gate: no spills, shared memory within the architecture's limit, tensor-core instructions for half precision.
 """
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,8 @@ from ssvd_kernels.ops.kernels.tile_sizes import (
 )
 
 HELPER = Path(__file__).parents[2] / "support" / "triton_compile.py"
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+# Bytes that a block may use: sm_80 has 163 KB, but its kernels are those of sm_86 and sm_89, too (see test_launches).
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 
 
 def compiled(arch: int, workers: int = 2) -> list[dict]:
@@ -79,7 +81,8 @@ def test_gate_refuses():
 
 def test_cases_cover_every_configuration():
     covered = {(case.kernel, case.config) for case in cases()}
-    kernels = {"_ssvd_linear_fwd_kernel": LINEAR, "_ssvd_linear_one_pass_kernel": ONE_PASS}
+    one_pass = {(key, k): tiles for key, by_rank in ONE_PASS.items() for k, tiles in by_rank.items()}
+    kernels: dict[str, Any] = {"_ssvd_linear_fwd_kernel": LINEAR, "_ssvd_linear_one_pass_kernel": one_pass}
     kernels["_ssvd_linear_concat_kernel"] = {key: LINEAR[key] for key in ("half", "half_odd")}
     kernels |= {"_compose_kernel": COMPOSE, "_core_grad_kernel": CORE_GRAD, "_cayley_product_kernel": CAYLEY}
     kernels["_cayley_leaf_kernel"] = {"": (CAYLEY_LEAF,)}
