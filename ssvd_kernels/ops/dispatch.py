@@ -23,10 +23,6 @@ from .flops import linear_flops
 BACKENDS = ("auto", "reference", "ext", "triton")
 MODES = ("auto", "composed", "factored")
 _HALF = (torch.float16, torch.bfloat16)
-NO_VMAP = (
-    "torch.func.vmap cannot batch the Triton kernels: loop over the adapters with torch.func.functional_call, or "
-    "call vmap inside ssvd_kernels.use_backend('reference')"
-)
 forced = os.environ.get("SSVD_BACKEND", "auto")
 _linear_backends: dict[tuple, str] = {}
 _thresholds: dict[tuple, float] = {}
@@ -142,14 +138,16 @@ def cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
         return reference.cayley_delta_backward_ref(grad, E)
 
 
-def check_vmap(*tensors: Tensor) -> None:
-    """Raises RuntimeError where torch.func.vmap meets a forced Triton backend, whose launches it cannot batch."""
-    functorch = torch._C._functorch
-    for tensor in tensors:
-        while forced == "triton" and functorch.is_functorch_wrapped_tensor(tensor):
-            if functorch.is_batchedtensor(tensor):
-                raise RuntimeError(NO_VMAP)
-            tensor = functorch.get_unwrapped(tensor)
+def transforming() -> bool:
+    """Whether torch.func transforms a call, which only the reference can serve: RuntimeError if another is forced."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    if forced not in ("auto", "reference"):
+        raise RuntimeError(
+            f"backend {forced!r} does not support torch.func's transforms (vmap, grad, jvp): call them inside "
+            "ssvd_kernels.use_backend('reference')"
+        )
+    return True
 
 
 @contextmanager

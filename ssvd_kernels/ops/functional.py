@@ -27,8 +27,7 @@ def cayley_delta(theta: Tensor, k: int) -> Tensor:
     dtype = torch.promote_types(theta.dtype, torch.float32)
     flat = theta.to(dtype).reshape(math.prod(theta.shape[:-1]), theta.shape[-1])
     with torch.autocast(theta.device.type, enabled=False):
-        if torch._C._are_functorch_transforms_active():
-            dispatch.check_vmap(flat)
+        if dispatch.transforming():
             E = reference.cayley_delta_ref(flat, k)
         else:
             apply = CayleyDeltaFunction.apply if torch.compiler.is_compiling() else apply_cayley
@@ -154,8 +153,7 @@ def linear(
     if weight is not None:
         backward = need_z or (x.requires_grad and torch.is_grad_enabled())
         chosen = dispatch.linear_mode(dtype, x.numel() // x.shape[-1], weight, core.shape[0], mode, backward, backend)
-    if torch._C._are_functorch_transforms_active():
-        dispatch.check_vmap(x, core)
+    if dispatch.transforming():
         with torch.autocast(device.type, enabled=False):
             return reference.ssvd_linear_ref(x.to(dtype), weight, U, V, core, bias, chosen)
     if torch.compiler.is_compiling():

@@ -169,7 +169,7 @@ def test_checkpointing_with_other_forwards_in_between(use, kind):
     plain, exact = references(direct, compute)
     assert_all_within(compute(direct), plain, exact)
     if kind is KINDS["selective"] and use is _encoder_alone_between_forward_and_backward:
-        with pytest.raises(RuntimeError, match="promote_types encountered during backward but not found in storage"):
+        with pytest.raises(RuntimeError, match=r"promote_types.* encountered during backward but not found in storage"):
             compute(checkpointed)  # the encoder's own cores made the model's useless, and torch counts operations
         return
     assert_all_within(compute(checkpointed), plain, exact)
