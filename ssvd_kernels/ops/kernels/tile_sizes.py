@@ -55,7 +55,7 @@ LINEAR = {
 }
 # By the largest k that the tiles serve: z's accumulator stays in registers, the pipeline within a block's shared memory
 # (99 KB on consumer GPUs).
-ONE_PASS = {
+ONE_PASS: dict[str, dict[int, tuple[TileConfig, ...]]] = {
     "half": {
         64: (TileConfig(16, 32, 128, 4, 4), TileConfig(32, 64, 64, 4, 4), TileConfig(64, 64, 64, 4, 3)),
         128: (TileConfig(16, 32, 128, 4, 3),),
