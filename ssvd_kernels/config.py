@@ -118,10 +118,7 @@ class SSVDConfig(_Configuration):
             if self.band is not None:
                 raise ValueError(f"`band` requires rotation='banded', got {self.band!r} for {self.rotation!r}")
             return
-        if isinstance(self.band, bool) or not isinstance(self.band, int):
-            raise TypeError(f"`band` must be an integer >= 0 for rotation='banded', got {self.band!r}")
-        if self.band < 0:
-            raise ValueError(f"`band` must be an integer >= 0 for rotation='banded', got {self.band}")
+        check_integer("band", self.band, 0, " for rotation='banded'")
         if self.side != "input":
             raise ValueError(
                 f"`side` must be left at its default 'input' for rotation='banded', got {self.side!r}: "
@@ -174,7 +171,7 @@ class SpectralFTConfig(_Configuration):
 
     def __post_init__(self) -> None:
         for argument in ("top", "rank"):
-            _check_positive_int(argument, getattr(self, argument))
+            check_integer(argument, getattr(self, argument))
         if self.rank > self.top:
             raise ValueError(f"`rank` must be an integer between 1 and `top`, got rank={self.rank}, top={self.top}")
         self._check_targets()
@@ -196,16 +193,18 @@ def check_names(argument: str, value: str | Sequence[str]) -> str | tuple[str, .
     return tuple(value)
 
 
-def _check_positive_int(argument: str, value: int) -> None:
+def check_integer(argument: str, value: object, least: int = 1, condition: str = "") -> None:
+    """Raises TypeError or ValueError unless `value` is an integer >= `least`; the message ends in `condition`."""
+    message = f"`{argument}` must be an integer >= {least}{condition}, got {value!r}"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{argument}` must be an integer >= 1, got {value!r}")
-    if value < 1:
-        raise ValueError(f"`{argument}` must be an integer >= 1, got {value}")
+        raise TypeError(message)
+    if value < least:
+        raise ValueError(message)
 
 
 def _check_amount(rank_name: str, rank: int | None, ratio_name: str, ratio: float | None) -> None:
     if rank is not None:
-        _check_positive_int(rank_name, rank)
+        check_integer(rank_name, rank)
     if ratio is not None:
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
             raise TypeError(f"`{ratio_name}` must be a number in (0, 1], got {ratio!r}")

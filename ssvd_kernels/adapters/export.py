@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..config import check_integer
 from ..layers.adapter import Adapter
 from ..layers.base import AdaptedLinear
 from ..model.lookup import unsharded_layers, unwrapped
@@ -75,10 +76,8 @@ def to_lora(
     Raises ValueError (no SSVD layer of this package's own, FSDP2, an update that is not finite, a rank below 1),
     TypeError (a rank that is not an integer), FileNotFoundError and FileExistsError (folder); then nothing is written.
     """
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
-        raise TypeError(f"`rank` must be an integer >= 1, or None for the exact update, got {rank!r}")
-    if rank is not None and rank < 1:
-        raise ValueError(f"`rank` must be an integer >= 1, or None for the exact update, got {rank}")
+    if rank is not None:
+        check_integer("rank", rank, 1, ", or None for the exact update")
     check_new(folder)
     model = unwrapped(model)
     bar = tqdm(unsharded_layers(model).items(), desc="LoRA factors", unit="layer", disable=not progress)

@@ -117,7 +117,8 @@ def load_adapter(
     elif any(layer.inactive for layer in layers.values()):  # their bases belong to other adapters, too
         changes = {name: _Change(values) for name, values in adapter_values(layers, file).items()}
     else:
-        changes = _changes_of_present(file, layers)
+        _check_same_layers(file, layers)
+        changes = {name: _change(file, name, layer.basis.sketch, file.basis(name)) for name, layer in layers.items()}
     for name, change in changes.items():
         change.apply(layers[name])
     return list(file.layers)
@@ -149,18 +150,10 @@ def adapter_values(layers: Mapping[str, AdaptedLinear], file: AdapterFile) -> di
     """
     _check_same_layers(file, layers)
     remedy = "the adapters of one model share its bases, so load this one into a model of its own"
-    values = {}
-    for name, layer in layers.items():
-        _check_base(file, name, layer)
-        values[name] = layer.flipped(file.trained(name), _matched_signs(file, name, layer.basis.sketch, remedy))
-    return values
-
-
-def _changes_of_present(file: AdapterFile, layers: Mapping[str, AdaptedLinear]) -> dict[str, _Change]:
-    _check_same_layers(file, layers)
-    for name, layer in layers.items():
-        _check_base(file, name, layer)
-    return {name: _change(file, name, layer.basis.sketch, file.basis(name)) for name, layer in layers.items()}
+    return {
+        name: layer.flipped(file.trained(name), _matched_signs(file, name, layer.basis.sketch, remedy))
+        for name, layer in layers.items()
+    }
 
 
 def _change(file: AdapterFile, name: str, sketch: Tensor, basis: tuple[Tensor, ...] | None = None) -> _Change:
@@ -252,6 +245,10 @@ def _check_same_layers(file: AdapterFile, layers: Mapping[str, AdaptedLinear]) -
         if mine != theirs:
             raise AdapterError(f"{file.path} was saved for {name} as {theirs}, but the model has {mine}")
         _check_precision(file, name, layer.first_trained.dtype)
+        if file.basis(name) is None:
+            _check_fingerprint(file, name, layer.basis.fingerprint)
+        else:
+            _check_rounding(file, name, gathered(layer.base_weight))
 
 
 def _check_precision(file: AdapterFile, name: str, dtype: torch.dtype) -> None:
@@ -262,13 +259,6 @@ def _check_precision(file: AdapterFile, name: str, dtype: torch.dtype) -> None:
                 f"{file.path}: {name}.{key} is {value.dtype} and the model's is {dtype}, which would lose precision: "
                 f"load the adapter before casting the model, or cast the model to {value.dtype}"
             )
-
-
-def _check_base(file: AdapterFile, name: str, layer: AdaptedLinear) -> None:
-    if file.basis(name) is None:
-        _check_fingerprint(file, name, layer.basis.fingerprint)
-    else:
-        _check_rounding(file, name, gathered(layer.base_weight))
 
 
 def _check_fingerprint(file: AdapterFile, name: str, found: str) -> None:

@@ -16,15 +16,8 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("ssvd_kernels").setLevel(logging.INFO)  # what ESPnet's configuration has to say is logged
     if args.direction == "from-espnet":
         _check_new(args.adapter, args.base_out)
-        print(
-            from_espnet(
-                args.checkpoint,
-                args.adapter,
-                rotation_map=args.rotation_map,
-                base=args.base,
-                base_path=args.base_out,
-            )
-        )
+        options = {"rotation_map": args.rotation_map, "base": args.base, "base_path": args.base_out}
+        print(from_espnet(args.checkpoint, args.adapter, **options))
         written = [args.adapter, args.base_out]
     else:
         _check_new(args.checkpoint)

@@ -7,6 +7,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,17 +62,17 @@ def checks(device: torch.device) -> Iterator[Check]:
         for backend, reason in _backends("cayley", device, dtype).items():
             for k in RANKS if reason is None else ():
                 name = f"cayley k={k}, {_short(dtype)}, {backend}, {device}"
-                yield Check(name, BOUNDS[dtype], _bind(_cayley_error, device, dtype, backend, k))
+                yield Check(name, BOUNDS[dtype], partial(_cayley_error, device, dtype, backend, k))
     for dtype in BOUNDS:
         for backend, reason in _backends("linear", device, dtype).items():
             for mode in ("composed", "factored") if reason is None else ():
                 name = f"linear {mode}, {_short(dtype)}, {backend}, {device}"
-                yield Check(name, BOUNDS[dtype], _bind(_linear_error, device, dtype, backend, mode))
+                yield Check(name, BOUNDS[dtype], partial(_linear_error, device, dtype, backend, mode))
     bound = BOUNDS[torch.float32]
-    yield Check(f"an untrained model equals its base, {device}", 0.0, _bind(_untrained_error, device))
-    yield Check(f"an adapter comes back from disk, {device}", bound, _bind(_reload_error, device))
-    yield Check(f"merged equals unmerged, {device}", bound, _bind(_merge_error, device))
-    yield Check(f"unmerged and removed is the base again, {device}", 0.0, _bind(_remove_error, device))
+    yield Check(f"an untrained model equals its base, {device}", 0.0, partial(_untrained_error, device))
+    yield Check(f"an adapter comes back from disk, {device}", bound, partial(_reload_error, device))
+    yield Check(f"merged equals unmerged, {device}", bound, partial(_merge_error, device))
+    yield Check(f"unmerged and removed is the base again, {device}", 0.0, partial(_remove_error, device))
 
 
 def _backends(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
@@ -100,10 +101,6 @@ def _devices(name: str) -> list[torch.device]:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device must be available here, got {name} ({str(error).splitlines()[0]})") from None
     return [device]
-
-
-def _bind(function: Callable[..., float], *args: object) -> Callable[[], float]:
-    return lambda: function(*args)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -220,13 +220,14 @@ def _names_that_end(model: nn.Module, endings: Sequence[str]) -> list[str]:
     names = [name for name, _ in model.named_modules() if name]
     for ending in endings:
         if not any(name.endswith(ending) for name in names):
-            raise ValueError(f"`target_modules` contains {ending!r}, with which no module name of {_kind(model)} ends")
+            kind = type(model).__name__
+            raise ValueError(f"`target_modules` contains {ending!r}, with which no module name of {kind} ends")
     return [name for name in names if name.endswith(tuple(endings))]
 
 
 def _placeholder(linear: nn.Linear, config: SSVDConfig) -> Factorization:
     """Zeros in the shapes that a factorisation will have."""
-    k, _ = config.resolve_ranks(linear.in_features, linear.out_features)
+    k = config.triplets(linear.in_features, linear.out_features)
     zeros = linear.weight.new_zeros
     dtype = torch.promote_types(linear.weight.dtype, torch.float32)
     U, sigma, V = (zeros(shape, dtype=dtype) for shape in ((linear.out_features, k), (k,), (linear.in_features, k)))
@@ -251,17 +252,13 @@ def _refuse_strays(model: nn.Module, state_dict: Any, prefix: str, *args: Any) -
     carried = {key.removesuffix(".delta_sigma") for key in trained}
     if carried and carried != layers:
         error_msgs.append(
-            f"the state dict has {len(carried)} SSVD layers and {_kind(model)} has {len(layers)}; they differ, e.g. in "
-            f"{min(carried ^ layers)!r}: create the adapter with the target_modules that it was trained with"
+            f"the state dict has {len(carried)} SSVD layers and {type(model).__name__} has {len(layers)}; they differ, "
+            f"e.g. in {min(carried ^ layers)!r}: create the adapter with the target_modules that it was trained with"
         )
     if any(key.endswith(".K_vec") for key in state_dict):
         error_msgs.append(
             "the state dict is of ESPnet's own SSVD adapter: convert it (python -m ssvd_kernels convert --help)"
         )
-
-
-def _kind(model: nn.Module) -> str:
-    return type(model).__name__
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from ..basis.factorize import MATCH_TOLERANCE, Factorization, fingerprint, sketc
 from ..config import SSVDConfig, check_choice
 from ..layers.adapter import Adapter
 from ..layers.base import adapted_layers
+from ..layers.quantized import plain_linear
 from ..layers.ssvd import SSVDLinear
 from ..model.lookup import ssvd_layers
 
@@ -142,7 +143,7 @@ def to_espnet(
     for key, weight in state.items():
         if key.endswith(".weight") and isinstance(weight, Tensor) and weight.ndim == 2:
             name = key.removesuffix(".weight")
-            _place(model, name, _linear(weight, state.get(f"{name}.bias")))
+            _place(model, name, plain_linear(weight, state.get(f"{name}.bias")))
     load_adapter(model, adapter, progress=progress)
     layers = {name: _exportable(name, layer) for name, layer in adapted_layers(model).items()}
     rotations = sorted({layer.rotation for layer in layers.values()})
@@ -182,7 +183,7 @@ class _Layer:
         config = SSVDConfig(rank=len(self.sigma), side=self.side, rotation=rotation)
         # gap 0: another factorisation does not give this basis
         triplets = Factorization(self.U, self.sigma, self.V, fingerprint(base), 0.0, sketch(self.U, self.V))
-        layer = SSVDLinear(_linear(base, None), config, triplets)
+        layer = SSVDLinear(plain_linear(base, None), config, triplets)
         with torch.no_grad():
             layer.theta.copy_(self.theta)
             layer.delta_sigma.copy_(self.delta_sigma)
@@ -366,14 +367,6 @@ def _read(source: Source, argument: str) -> Mapping[str, Any]:
 def _check_folder(argument: str, path: str | os.PathLike[str] | None) -> None:
     if path is not None and not Path(path).parent.is_dir():
         raise FileNotFoundError(f"`{argument}` must be in an existing folder, got {str(path)!r}")
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """An nn.Linear that holds these very tensors."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-    return linear
 
 
 def _place(model: nn.Module, name: str, module: nn.Module) -> None:

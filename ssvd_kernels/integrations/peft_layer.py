@@ -44,17 +44,16 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = self.base_layer.in_features, self.base_layer.out_features
         self.ssvd_adapter = nn.ModuleDict()
         self.merged_adapters: list[str] = []
-        self._running: list[PeftAdapter] = []
+        self._running: list[PeftAdapter] = []  # what the forward applies: active, not disabled, not merged
         self._unmerged: Tensor | None = None  # W, while the base layer's weight is W'
 
     def update_layer(self, adapter_name: str, config: SSVDConfig, inference_mode: bool = False) -> None:
         """Adds an adapter that changes nothing yet. Raises ValueError if its rank does not fit."""
         try:
-            k_in, k_out = config.resolve_ranks(self.in_features, self.out_features)
+            k = config.triplets(self.in_features, self.out_features)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
-        found = self._factorization(max(k_in, k_out or 0))
-        self.ssvd_adapter[adapter_name] = PeftAdapter(self, config, found)
+        self.ssvd_adapter[adapter_name] = PeftAdapter(self, config, self._factorization(k))
         structure.changed()
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -66,10 +65,6 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
 
     def _adapters(self) -> list[PeftAdapter]:
         return list(self.ssvd_adapter.values())  # type: ignore[arg-type]
-
-    def running(self) -> list[PeftAdapter]:
-        """The adapters that the forward applies: those active here, unless they are disabled or merged."""
-        return self._running
 
     def _choose(self) -> None:
         """After any change of what is active, disabled or merged."""
@@ -89,7 +84,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
     @property
     def weight(self) -> Tensor:
         """The effective weight W' (d_out, d_in) in the base weight's dtype, differentiable."""
-        running = self.running()
+        running = self._running
         if len(running) == 1:
             return running[0].weight
         if not running:

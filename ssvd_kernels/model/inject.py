@@ -16,7 +16,7 @@ from ..basis.linears import base_weight, parameter_count
 from ..config import Config
 from ..layers.base import AdaptedLinear, check_not_adapted
 from ..layers.quantized import adapt, check_method
-from .lookup import check_not_ddp, replace_module
+from .lookup import check_not_ddp
 from .planner import RankPlan
 from .rotations import watch_forwards
 from .targets import find_targets
@@ -98,7 +98,7 @@ def install(
     model.requires_grad_(False)
     layers = {name: make(linear, config, found[name]) for name, (linear, config) in plan.items()}
     for name, layer in layers.items():
-        replace_module(model, name, layer)
+        model.set_submodule(name, layer)
     watch_forwards(model, trainable_before)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return InjectReport(list(layers), trainable, total + trainable, list(layers.values()))

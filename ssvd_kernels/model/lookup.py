@@ -47,8 +47,3 @@ def check_not_ddp(model: nn.Module) -> None:
         raise ValueError(
             "`model` is wrapped in DistributedDataParallel: inject, load or switch adapters first, then wrap it"
         )
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..layers.quantized import SSVDQuantizedLinear, forget_quantization
-from .lookup import replace_module, require_layers, unsharded_layers, unwrapped
+from .lookup import require_layers, unsharded_layers, unwrapped
 from .rotations import unwatch_forwards, watched_roots
 
 
@@ -51,7 +51,7 @@ def remove(model: nn.Module) -> None:
 
 def _take_out(model: nn.Module, replacements: Mapping[str, nn.Linear]) -> None:
     for name, linear in replacements.items():
-        replace_module(unwrapped(model), name, linear)
+        unwrapped(model).set_submodule(name, linear)
     for module in list(watched_roots(model)):
         parameters = dict(module.named_parameters())
         for name in unwatch_forwards(module):

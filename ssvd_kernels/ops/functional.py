@@ -100,13 +100,7 @@ def flip_theta(theta: Tensor, signs: Tensor, rotation: str, band: int | None = N
 
 
 def ssvd_linear(
-    x: Tensor,
-    weight: Tensor,
-    U: Tensor,
-    V: Tensor,
-    core: Tensor,
-    bias: Tensor | None = None,
-    mode: str = "auto",
+    x: Tensor, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, bias: Tensor | None = None, mode: str = "auto"
 ) -> Tensor:
     """y = x W'^T + b with W' = weight + U core V^T, i.e. y = x weight^T + ((x V) core^T) U^T + b.
 
@@ -193,15 +187,15 @@ def theta_length(k: int, rotation: str, band: int | None = None) -> int:
     return k * k if rotation == "free" else k * (k - 1) // 2
 
 
-def _check_linear(x: Tensor, weight: Tensor | None, U: Tensor, V: Tensor, core: Tensor, bias: Tensor | None) -> None:
+def _check_linear(x: Tensor, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, bias: Tensor | None) -> None:
     if not x.is_floating_point():
         raise TypeError(f"`x` must have a floating-point dtype, got {x.dtype}")
-    shape = (len(U), len(V)) if weight is None else tuple(weight.shape)
-    if len(shape) != 2 or U.ndim != 2:
+    if weight.ndim != 2 or U.ndim != 2:
         raise ValueError(
-            f"`weight` and `U` must have shapes (d_out, d_in) and (d_out, k), got {shape} and {tuple(U.shape)}"
+            "`weight` and `U` must have shapes (d_out, d_in) and (d_out, k), got "
+            f"{tuple(weight.shape)} and {tuple(U.shape)}"
         )
-    (d_out, d_in), k = shape, U.shape[1]
+    (d_out, d_in), k = weight.shape, U.shape[1]
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "U": (U, (d_out, k)),
         "V": (V, (d_in, k)),
@@ -209,20 +203,22 @@ def _check_linear(x: Tensor, weight: Tensor | None, U: Tensor, V: Tensor, core: 
         "bias": (bias, (d_out,)),
     }
     for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"`{name}` must have shape {shape} for a weight of shape {(d_out, d_in)}, got {tuple(tensor.shape)}"
             )
-        if tensor is not None and not tensor.is_floating_point():
+        if not tensor.is_floating_point():
             raise TypeError(f"`{name}` must have a floating-point dtype, got {tensor.dtype}")
-        if tensor is not None and tensor.device != x.device:
+        if tensor.device != x.device:
             raise ValueError(f"`{name}` must be on the same device as `x` ({x.device}), got {tensor.device}")
     if x.ndim == 0 or x.shape[-1] != d_in:
         raise ValueError(
             f"`x` must have shape (..., {d_in}) for a weight of shape {(d_out, d_in)}, got {tuple(x.shape)}"
         )
-    if weight is not None and weight.device != x.device:
+    if weight.device != x.device:
         raise ValueError(f"`weight` must be on the same device as `x` ({x.device}), got {weight.device}")
     for name, tensor in (("weight", weight), ("U", U), ("V", V)):
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+        if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"`{name}` must be frozen, got requires_grad=True (SSVD trains only the core)")

@@ -162,14 +162,7 @@ def ssvd_linear_ref(
 
 
 def ssvd_linear_fwd(
-    x: Tensor,
-    weight: Tensor | None,
-    U: Tensor,
-    V: Tensor,
-    core: Tensor,
-    bias: Tensor | None,
-    mode: str,
-    need_z: bool,
+    x: Tensor, weight: Tensor | None, U: Tensor, V: Tensor, core: Tensor, bias: Tensor | None, mode: str, need_z: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, z, W'): y of `ssvd_linear_ref`; z = x V (T, k) where the backward needs it, W' where it was composed."""
     dtype = x.dtype

@@ -14,14 +14,7 @@ ALIGNMENT = 16  # columns
 
 
 def ssvd_linear_fwd(
-    x: Tensor,
-    weight: Tensor | None,
-    U: Tensor,
-    V: Tensor,
-    core: Tensor,
-    bias: Tensor | None,
-    mode: str,
-    need_z: bool,
+    x: Tensor, weight: Tensor | None, U: Tensor, V: Tensor, core: Tensor, bias: Tensor | None, mode: str, need_z: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `reference.ssvd_linear_fwd`; z may have columns of zeros beyond its k."""
     assert weight is not None
