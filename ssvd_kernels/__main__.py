@@ -39,12 +39,12 @@ def parser() -> argparse.ArgumentParser:
         "Takes less than a minute: the Cayley map and the linear op, forward and backward, in every dtype and on every "
         "backend, against float64; then adapting, saving, loading and merging a small model.",
     )
-    selftest.add_argument("--device", default="all", help="cpu, cuda, cuda:1, ... (default: all kinds that are here)")
+    selftest.add_argument("--device", default="all", help="cpu, cuda, cuda:1, ... (default: every kind available here)")
 
     plan = add(
         "plan",
         "chooses the ranks that a budget of trainable parameters allows in a model",
-        "Prints layers by shape and rank. In Python, plan(...) with the same arguments gives what inject or PEFT take.",
+        "Prints layers by shape and rank. In Python, plan(...) with the same arguments gives a plan for inject or PEFT.",
     )
     plan.add_argument("--base", type=Path, metavar="FOLDER", required=True, help="folder of a transformers model")
     plan.add_argument("--budget", metavar="N", required=True, help="parameters, or a share of them such as 0.02")
@@ -64,8 +64,8 @@ def parser() -> argparse.ArgumentParser:
     inspect = add(
         "inspect",
         "what an adapter file holds, and whether it fits a base model",
-        "Columns: ||K|| is how far the adapter turns (rotation free: ||G - I||; banded: M off its diagonal), shift the "
-        "largest |delta_sigma|, and with --base also relative to sigma, and the whole update relative to the weight.",
+        "Columns: ||K|| is the size of the rotation (free: ||G - I||; banded: M off its diagonal), shift the largest "
+        "|delta_sigma|; with --base also the shift relative to sigma, and the update's norm relative to the weight's.",
     )
     inspect.add_argument("adapter", type=Path, metavar="ADAPTER", help="the file that save_adapter wrote")
     inspect.add_argument("--base", type=Path, metavar="FOLDER", help="check that it fits this transformers model")
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         "merge",
         "writes a base model and its adapter as one model that does not need this package",
         "Writes a transformers folder; or, as asked, a LoRA adapter for PEFT, or a folder for CTranslate2 and "
-        "faster-whisper. OUTPUT must not exist, or be empty.",
+        "faster-whisper. OUTPUT must be new or empty.",
     )
     merge.add_argument("base", type=Path, metavar="BASE", help="folder of the transformers model that was adapted")
     merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="the file that save_adapter wrote")
@@ -94,14 +94,16 @@ def parser() -> argparse.ArgumentParser:
     ours = directions.add_parser("from-espnet", help="an ESPnet checkpoint to an adapter", description=more)
     ours.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the .pth file that ESPnet wrote")
     ours.add_argument("adapter", type=Path, metavar="ADAPTER", help="the adapter file to write")
-    ours.add_argument("--rotation-map", choices=("linear", "cayley"), help="as it was trained (default: linear)")
+    ours.add_argument("--rotation-map", choices=("linear", "cayley"), help="that it was trained with (default: linear)")
     ours.add_argument("--base", type=Path, metavar="PTH", help="the model before fine-tuning, if there is one")
     ours.add_argument("--base-out", type=Path, metavar="PTH", help="write the base weights that the adapter belongs to")
     theirs = directions.add_parser("to-espnet", help="an adapter to an ESPnet checkpoint", description=more)
     theirs.add_argument("adapter", type=Path, metavar="ADAPTER", help="the file that save_adapter wrote")
     theirs.add_argument("base", type=Path, metavar="BASE", help="the .pth file of the model before fine-tuning")
     theirs.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the .pth file to write")
-    theirs.add_argument("--unmerged", action="store_true", help="keep W in `weight` (default: W', as ESPnet writes it)")
+    theirs.add_argument(
+        "--unmerged", action="store_true", help="store W in `weight` (default: W', as ESPnet writes it)"
+    )
     return top
 
 

@@ -28,13 +28,13 @@ PRESETS: dict[str, list[str]] = {
 
 
 def check_choice(argument: str, value: object, allowed: Collection[str]) -> None:
-    """Raises ValueError unless `value` is one of those allowed."""
+    """Raises ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def check_rank(argument: str, rank: int, d_in: int, d_out: int) -> int:
-    """Returns `rank` if 1 <= rank <= min(d_in, d_out); else a ValueError that says so."""
+    """Returns `rank`. Raises ValueError unless 1 <= rank <= min(d_in, d_out)."""
     if not 1 <= rank <= min(d_in, d_out):
         raise ValueError(
             f"`{argument}` must be between 1 and {min(d_in, d_out)} for a weight of shape ({d_out}, {d_in}), got {rank}"
@@ -43,7 +43,7 @@ def check_rank(argument: str, rank: int, d_in: int, d_out: int) -> int:
 
 
 class _Configuration:
-    """What the configurations of all methods share: `targets` and `exclude`, and plain values of all fields."""
+    """What the configurations of all methods share: `targets`, `exclude`, and conversion to plain values."""
 
     targets: str | Sequence[str]
     exclude: str | Sequence[str]
@@ -69,16 +69,16 @@ class SSVDConfig(_Configuration):
 
     rank, ratio      adapted rank k, or k = int(min(d_in, d_out) * ratio); exactly one of them.
     side             "input" rotates the right singular vectors (the paper), "output" the left ones, "smaller" the
-                     input side where d_out >= d_in and else the output side (ESPnet's rule), "both" each with its own
+                     input side if d_out >= d_in, else the output side (ESPnet's rule), "both" each with its own
                      rotation (our reading of the abstract of SSVD-O, arXiv 2601.12600).
     rotation         "cayley" G = (I-K)(I+K)^-1, orthogonal; "linear" I - 2K, its first-order map (not orthogonal);
                      "free" any k x k matrix (k^2 parameters); "banded" no rotation but SVFT (arXiv 2405.19597),
                      W' = U (Sigma + M) V^T with M zero beyond `band` off-diagonals on each side.
     rank_out, ratio_out   rank of the output rotation, only for side="both" (default: as rank or ratio).
     targets          "all-linear" | a preset ("whisper", "wav2vec2", "hubert", "wavlm", "espnet")
-                     | list of module-name suffixes | regular expression matched against the whole module name.
-    exclude          list of suffixes or a regular expression of modules to leave alone.
-    band             0 <= band < k, needed by rotation="banded" and by no other; with ratio=1.0 it is the paper's SVFT.
+                     | list of module-name suffixes | regular expression matched against the full module name.
+    exclude          modules to leave alone: list of suffixes or a regular expression.
+    band             0 <= band < k, for rotation="banded" alone, which requires it; ratio=1.0 is the paper's SVFT.
 
     Raises ValueError or TypeError naming the argument, its value and what is allowed.
     """
@@ -185,7 +185,7 @@ Config = SSVDConfig | SpectralFTConfig
 
 
 def check_names(argument: str, value: str | Sequence[str]) -> str | tuple[str, ...]:
-    """`value` if it is a string or, as a tuple, a list of module-name suffixes; else a TypeError that says so."""
+    """A string as it is, a list of module-name suffixes as a tuple. Raises TypeError for anything else."""
     if isinstance(value, str):
         return value
     if not isinstance(value, Sequence) or not all(isinstance(item, str) and item for item in value):

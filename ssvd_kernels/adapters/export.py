@@ -69,9 +69,9 @@ def to_lora(
     rounding); rank=r its best approximation of rank min(r, k), optimal because U and V are orthonormal. The scaling is
     1; ranks that differ go into rank_pattern and alpha_pattern. base_model_name_or_path defaults to the name that the
     model was loaded by.
-    Of several adapters it is the one in use that is written, also where it is disabled at the moment. Merged and
+    Of several adapters the one in use is written, even while it is disabled. Merged and
     unmerged models give the same adapter, which belongs to the base model as it was before `inject`.
-    WavLM's attention reads the weights past PEFT's layers: there merge_and_unload() the adapter, or it does nothing.
+    WavLM's attention bypasses PEFT's layers: call merge_and_unload() there, or the adapter has no effect.
 
     Raises ValueError (no SSVD layer of this package's own, FSDP2, an update that is not finite, a rank below 1),
     TypeError (a rank that is not an integer), FileNotFoundError and FileExistsError (folder); then nothing is written.
@@ -111,8 +111,8 @@ def export_merged(
 
     files_from: the folder of the base model, whose other files (tokenizer, feature extractor) are copied beside it;
     without it, save those there yourself: `tokenizer.save_pretrained(folder)`. W' has the base weight's dtype, with a
-    warning where that loses the update to rounding; a merged model is written as it was merged. The composed weights
-    need memory, the other parameters do not.
+    warning where that loses the update to rounding; a merged model is written as it was merged. Only the
+    composed weights take additional memory.
 
     Raises TypeError if the model is none of transformers', ValueError if it has no SSVD layer of this package's own, if
     its adapter is disabled, its base quantised, or a W' would not be finite, FileNotFoundError and FileExistsError
@@ -226,8 +226,8 @@ def _merged_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the base model with W' in place of each adapted W."""
     layers = unsharded_layers(model)
     prefixes = tuple(f"{name}." for name in layers)
-    kept = {f"{name}.{key}" for name in layers for key in ("weight", "bias")}
-    state = {key: value for key, value in model.state_dict().items() if key in kept or not key.startswith(prefixes)}
+    base = {f"{name}.{key}" for name in layers for key in ("weight", "bias")}
+    state = {key: value for key, value in model.state_dict().items() if key in base or not key.startswith(prefixes)}
     for name, layer in layers.items():
         state[f"{name}.weight"] = layer.composed_for_merge(name).cpu()
     return state

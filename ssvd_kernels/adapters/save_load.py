@@ -62,9 +62,9 @@ def save_adapter(
         close = layer.basis.gap < SAFE_GAP
         if close and not save_bases:
             unsafe.append(name)
-        kept: dict[str, Tensor] = dict(layer.adapter(adapter))
-        kept |= {key: getattr(layer, key) for key in BASIS} if save_bases or close else {}
-        for key, tensor in kept.items():
+        saved: dict[str, Tensor] = dict(layer.adapter(adapter))
+        saved |= {key: getattr(layer, key) for key in BASIS} if save_bases or close else {}
+        for key, tensor in saved.items():
             value = gathered(tensor).detach().cpu().contiguous()
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name}.{key} contains NaN or infinity: nothing was saved")

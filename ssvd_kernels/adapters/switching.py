@@ -76,7 +76,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
 
     Those of the adapter that is parked stop requiring gradients, and require them again (as they did) once they are
     back: run the backward of a loss before switching, and wrap a model in DistributedDataParallel after it. An
-    optimizer over several adapters changes only those that have a gradient, which `zero_grad()` takes from the others
+    optimizer over several adapters changes only those that have a gradient, which `zero_grad()` removes from the others
     (with its default set_to_none=True). Raises ValueError for an unknown name, and for a model that is
     merged, sharded, or in DistributedDataParallel already (to evaluate another adapter there, give it `ddp.module`).
     """

@@ -44,7 +44,7 @@ def _factorize_each(tasks: Tasks, folder: Path | None, progress: bool) -> dict[s
     found = {name: entry for name, entry in cached.items() if entry is not None}
     missing = {name: task for name, task in tasks.items() if name not in found}
     total = sum(task.cost for task in missing.values())
-    # by cost, not by layer, so that the time that is left is not a guess
+    # by cost, not by layer, so that the time left is estimated well
     with tqdm(total=total, desc="factorising", bar_format=_BAR, smoothing=0, disable=not (progress and missing)) as bar:
         for number, (name, task) in enumerate(missing.items(), 1):
             found[name] = factorize(task.weight(), task.k, f"{name}.weight")

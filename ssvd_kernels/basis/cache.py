@@ -21,12 +21,12 @@ from .factorize import BASIS, Factorization, fingerprint
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of the entries and of the method that makes them: another one makes them anew
+VERSION = 1  # of the file format and of the method: raising it invalidates all entries
 _TENSORS = (*BASIS, "sketch")
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path | None:
-    """The folder to use, made if need be: `cache_dir`, else the environment's SSVD_CACHE, else none.
+    """The folder to use, created if it does not exist: `cache_dir`, else the environment's SSVD_CACHE, else none.
 
     Raises NotADirectoryError if that is a file.
     """
@@ -51,7 +51,7 @@ def load(folder: Path, weight: Tensor, k: int) -> Factorization | None:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["ssvd_kernels"])
-            tensors = {name: file.get_tensor(name).clone() for name in _TENSORS}  # it maps the file
+            tensors = {name: file.get_tensor(name).clone() for name in _TENSORS}  # safe_open maps the file
         if header.pop("digest") != digest(header, tensors) or header["key"] != key:
             raise ValueError("its digest or its key does not match")
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -62,7 +62,7 @@ def load(folder: Path, weight: Tensor, k: int) -> Factorization | None:
 
 
 def store(folder: Path, weight: Tensor, found: Factorization) -> None:
-    """Keeps the factorisation of `weight`; where that fails, a log line says so and nothing else happens."""
+    """Stores the factorisation of `weight`; a failure is logged and otherwise ignored."""
     key = _key(weight, len(found.sigma))
     tensors = {name: getattr(found, name).cpu() for name in _TENSORS}
     header = {"key": key, "fingerprint": found.fingerprint, "gap": found.gap}

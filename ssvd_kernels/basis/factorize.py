@@ -1,7 +1,7 @@
 """Truncated SVD of a frozen weight, with data that identifies its basis: a fingerprint, a gap and a sketch.
 
 float32 factorisations by different drivers, thread counts or orientations differ by 1e-4 to 3e-4 and in signs; float64
-ones agree to about 5e-13 up to signs. We therefore factorise in float64, store float32, and keep a sketch. A later
+ones agree to about 5e-13 up to signs. We therefore factorise in float64, store float32, and add a sketch. A later
 factorisation of the same weight is compared with the sketch, and its signs are repaired.
 """
 
@@ -24,7 +24,7 @@ MATCH_TOLERANCE = 1e-5  # of a recomputed sketch against the stored one: float32
 
 
 class BasisIdentity(NamedTuple):
-    """What recognises a basis again after another factorisation."""
+    """What identifies a basis among those of other factorisations."""
 
     fingerprint: str
     gap: float
@@ -43,7 +43,7 @@ class Factorization(NamedTuple):
 
 
 def check_weight(weight: Tensor, name: str) -> None:
-    """Raises if `weight` cannot be factorised: wrong shape, integer, meta, NaN or infinite."""
+    """Raises if `weight` cannot be factorised: wrong shape, integer, meta, sharded, NaN or infinite."""
     if weight.ndim != 2:
         raise ValueError(f"`{name}` must be a matrix of shape (d_out, d_in), got shape {tuple(weight.shape)}")
     if 0 in weight.shape:

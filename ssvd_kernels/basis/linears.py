@@ -34,7 +34,7 @@ def is_adaptable(module: object) -> bool:
 
 
 def check_linear(module: object, name: str) -> None:
-    """Raises TypeError unless `module` is an nn.Linear (or a subclass that keeps its forward and its weight)."""
+    """Raises TypeError unless `module` is an nn.Linear (or a subclass with its forward and a plain weight)."""
     if is_quantized(module):
         raise TypeError(
             f"`{name}` must be an unquantised nn.Linear, got a quantised {type(module).__name__}: use inject or "
@@ -97,7 +97,7 @@ def _is_torchao(module: object) -> bool:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """The model's number of parameters; quantised weights count unpacked."""
+    """The number of parameters of `model`; quantised weights are counted unpacked."""
     quantized = [module for module in model.modules() if is_quantized(module)]
     unpacked = sum(linear.out_features * linear.in_features - linear.weight.numel() for linear in quantized)
     return sum(parameter.numel() for parameter in model.parameters()) + unpacked

@@ -14,7 +14,7 @@ from . import UsageError
 def load_base(folder: Path, float32: bool = False) -> Any:
     """The transformers model in `folder`, of the class that it was saved from; in float32 or as it is stored.
 
-    Raises UsageError if there is none or transformers is not installed, ValueError if it is damaged or not whole.
+    Raises UsageError if there is none or transformers is not installed, ValueError if it is damaged or incomplete.
     """
     if not (folder / "config.json").is_file():
         raise UsageError(

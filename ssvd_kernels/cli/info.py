@@ -13,7 +13,7 @@ from ..utils.versions import conflicts
 ENVIRONMENT = {
     "SSVD_BACKEND": "auto | reference | ext | triton: forces a backend (an op that it does not support raises)",
     "SSVD_DISABLE_EXT": "1: do not load the compiled extension",
-    "SSVD_CACHE": "a folder: keep factorisations there (else only where cache_dir= is given)",
+    "SSVD_CACHE": "a folder: cache factorisations there (else only where cache_dir= is given)",
     "SSVD_BUILD": "auto | none | cpu | cuda: what `pip install` compiles",
     "TRITON_INTERPRET": "1: run the Triton kernels on the CPU, for tests",
 }

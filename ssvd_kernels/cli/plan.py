@@ -50,6 +50,6 @@ def _number(text: str) -> float:
 
 
 def _names(given: list[str], presets: Collection[str] = ()) -> str | list[str]:
-    """One that is a preset or no plain word, and so an expression, by itself; else suffixes."""
+    """A single preset, or an expression (no plain word), as a string; else the list of suffixes."""
     alone = len(given) == 1 and (given[0] in presets or not re.fullmatch(r"[\w.-]+", given[0]))
     return given[0] if alone else given

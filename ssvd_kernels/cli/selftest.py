@@ -84,7 +84,7 @@ def _backends(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, st
 def _passes(check: Check) -> bool:
     try:
         error = check.error()
-    except Exception as problem:  # a self-test goes on and tells
+    except Exception as problem:  # reported, and the self-test goes on
         print(f"FAIL  {check.name}: {type(problem).__name__}: {' '.join(str(problem).split())}")
         return False
     passed = error <= check.bound
@@ -108,7 +108,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _relative(value: Tensor, exact: Tensor) -> float:
-    """||value - exact|| / ||exact||; infinite where anything is not finite."""
+    """||value - exact|| / ||exact||; infinity if `value` is not finite."""
     value, exact = value.detach().double().cpu(), exact.detach().double().cpu()
     return float((value - exact).norm() / exact.norm()) if bool(torch.isfinite(value).all()) else float("inf")
 

@@ -129,7 +129,7 @@ class ESPnetSSVDLinear(SSVDLinear):
         return super().core()
 
     def get_extra_state(self) -> Tensor:
-        """(7, k): sketch of the basis, and the number of the rotation. Floats, for ESPnet averages all it saved."""
+        """(7, k): sketch of the basis, and the index of the rotation: floats, as ESPnet averages what it saved."""
         rotation = torch.full((1, self.k), float(_MAPS.index(self.rotation)))
         return torch.cat([self.basis.sketch, rotation])
 

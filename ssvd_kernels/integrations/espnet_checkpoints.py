@@ -135,7 +135,7 @@ def to_espnet(
 
     gate is 0 and s twice delta_sigma. ESPnet's configuration needs the adapter's rotation_map and rank, which are
     logged. Raises what `load_adapter` raises if the adapter does not fit the base, and ConversionError for what ESPnet
-    has not: SVFT, SpectralFT, rotation="free", side="both", a rotation of the larger side, or several rotations.
+    does not have: SVFT, SpectralFT, rotation="free", side="both", a rotation of the larger side, or several rotations.
     """
     _check_folder("path", path)
     state = _read(base, "base")
@@ -282,7 +282,7 @@ def _theta(name: str, K_vec: Tensor, index: Tensor | None, k: int) -> Tensor:
     if index is None or k == 1:
         return K_vec
     if index.shape == ours.shape and not index.is_floating_point():
-        averaged = int(index[1, 0])  # of so many checkpoints: ESPnet then adds up what is integer
+        averaged = int(index[1, 0])  # of so many checkpoints: ESPnet adds up integer tensors
         if averaged >= 1 and torch.equal(index, averaged * ours):
             return K_vec
         i, j = index
@@ -325,15 +325,15 @@ def _export(layer: SSVDLinear, merged: bool) -> dict[str, Tensor]:
     r = min(rest.shape) - layer.k
     U, sigma, V = torch.cat([U, left[:, :r]], 1), torch.cat([sigma, values[:r]]), torch.cat([V, right[:r].mT], 1)
     u, v = (U, V.mT) if layer.side == "input" else (V, U.mT)
-    kept = layer.sigma.dtype
+    dtype = layer.sigma.dtype
     tensors = {
         "weight": layer.compose() if merged else layer.base_weight,
         "K_vec": layer.theta,
         "s": 2 * layer.delta_sigma,
         "gate": layer.sigma.new_zeros(1),
-        "u": u.to(kept).contiguous(),
-        "v": v.to(kept).contiguous(),
-        "s_pre": sigma.to(kept),
+        "u": u.to(dtype).contiguous(),
+        "v": v.to(dtype).contiguous(),
+        "s_pre": sigma.to(dtype),
         "svd_initialized": torch.tensor(True),
         "K_triu_idx": torch.triu_indices(layer.k, layer.k, offset=1),
     }

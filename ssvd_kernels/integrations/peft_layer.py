@@ -158,7 +158,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
             adapter.to(device or self.base_layer.weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SSVDPeftLinear:
-        """Moves what is registered nowhere, too: W while merged, and the bases, which stay shared and never narrow."""
+        """Also moves what is not registered: W while merged, and the bases, which stay shared and are not rounded."""
         super()._apply(fn, recurse)
         if self._unmerged is not None:
             self._unmerged = fn(self._unmerged)
@@ -216,8 +216,10 @@ class PeftAdapter(SSVDAdapter):
         return None if layer.quantized else base["weight"], own["U"], own["V"], base["bias"]
 
     def places(self) -> list[tuple[Mapping[str, Any], str]]:
-        kept = self.layer.base_layer._parameters
-        base = [] if self.layer.quantized else [(kept, name) for name in ("weight", "bias") if kept[name] is not None]
+        frozen = self.layer.base_layer._parameters
+        base = (
+            [] if self.layer.quantized else [(frozen, name) for name in ("weight", "bias") if frozen[name] is not None]
+        )
         trained = [(self._parameters, name) for name in self.adapter()]
         return [*base, *((self.__dict__, name) for name in BASIS), *trained]
 

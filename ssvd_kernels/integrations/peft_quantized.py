@@ -12,9 +12,9 @@ from .peft_layer import SSVDPeftLinear
 class SSVDPeftQuantizedLinear(SSVDPeftLinear):
     """y = base(x) + sum of ((x V) core^T) U^T over the active adapters; x (..., d_in) -> y (..., d_out).
 
-    base(x) is the quantising library's; the rest is as in `SSVDQuantizedLinear` and `SSVDPeftLinear`. `weight` is W' in
-    the dtype that the library dequantises to. `merge` refuses; PEFT's merge_and_unload leaves an nn.Linear that holds
-    W' in `unloaded_dtype`.
+    base(x) is computed by the quantisation library; the rest is as in `SSVDQuantizedLinear` and `SSVDPeftLinear`.
+    `weight` is W' in the dtype that the library dequantises to. `merge` refuses; PEFT's merge_and_unload leaves an
+    nn.Linear that holds W' in `unloaded_dtype`.
     """
 
     quantized = True
@@ -40,7 +40,7 @@ class SSVDPeftQuantizedLinear(SSVDPeftLinear):
         """What PEFT's unload and merge_and_unload leave here: the base layer, or an nn.Linear that holds W'."""
         names = self._to_merge(adapter_names) if merge else []
         if names:
-            # in its place, for PEFT then gives the new module the weight and bias that it finds there
+            # as `base_layer`, because PEFT gives the new module the weight and bias that it finds there
             weight = self._merged_weight(names, self.unloaded_dtype)
             self.base_layer = plain_linear(weight, self.base_layer.bias).train(self.training)
         return self.base_layer

@@ -24,8 +24,8 @@ Factors = tuple[Tensor, Tensor, Tensor]  # U (d_out, r), V (d_in, r), core (r, r
 class Adapter(nn.Module, ABC):
     """A basis U, sigma, V of W and the Parameters that train; forward: x (..., d_in) -> x W'^T + b (..., d_out).
 
-    A method is a subclass: its configuration, the names of what it trains, and `update_factors` and what follows it
-    below. Where W and b are is up to `AdaptedLinear`, which replaces a linear layer, and to PEFT's `PeftAdapter`.
+    A method is a subclass that names its configuration and what it trains, and defines `update_factors` and the
+    methods after it. `AdaptedLinear`, which replaces a linear layer, and PEFT's `PeftAdapter` say where W and b are.
     """
 
     config_type: ClassVar[type[Config]]
@@ -95,31 +95,31 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def frozen(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-        """(W, U, V, b); no W where it takes work to read it."""
+        """(W, U, V, b); W is None where reading it takes work."""
 
     @abstractmethod
     def places(self) -> list[tuple[Mapping[str, Any], str]]:
-        """Where everything that W' is made from is found: (dictionary, key)."""
+        """(dictionary, key) of every tensor that W' is computed from."""
 
     @abstractmethod
     def fixed(self, x: Tensor) -> Tensor:
         """What an idle adapter computes: x W^T + b, or with a merged W'."""
 
     def hold_basis(self, found: Factorization) -> None:
-        """Puts U, sigma and V where they are found from now on."""
+        """Makes U, sigma and V attributes of the layer."""
         for name in BASIS:
             # frozen parameters, not buffers: DDP broadcasts buffers, even non-persistent ones, every step
             self.register_parameter(name, nn.Parameter(getattr(found, name), requires_grad=False))
 
     def replace_basis(self, values: dict[str, Tensor]) -> None:
-        """Puts values of the same shapes in their place; called with gradients off."""
+        """Overwrites the basis with `values` of the same shapes; called with gradients off."""
         for name, value in values.items():
             assign(getattr(self, name), value)
 
     @property
     def sharded(self) -> bool:
         """Whether FSDP2 has sharded the layer: its parameters are unsharded within a forward or backward only."""
-        original = self.__dict__.get("_original")  # which shows it even then
+        original = self.__dict__.get("_original")  # its weight stays sharded even then
         return is_sharded(self._parameters.get("weight")) or is_sharded(getattr(original, "weight", None))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class Adapter(nn.Module, ABC):
 
     @property
     def first_trained(self) -> nn.Parameter:
-        """One of the Parameters that train, to ask for their dtype, device and kind."""
+        """One of the trained Parameters; all have the same dtype, device and type."""
         parameter = self._parameters[self.trained_names[0]]
         assert parameter is not None
         return parameter
@@ -150,15 +150,15 @@ class Adapter(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The effective weight W' (d_out, d_in) in the base weight's dtype, differentiable; SSVD's is composed once a
-        forward of the model, SpectralFT's at each reading."""
+        """The effective weight W' (d_out, d_in) in the base weight's dtype, differentiable; SSVD computes its core
+        once per forward of the model, SpectralFT its factors at each access."""
         return self.composed_weight()
 
     def composed_weight(self) -> Tensor:
-        """What `weight` reads; a method, for torch.compile traces no property through super()."""
+        """What `weight` reads; a method, because torch.compile traces no property through super()."""
         try:
             return self.effective_weight()
-        except AttributeError as error:  # nn.Module would take it for a missing property and give the base weight
+        except AttributeError as error:  # nn.Module would look for a Parameter `weight` instead
             raise RuntimeError(f"the effective weight could not be composed: {error}") from error
 
     def effective_weight(self) -> Tensor:
@@ -181,7 +181,7 @@ class Adapter(nn.Module, ABC):
 
     @torch.no_grad()
     def set_basis(self, U: Tensor, sigma: Tensor, V: Tensor) -> None:
-        """Replaces the basis by another of the same weight, e.g. an adapter's own. Shapes as the present ones."""
+        """Replaces the basis by another of the same weight and shapes, e.g. an adapter's own."""
         values = dict(zip(BASIS, (U, sigma, V)))
         for name, value in values.items():
             present: Tensor = getattr(self, name)
@@ -195,14 +195,14 @@ class Adapter(nn.Module, ABC):
 
     @torch.no_grad()
     def flip_basis(self, signs: Tensor) -> None:
-        """Multiplies each pair (u_i, v_i) by signs[i] = +-1: the same W, and the basis that other values mean."""
+        """Multiplies each pair (u_i, v_i) by signs[i] = +-1: the same W, and the basis that loaded values mean."""
         pairs = {name: gathered(getattr(self, name)) for name in ("U", "V")}
         self.replace_basis({name: tensor * signs.to(tensor.device, tensor.dtype) for name, tensor in pairs.items()})
         self.basis = self.basis._replace(sketch=self.basis.sketch * signs)
         self.forget()
 
     def recognise_basis(self) -> None:
-        """Brings `basis` up to date with U and V; one that W's own factorisation cannot give gets gap 0 (see save)."""
+        """Identifies changed U and V; gap 0 marks a basis that factorising W does not give (see `save_adapter`)."""
         found, known = sketch(gathered(self.U), gathered(self.V)), self.basis
         same = match_signs(known.sketch, found) is not None
         self.basis = BasisIdentity(fingerprint_of(gathered(self.base_weight)), known.gap if same else 0.0, found)

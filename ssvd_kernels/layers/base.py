@@ -1,4 +1,4 @@
-"""AdaptedLinear: what every adapted layer that replaces a linear layer does, whatever it trains."""
+"""AdaptedLinear: what all adapted layers that replace a linear layer share, whatever they train."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class AdaptedLinear(Adapter):
 
     @property
     def weight(self) -> Tensor:
-        """`Adapter.weight`; where FSDP2 has sharded the layer and it is not in use, the sharded base weight, by whose
-        name FSDP2 asks."""
+        """`Adapter.weight`; outside the forward of a layer that FSDP2 has sharded, the sharded base weight, which FSDP2
+        looks up by this name."""
         if is_sharded(self._parameters.get("weight")):
-            self.original()  # takes the sharded Parameters, not to keep unsharded ones alive
+            self.original()  # takes over the sharded Parameters and releases the unsharded ones
             return self.base_weight
         return self.composed_weight()
 
@@ -75,7 +75,7 @@ class AdaptedLinear(Adapter):
 
     @property
     def inactive(self) -> dict[str, InactiveAdapter]:
-        """The adapters that are not in use, by name: the layer's submodule `parked`, which is there if they are."""
+        """The adapters that are not in use, by name: the submodule `parked`, which exists only if there are any."""
         return dict(self._modules.get("parked") or {})  # type: ignore[arg-type]
 
     def adapter_names(self) -> list[str]:
@@ -110,7 +110,7 @@ class AdaptedLinear(Adapter):
     def composed_for_merge(
         self, name: str = "weight", rounding: str = "nearest", unload: bool = False, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """W' as `merge(model, unload)` stores it, see `merged_weight`; of a merged layer the one that it uses."""
+        """W' as `merge(model, unload)` stores it, see `merged_weight`; for a merged layer the one in use."""
         if self._merged_weight is not None:
             return self._merged_weight
         refusal = None if unload else self.base_layer.merge_refusal(name)
@@ -155,7 +155,7 @@ class AdaptedLinear(Adapter):
                 f"{now}, in which an optimizer's small steps are lost: cast the model before adapting it",
                 stacklevel=2,
             )
-        self.original()  # takes the present Parameters
+        self.original()  # takes over the present Parameters
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def adapted_layers(model: nn.Module) -> dict[str, Adapter]:
 
 
 def own_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """`adapted_layers`; ValueError if another library manages them: this package's functions would get in its way."""
+    """`adapted_layers`; ValueError if another library manages them: this package's functions would interfere."""
     layers: dict[str, AdaptedLinear] = {}
     for name, layer in adapted_layers(model).items():
         if not isinstance(layer, AdaptedLinear):

@@ -1,4 +1,4 @@
-"""What an adapter caches between calls: in eval with gradients off its core and W', for Triton its basis."""
+"""What an adapter caches between calls: in eval with gradients off its core and W', for Triton its padded basis."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Made:
         self.sources = [(place, name, place[name], place[name]._version) for place, name in adapter.places()]
         self.values = [(tensor, tensor.detach().clone()) for tensor in adapter.adapter().values() if tensor.is_cpu]
         self.weight: Tensor | None = None  # W'
-        self.dtype: torch.dtype | None = None  # of the x that W' serves, whatever its length
+        self.dtype: torch.dtype | None = None  # of the x that W' serves, whatever its shape
         self.bias: Tensor | None = None
 
     def holds(self, adapter: Adapter) -> bool:
@@ -38,22 +38,22 @@ class Made:
         return True
 
     def hold(self, weight: Tensor) -> None:
-        self.sources.append((self.__dict__, "weight", weight, weight._version))  # it may be written into
+        self.sources.append((self.__dict__, "weight", weight, weight._version))  # callers may write into it
         self.weight = weight
 
 
 class LayerCache:
-    """Of one adapter. Dropping it costs time alone: everything is computed again once its sources change.
+    """The cache of one adapter. Everything is computed again once its sources change, so dropping it costs only time.
 
-    Another tensor or another version of it is noticed. .data writes and fused optimizers leave no such trace: on the
-    CPU the values of what trains are compared; on a GPU that would stall the stream, and train() and eval() drop what
-    is cached. `made` is replaced and never emptied: another thread may be reading it.
+    Sources are compared by identity and version, which .data writes and fused optimizers do not change: on the CPU the
+    trained values are compared as well; on a GPU that would stall the stream, so train() and eval() drop the cache.
+    `made` is replaced and never emptied: another thread may be reading it.
     """
 
     def __init__(self) -> None:
         self.made: Made | None = None
         self._operands: dict[torch.dtype, tuple[tuple[Tensor, int], tuple[Tensor, int], tuple[Tensor, Tensor]]] = {}
-        self._in_graphs: list[object] = []  # what CUDA graphs that were captured read, whatever is forgotten
+        self._in_graphs: list[object] = []  # what captured CUDA graphs read; `forget` leaves it
 
     def holds(self, adapter: Adapter) -> bool:
         """Whether something is cached that was made from the present parameters."""
@@ -72,7 +72,7 @@ class LayerCache:
         )
 
     def factors(self, adapter: Adapter) -> Factors:
-        """`update_factors`."""
+        """Cached `update_factors`."""
         return self._current(adapter).factors
 
     def composed(self, adapter: Adapter) -> Tensor:

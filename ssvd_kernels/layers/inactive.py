@@ -45,8 +45,8 @@ class InactiveAdapters(nn.ModuleDict):
 def other_adapters(state_dict: Mapping[str, Any], prefix: str, mine: Sequence[str], first: str) -> str | None:
     """Why a layer with the adapters `mine`, the one in use first, cannot load its part of a state dict; None if it can.
 
-    The key "theta", or whatever is `first` of an adapter's Parameters, means the adapter in use: by another one it
-    would be taken for that.
+    The key "theta" (`first`, the first of an adapter's Parameters) means the adapter in use, so a layer that uses
+    another one would load it into the wrong adapter.
     """
     names = state_dict.get(f"{prefix}parked._extra_state")
     theirs = mine[:1] if names is None else bytes(names.tolist()).decode().split("\n")

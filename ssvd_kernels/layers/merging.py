@@ -33,8 +33,8 @@ def merged_weight(
             update = U.float() @ core.float() @ V.float().mT
             gain = (((merged.float() - weight.float()) * update).sum() / update.square().sum()).item()
             if abs(gain - 1) > 0.02:
-                kept = f"{100 * gain:.0f} % of the update"
+                share = f"{100 * gain:.0f} % of the update"
                 logger.warning(
-                    "merging %s in %s with rounding=%r preserves only %s", name, merged.dtype, rounding, kept
+                    "merging %s in %s with rounding=%r preserves only %s", name, merged.dtype, rounding, share
                 )
     return merged

@@ -30,7 +30,7 @@ def check_method(linear: nn.Linear, config: Config, name: str) -> None:
     if isinstance(config, SpectralFTConfig) and is_quantized(linear):
         raise TypeError(
             f"{name} is a quantised {type(linear).__name__}: SpectralFT supports unquantised nn.Linear layers only, "
-            "SSVD both"
+            "SSVD supports both"
         )
 
 
@@ -44,8 +44,8 @@ def adapt(linear: nn.Linear, config: Config, factorization: Factorization | None
 def prevent_repacking(model: nn.Module) -> None:
     """From now on bitsandbytes leaves the 4-bit weights of `model` as they are, adapted or not.
 
-    On a CPU with AVX512-BF16 a forward in eval mode would repack them in place: rounded, never to be dequantised again,
-    and passing no gradient to their input from then on, not in training mode either.
+    On a CPU with AVX512-BF16 a forward in eval mode would repack them in place: that rounds them, and from then on they
+    cannot be dequantised and pass no gradient to their input, not even in training mode.
     """
     for module in model.modules():
         if is_bitsandbytes(module, "Linear4bit"):
@@ -121,7 +121,7 @@ class QuantizedBase(BaseLayer):
 class SSVDQuantizedLinear(SSVDLinear):
     """SSVDLinear on a quantised layer: y = base(x) + ((x V) core^T) U^T; W' = dequantised W + U core V^T.
 
-    base(x) and its part of dx are the quantising library's; the update is computed in x's dtype (autocast's, where
+    The quantisation library computes base(x) and its part of dx; the update is computed in x's dtype (autocast's, where
     that is on). U, sigma and V are those of the dequantised weight. The quantised layer is the submodule `base`, whose
     entries of the state dict are as its library writes them ("base.weight", ...). Reading `weight` dequantises.
 

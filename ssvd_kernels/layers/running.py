@@ -27,7 +27,7 @@ class Forward(NamedTuple):
     outer: Forward | None
 
     def is_running(self) -> bool:
-        """False after a KeyboardInterrupt, which no hook of the root sees."""
+        """False after a KeyboardInterrupt, after which no hook of the root runs."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame is not self.caller:
             frame = frame.f_back
@@ -35,7 +35,7 @@ class Forward(NamedTuple):
 
 
 class Values:
-    """The cores of a forward without their graph, which holds this object until its backward ran."""
+    """The detached cores of a forward, whose graph holds this object until its backward has run."""
 
     def __init__(self) -> None:
         self.cores: dict[SSVDAdapter, Tensor] = {}
@@ -48,7 +48,7 @@ class Values:
 
 
 class _Structure:
-    """Counts what adds or takes away adapters: roots then look for their layers again."""
+    """Counts the additions and removals of adapters: after each, roots look for their layers again."""
 
     number = 0
 
@@ -61,7 +61,7 @@ class _Thread(threading.local):
 
 
 thread, structure = _Thread(), _Structure()
-_finished: list[weakref.ref[Values]] = []  # of all forwards whose backward may come, the newest last
+_finished: list[weakref.ref[Values]] = []  # of all forwards that may still have a backward, the newest last
 
 
 def enter(cores: dict[SSVDAdapter, Tensor], values: Values | None, caller: FrameType | None) -> None:
@@ -75,7 +75,7 @@ def enter(cores: dict[SSVDAdapter, Tensor], values: Values | None, caller: Frame
 
 
 def leave() -> None:
-    """At its end."""
+    """At the end of a root's forward."""
     if thread.forward is not None:
         thread.forward = thread.forward.outer
 
@@ -92,7 +92,7 @@ def recomputed(layer: SSVDAdapter) -> Tensor | None:
 
 
 def forget(layer: SSVDAdapter) -> None:
-    """`layer` computes a core of its own, or has run without gradients: a recomputation is to do so as well."""
+    """`layer` computes a core of its own, or has run without gradients: a recomputation must do the same."""
     for ref in _finished:
         values = ref()
         if values is not None:
@@ -103,8 +103,8 @@ def forget(layer: SSVDAdapter) -> None:
 def unseen_by_checkpoints() -> Iterator[None]:
     """Saves tensors for backward as if no checkpoint were there.
 
-    Non-reentrant checkpointing wants its recomputation to save as many tensors as its forward did, and the one may
-    compute a core where the other found one.
+    Non-reentrant checkpointing requires its recomputation to save as many tensors as its forward did, but one of them
+    may compute a core where the other finds one.
     """
     if torch.compiler.is_compiling() or not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         yield

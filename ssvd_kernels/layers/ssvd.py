@@ -39,7 +39,7 @@ class SSVDAdapter(Adapter):
     def core(self) -> Tensor:
         """M (k, k) with W' = W + U M V^T, in float32 at least; exactly zero before training.
 
-        Within a forward of the root it is the one that the root made for all layers at once.
+        Within a forward of the root it comes from the batch that the root computed for all layers.
         """
         forward, grad = running.thread.forward, torch.is_grad_enabled()
         if forward is not None and self in forward.cores and (forward.caller is None or forward.is_running()):
@@ -72,7 +72,7 @@ class SSVDAdapter(Adapter):
         return linear(x, None, U, V, self.core_for_call(), None, self.mode)
 
     def core_for_call(self) -> Tensor:
-        """The core that a forward uses: `core`, or in eval with gradients off a kept one."""
+        """The core that a forward uses: `core`, or in eval with gradients off a cached one."""
         if not self.training and self.cache.serves(self):
             return self.cache.factors(self)[-1]
         return self.core()
@@ -115,7 +115,7 @@ class SSVDLinear(AdaptedLinear, SSVDAdapter):
     """Drop-in for nn.Linear: y = x W'^T + b, W' = W + U core V^T; x (..., d_in) -> y (..., d_out).
 
     Input side: W' = U_k (Sigma + dSigma) G V_k^T + (W - U_k Sigma V_k^T), G = cayley(theta): the top-k input singular
-    vectors are rotated, the singular values shifted, the output vectors kept (SSVD, arXiv 2509.02830, eq. 8-13).
+    vectors are rotated, the singular values shifted, the output vectors unchanged (SSVD, arXiv 2509.02830, eq. 8-13).
 
     Trains     theta (k(k-1)/2,), delta_sigma (k,); side="both" adds theta_out; rotation="free" has theta (k^2,)
                (rotation="banded", SVFT: theta the off-diagonals, delta_sigma the diagonal of M, see `reference.banded`)
@@ -126,11 +126,11 @@ class SSVDLinear(AdaptedLinear, SSVDAdapter):
 
     theta, delta_sigma, U, sigma and V are float32 (float64 over a float64 base), also over a half-precision base; x has
     the base's dtype or autocast's. Casting an adapted model (`to(dtype)`, `half()`) casts them all, warning where theta
-    becomes half precision, and casting back restores no digits. The core is computed in float32 even then.
+    becomes half precision, and casting back restores no precision. The core is computed in float32 even then.
 
     Before training the output is bit-identical to the base layer's. The Parameters of `linear` are shared and frozen.
-    In training a composed weight lives from forward to backward, in eval with gradients off it is cached from call to
-    call. train(), eval(), loading, moving and merging drop it, and so does a change of the parameters (on the GPU,
+    In training a composed weight lives from forward to backward, in eval with gradients off it is cached across
+    calls. train(), eval(), loading, moving and merging drop it, and so does a change of the parameters (on the GPU,
     where comparing would stall the stream, one made through .data goes unseen until then). Raises as
     `SSVDConfig` and `factorize` do, and TypeError for anything but an nn.Linear.
     """

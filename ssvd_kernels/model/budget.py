@@ -29,7 +29,7 @@ def trainable(
     "oft"         block size b        (d_in / b) b(b-1)/2, b a divisor of d_in                     peft
     "psoft"       r                   r(r-1)/2 + 2 r                                               peft
 
-    rank_out: of "ssvd-o" alone, by default `rank`. rotation: "cayley", "linear" or "free". `ranks` tells which ranks
+    rank_out: of "ssvd-o" alone, by default `rank`. rotation: "cayley", "linear" or "free". `ranks` lists the ranks
     there are. Raises ValueError for another method, rotation or rank.
     """
     check_choice("method", method, METHODS)
@@ -81,9 +81,9 @@ def _highest(method: str, shape: Shape, top: int) -> float:
 def ranks(method: str, shapes: Collection[Shape], *, top: int = 256) -> dict[Shape, Sequence[int]]:
     """Weight shape -> the ranks (bands, block sizes) that `method` can have there, ascending, see `trainable`.
 
-    PEFT's methods have one rank for all layers. LoRA's and DoRA's stop where no layer can use more, VeRA's, which
-    nothing but its cost bounds, at twice that, PiSSA's and PSOFT's at the smallest layer's, which PEFT would cut or
-    refuse. OFT's block sizes divide every d_in, so that PEFT has none to adjust; there may be none at all.
+    PEFT's methods have one rank for all layers. LoRA's and DoRA's stop where no layer can use more; VeRA's, which only
+    its cost bounds, at twice that; PiSSA's and PSOFT's at the smallest layer's, above which PEFT would clip or refuse.
+    OFT's block sizes divide every d_in, so that PEFT has none to adjust; there may be none at all.
     """
     check_choice("method", method, METHODS)
     smallest = [min(shape) for shape in shapes]
@@ -107,8 +107,8 @@ def ranks(method: str, shapes: Collection[Shape], *, top: int = 256) -> dict[Sha
 def inner_outer(rank: int, inner_share: float, rotation: str) -> tuple[int, int]:
     """(k_in, k_out) of SSVD-O: `rank` is the larger one, and theta has `inner_share` of the rotations' parameters.
 
-    The smaller one is the largest whose rotation has no more than its share, and 1 (no rotation, but of rotation="free"
-    one number) where that is none.
+    The smaller one is the largest whose rotation has no more than its share, or 1 (no rotation; for rotation="free" one
+    parameter) if there is none.
     """
     small, large = sorted((inner_share, 1 - inner_share))
     allowed = theta_length(rank, rotation) * small / large

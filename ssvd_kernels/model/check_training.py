@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-# an adapter's Parameter, also inside a wrapper that prefixes it or keeps it by the adapter's name; of SpectralFT's not
-# A_in and A_out, whose gradients are zero before training as B is
+# an adapter's Parameter, also inside a wrapper that adds a prefix or the adapter's name; not SpectralFT's A_in and
+# A_out, whose gradients are zero before training, as B is
 _TRAINED = re.compile(r"(?:(?P<layer>.+)\.)?(?:ssvd_)?(?:theta|theta_out|delta_sigma|B_in|B_out)(?:\.[^.]+)?")
 
 
@@ -42,10 +42,10 @@ class TrainingReport:
 def check_training(model: nn.Module, loss: Tensor | None = None) -> TrainingReport:
     """Tells which adapted layers of `model` a loss trains. Print it after the first batch.
 
-    loss: a scalar of which the graph is still there. It is differentiated without touching any `.grad`, and can be
-    differentiated again afterwards. Without it the `.grad` that `loss.backward()` left are read.
+    loss: a scalar whose graph still exists. It is differentiated without touching any `.grad`, and can be
+    differentiated again afterwards. Without it, the `.grad` that `loss.backward()` left are read.
 
-    A layer without gradient is one that the model does not call, or of which it reads a weight that is not the
+    A layer without gradient is one that the model does not call, or whose weight it reads other than by `weight`, the
     effective one. At initialisation, too, gradients of zero are suspicious: theta (of SpectralFT, B) is zero there, its
     gradient is not. But a layer that LayerDrop left out has zeros (the rotations of all layers are computed in one
     batch), so check in eval mode or with LayerDrop off. Works on models whose layers are wrapped (PEFT), as it goes by

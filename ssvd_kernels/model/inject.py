@@ -1,4 +1,4 @@
-"""Adapts a whole model in place."""
+"""Adapts a model in place."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def inject(
     The weights are factorised here, in float64 on their own device, with a progress bar. The rotations of all layers
     are computed in one batched call at the start of each forward of `model`. Linear layers that bitsandbytes or torchao
     quantised become SSVDQuantizedLinear; SpectralFT refuses them.
-    cache_dir: a folder that keeps factorisations for the next time (default: the environment's SSVD_CACHE, else none).
+    cache_dir: a folder that caches factorisations across runs (default: the environment's SSVD_CACHE, else none).
     share: where torch.distributed is initialised, every process must call this, on the same weights; each factorises a
     part and sends it to all. With share=False each factorises everything.
     Nothing changes if anything is refused: ValueError or TypeError name the module, the value and what is allowed (no
     module matched, a tied weight named explicitly, NaN or infinite weights, a rank that does not fit, a second
-    injection, a model wrapped by DDP or FSDP2 already, processes that hold different weights, a plan of other layers
-    or of a method of PEFT's).
+    injection, a model wrapped by DDP or FSDP2 already, processes that hold different weights, a plan for other
+    layers or for a method that PEFT provides).
     """
     if not isinstance(config, Config | RankPlan):
         raise TypeError(f"`config` must be an SSVDConfig, a SpectralFTConfig or a RankPlan, got {config!r}")

@@ -1,4 +1,4 @@
-"""Merges and unmerges a whole model, and removes its adapted layers."""
+"""Merges and unmerges a model, and removes its adapted layers."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class RankPlan:
     """What `plan` chose: a rank for each targeted layer. `inject(model, plan)` adapts a model so; str() is a table.
 
     method, options     the method and its options, as resolved
-    allocation, threshold   the rule, and the number that it came to: see `plan`
+    allocation, threshold   the rule, and the ratio, share or rank that it came to: see `plan`
     budget, total       trainable parameters allowed, and the parameters of the model
     largest             whether no layer can have a higher rank, whatever the budget
     """
@@ -176,14 +176,14 @@ def plan(
                  "psoft". `budget.trainable` has formulas and sources.
     allocation   "uniform": one ratio k / min(d_out, d_in) for all layers (SSVD's paper; of SSVD-O the larger k), or
                  one rank, band or block size where a method has no ratio; no less than 1, no more than fits a layer.
-                 "spectrum" (SSVD and SSVD-O): the fewest singular values that hold more than one share of the layer's
-                 ||W||^2, the same for all layers: what stays frozen is of the same relative size everywhere. Takes the
-                 singular values of every layer in float64, O(d_out d_in min(d_out, d_in)) each. A step then
-                 makes a call of the rotations' kernels for each different rank, instead of one for all layers.
+                 "spectrum" (SSVD and SSVD-O): the fewest singular values that hold more than a share of the layer's
+                 ||W||^2, the same for all layers: what stays frozen has the same relative size everywhere. Computes
+                 the singular values of every layer in float64, O(d_out d_in min(d_out, d_in)) each. A step then
+                 launches the rotations' kernels for each group of similar ranks, not once for all layers.
     targets, exclude   as in SSVDConfig.
 
-    Ratio and share are the largest at which the budget is kept. "uniform" reads no weights: a model on the meta device
-    does. Nothing of the model changes. Raises ValueError or TypeError naming the argument, its value and what is
+    Ratio and share are the largest that stay within the budget. "uniform" reads no weights: a model on the meta device
+    will do. Nothing of the model changes. Raises ValueError or TypeError naming the argument, its value and what is
     allowed: also for a budget below that of the lowest ranks, and for a model that has SSVD layers already.
     """
     check_choice("method", method, METHODS)
@@ -233,7 +233,7 @@ class _Choice(NamedTuple):
 
 
 class _Ladder(NamedTuple):
-    """What a layer can have, ascending, and the thresholds from which on it has that (the first in any case)."""
+    """A layer's choices, ascending, and the threshold from which each applies (the first always does)."""
 
     marks: Sequence[float]
     choices: Sequence[_Choice]
@@ -243,7 +243,7 @@ class _Ladder(NamedTuple):
 
 
 def _largest_threshold(ladders: Sequence[_Ladder], budget: int) -> float | None:
-    """The largest threshold at which all layers together keep the budget; None if they never do."""
+    """The largest threshold at which all layers together stay within the budget; None if there is none."""
     thresholds = sorted({0.0, *(mark for ladder in ladders for mark in ladder.marks)})
     keeping = bisect_right(thresholds, budget, key=lambda t: sum(ladder.at(t).trainable for ladder in ladders))
     return thresholds[keeping - 1] if keeping else None

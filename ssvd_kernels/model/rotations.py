@@ -131,7 +131,7 @@ class _Batch:
 
 
 def _batches(root: nn.Module) -> list[_Batch]:
-    """The layers whose cores a forward needs, those of one kind together, but no more than MAX_BYTES of them."""
+    """The layers whose cores a forward needs, those of one kind together, in batches of about MAX_BYTES at most."""
     state: _Root = root.__dict__["_ssvd_root"]
     if state.owner is not root or state.structure != running.structure.number:
         state = _Root([], root, running.structure.number, [m for m in _walk(root, set()) if isinstance(m, SSVDAdapter)])
@@ -140,7 +140,7 @@ def _batches(root: nn.Module) -> list[_Batch]:
             root.__dict__["_ssvd_root"] = state
     active = [each for each in state.layers if not each.idle and each._parameters["theta"].__class__ is nn.Parameter]
     if not (torch.is_grad_enabled() or root.training) and active and active[0].cache.holds(active[0]):
-        return []  # in eval, where the others most probably have theirs, too
+        return []  # in eval, where the other layers most probably have their cores cached, too
     if active != state.active:
         state.active, state.batches = active, [_Batch(layers) for layers in _grouped(active)]
     return state.batches

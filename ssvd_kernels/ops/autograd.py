@@ -1,7 +1,7 @@
 """One autograd Function per op. These define the gradients and are independent of the backend.
 
-Their contexts come with `forward`, not by setup_context, for which torch binds the arguments through inspect.signature
-at every call. So functorch's transforms, which want setup_context, take the reference in plain PyTorch.
+They fill their contexts in `forward`, not in setup_context, for which torch binds the arguments by inspect.signature
+at every call. So functorch's transforms, which require setup_context, use the reference in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SSVDLinearFunction(torch.autograd.Function):
     """(x, weight, U, V, core, bias) -> y = x (weight + U core V^T)^T + b in `dtype`; without `weight` the update alone.
 
     Gradients reach x, core and bias; weight, U and V are frozen. Of x it saves z = x V (T, k) alone, and in composed
-    mode W', which goes with the graph.
+    mode W', which is freed with the graph.
     """
 
     @staticmethod
@@ -84,6 +84,6 @@ class SSVDLinearFunction(torch.autograd.Function):
         return dx, None, None, None, dcore, dbias, None, None, None, None
 
 
-# `apply` less what it does for functorch, in 25 Python calls
+# `apply` without what it does for functorch, which takes 25 Python calls
 apply_cayley = super(torch.autograd.Function, CayleyDeltaFunction).apply
 apply_linear = super(torch.autograd.Function, SSVDLinearFunction).apply

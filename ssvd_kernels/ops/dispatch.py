@@ -32,8 +32,8 @@ _thresholds: dict[tuple, float] = {}
 def use_backend(name: str) -> Iterator[None]:
     """Forces a backend within a `with` block: "reference", "ext" (the C++/CUDA op), "triton", or "auto".
 
-    An op that the named backend does not have at all (the extension has no linear) keeps its own choice; one that it
-    has but cannot serve raises RuntimeError.
+    An op that the named backend does not have at all (the extension has no linear) is dispatched as by "auto"; one that
+    it has but cannot serve raises RuntimeError.
     """
     global forced
     check_choice("name", name, BACKENDS)
@@ -64,7 +64,7 @@ def backend_for(op: str, device: torch.device, dtype: torch.dtype) -> str:
         if forced in options:
             return forced
     serving = [name for name, reason in refusals(op, device, dtype).items() if reason is None]
-    # the interpreter is for tests, and the linear's float32 products are the vendor library's
+    # the interpreter is for tests, and float32 linears are left to the vendor library
     passed_over = device.type != "cuda" or (op == "linear" and dtype not in _HALF)
     return next(name for name in serving if not (passed_over and name == "triton"))
 
@@ -83,7 +83,7 @@ def composed_from(
     if dtype in _HALF and not (backend == "triton" and dtype == torch.bfloat16):
         return math.inf
     d_out, d_in = weight_shape
-    ends = 0, 64 * (d_in + d_out)  # costs grow linearly with T, but for the order of the products of dcore
+    ends = 0, 64 * (d_in + d_out)  # costs grow linearly with T, except where the order of dcore's products changes
 
     def cheaper(T: int) -> bool:
         composed, factored = (linear_flops(m, T, d_in, d_out, k, backward) for m in ("composed", "factored"))
@@ -128,7 +128,7 @@ def cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
     """dtheta (B, m) from dE and E (B, n, n), as `cayley_delta` gave it."""
     backend = backend_for("cayley", grad.device, grad.dtype)
     if backend == "triton":
-        pad = -E.shape[-1] % 16  # not zero only where another backend computed E
+        pad = -E.shape[-1] % 16  # nonzero only where another backend computed E
         grad, E = (F.pad(matrix, (0, pad, 0, pad)) if pad else matrix for matrix in (grad, E))
         return triton_linear.kernels().cayley_delta_backward(grad, E, k)
     grad, E = grad[:, :k, :k].contiguous(), E[:, :k, :k].contiguous()
@@ -152,7 +152,7 @@ def transforming() -> bool:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """float32 products in float32: tf32 or bf16, where the user allows them, would cost the rotation 3e-4."""
+    """float32 products in float32: tf32 or bf16, where the user allows them, would cost the rotation 3e-4 in error."""
     if torch.compiler.is_compiling() or torch.get_float32_matmul_precision() == "highest":
         yield
         return

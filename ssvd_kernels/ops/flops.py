@@ -18,7 +18,7 @@ class Product(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """A multiplication and an addition are two."""
+        """A multiplication and an addition count as two."""
         return 2 * self.rows * self.cols * self.depth
 
     @property

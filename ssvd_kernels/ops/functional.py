@@ -134,7 +134,7 @@ def linear(
 ) -> Tensor:
     """`ssvd_linear` of operands that fit; without `weight` the update ((x V) core^T) U^T alone.
 
-    operands: keeps U and V as the Triton kernels read them.
+    operands: caches U and V as the Triton kernels read them.
     """
     dtype, device = x.dtype, x.device
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:

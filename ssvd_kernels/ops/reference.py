@@ -1,6 +1,6 @@
 """Reference implementation of every op in plain PyTorch, for any device, dtype and thread count.
 
-Convention (used by the whole package; other packages use its inverse, so check before combining them).
+Convention (used throughout the package; other packages use its inverse, so check before combining them).
     theta (m,), m = k(k-1)/2, packs a skew-symmetric K row by row over the strict upper triangle:
     K[i, j] = +theta for i < j and K[j, i] = -theta.
     Cayley transform  G = (I - K)(I + K)^-1  (orthogonal),  E = G - I = -2 K (I + K)^-1.
@@ -50,7 +50,9 @@ def banded(theta: Tensor, k: int, band: int) -> Tensor:
 
 def band_indices(k: int, band: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows and columns of the entries with 0 < j - i <= band, in theta's order."""
-    distance, end = torch.triu_indices(band, k - 1, device=device)  # of j - i = distance + 1 the entries j = end + 1
+    distance, end = torch.triu_indices(
+        band, k - 1, device=device
+    )  # entries with j = end + 1, on the diagonal j - i = distance + 1
     return end - distance, end + 1
 
 
@@ -108,7 +110,7 @@ def core_ref(E: Tensor, sigma: Tensor, delta: Tensor, side: str, E_out: Tensor |
 
 
 def banded_core_ref(E: Tensor, delta: Tensor) -> Tensor:
-    """core M = diag(delta) + E (..., k, k) of SVFT, W' = U (Sigma + M) V^T: E is added to Sigma, not multiplied with
+    """core M = diag(delta) + E (..., k, k) of SVFT, W' = U (Sigma + M) V^T: E is added to Sigma, not multiplied by
     it."""
     return torch.diag_embed(delta) + E
 
@@ -208,7 +210,7 @@ def ssvd_linear_bwd(
         if need_dx:
             dx = dy @ composed
         if z is not None:
-            flat = z.reshape(-1, z.shape[-1])  # the cheaper order of the three
+            flat = z.reshape(-1, z.shape[-1])  # the three factors in the cheaper order
             dcore = (rows @ U).mT @ flat if rows.shape[0] < U.shape[0] else U.mT @ (rows.mT @ flat)
     else:
         dyU = rows @ U

@@ -60,7 +60,7 @@ def operand(basis: Tensor, dtype: torch.dtype) -> Tensor:
 def padded(matrix: Tensor) -> Tensor:
     """`matrix` with columns of zeros up to a multiple of ALIGNMENT, which changes no product.
 
-    Rows of 409 half-precision numbers, say, cannot be read in wide loads.
+    Rows of 409 half-precision elements, say, cannot be read in wide loads.
     """
     extra = -matrix.shape[1] % ALIGNMENT
     return F.pad(matrix, (0, extra)) if extra else matrix
@@ -78,5 +78,5 @@ def kernels() -> Any:
 
 
 def _concatenated(x: Tensor, weight: Tensor) -> bool:
-    """Whether one kernel makes both products of x: the weight's and the basis'."""
+    """Whether one kernel computes both products of x: by the weight and by the basis."""
     return x.dtype.itemsize == 2 and max(weight.shape) <= CONCAT_MAX_D

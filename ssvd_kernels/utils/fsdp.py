@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether `tensor` is a DTensor; asked so because torch.distributed.tensor is slow to import."""
+    """Whether `tensor` is a DTensor; told by an attribute because torch.distributed.tensor is slow to import."""
     return hasattr(tensor, "full_tensor")
 
 
 def gathered(tensor: Any) -> Tensor:
-    """A sharded tensor gathered in every process (all must ask); any other tensor itself."""
+    """A sharded tensor gathered in every process (all must call this); any other tensor itself."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 

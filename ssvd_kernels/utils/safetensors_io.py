@@ -25,7 +25,7 @@ def digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 
 def write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file that other processes see either whole or not at all."""
+    """Writes a safetensors file that other processes see either complete or not at all."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
