@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     plan = add(
         "plan",
         "chooses the ranks that a budget of trainable parameters allows in a model",
-        "Prints layers by shape and rank. In Python, plan(...) with the same arguments gives a plan for inject or PEFT.",
+        "Prints layers by shape and rank. In Python, plan(...) with these arguments gives a plan for inject or PEFT.",
     )
     plan.add_argument("--base", type=Path, metavar="FOLDER", required=True, help="folder of a transformers model")
     plan.add_argument("--budget", metavar="N", required=True, help="parameters, or a share of them such as 0.02")
