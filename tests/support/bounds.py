@@ -13,11 +13,18 @@ from cases import relative_error
 from torch import Tensor
 
 DRAWS = 16  # of results with few elements, whose rounding error in one draw is a matter of luck
+ORTHOGONAL = 5e-6  # promised of every number of G^T G - I in float32: 42 eps, for sums of up to 1024 terms
+TWO_TERMS = 1e-5  # promised where torch's "high" lets float32 numbers be two bfloat16 terms, each of 2^-17 = 7.6e-6
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
     """eps / 2: the largest relative error of rounding an exact number to `dtype`."""
     return torch.finfo(dtype).eps / 2
+
+
+def in_float64(k: int) -> float:
+    """Of rotations, where the oracle is float64, too: two results, each of three sums of k terms in a row."""
+    return 6 * k * unit_roundoff(torch.float64)
 
 
 def twice(plain: Tensor, exact: Tensor, dtype: torch.dtype | None = None) -> float:

@@ -136,6 +136,14 @@ def references(model: nn.Module, compute: Callable[[nn.Module], Result]) -> tupl
     return compute(narrow), compute(exact)
 
 
+def op_passes(inputs: dict, mode: str) -> dict[str, Tensor]:
+    """y and gradients by the op."""
+    x, core, bias = (inputs[name].detach().clone().requires_grad_() for name in ("x", "core", "bias"))
+    y = sk.ssvd_linear(x, inputs["weight"], inputs["U"], inputs["V"], core, bias, mode=mode)
+    dx, dcore, dbias = torch.autograd.grad(y, [x, core, bias], inputs["dy"])
+    return {"y": y.detach(), "dx": dx, "dcore": dcore, "dbias": dbias}
+
+
 def passes(network: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     """y, and the gradients of x and of the trained values of a network of one layer."""
     names, trained = zip(*((n.rpartition(".")[2], p) for n, p in network.named_parameters() if p.requires_grad))
