@@ -12,16 +12,7 @@ from functools import partial
 import pytest
 import torch
 from bounds import DRAWS, TWO_TERMS, assert_within, in_float64, twice, twice_of_draws
-from cases import (
-    exact_delta,
-    linear_inputs,
-    naive_linear,
-    op_passes,
-    relative_error,
-    solved_delta,
-    theta_of_norm,
-    together,
-)
+from cases import exact_delta, linear_inputs, naive_linear, relative_error, solved_delta, theta_of_norm, together
 from models import op_passes, references
 from torch import Tensor, nn
 

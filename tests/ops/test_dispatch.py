@@ -127,7 +127,7 @@ def test_forced_extension_that_is_not_there_raises(monkeypatch):
         ({"SSVD_BACKEND": "gpu"}, "`SSVD_BACKEND` must be one of 'auto', 'reference', 'ext', 'triton', got 'gpu'"),
         (
             {"SSVD_BACKEND": "ext", "SSVD_DISABLE_EXT": "1"},
-            "'ext' does not support cayley on cpu in torch.float32: SSVD",
+            "'ext' does not support cayley on cpu in torch.float32: SSVD_D",
         ),
     ],
     ids=["unknown", "disabled"],
