@@ -11,6 +11,7 @@ from cases import relative_error
 from models import RANK, Stack, assert_all_within, counted, inject, loss_of, references, train_randomly
 from peft_models import MODELS, adapted, base_model, config, gradients, inputs, layers, loss_gradients, peft, run
 from plain import effective
+from speech_models import require_input_gradients
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
@@ -92,9 +93,7 @@ def test_one_batched_rotation_for_the_running_adapters_only(monkeypatch):
 @pytest.mark.parametrize("name", ["whisper", "wav2vec2", "llama"])
 def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant):
     model = adapted(name).train()
-    for module in model.modules():  # what reentrant checkpointing needs of a model whose first layers are frozen
-        if isinstance(module, (nn.Conv1d, nn.Embedding)):
-            module.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    require_input_gradients(model)
     plain, exact = references(model, loss_gradients)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     assert_all_within(loss_gradients(model), plain, exact)

@@ -134,10 +134,9 @@ class Case:
             setattr(self.layer, name, nn.Parameter(getattr(layer, name).detach().clone(), name == "theta"))
         self.adapted, self.zero = theta.to(torch.float32), torch.zeros_like(theta, dtype=torch.float32)
         eye = torch.eye(K, dtype=torch.float64)
-        skew = torch.zeros(K, K, dtype=torch.float64)
-        i, j = torch.triu_indices(K, K, 1)
-        skew[i, j], skew[j, i] = self.adapted.double(), -self.adapted.double()
-        E = -2 * torch.linalg.solve(eye + skew, skew)
+        E = (
+            rotation_by_hand(self.adapted.double(), K, "cayley") - eye
+        )  # 1e-4 and more of eye: float64 has 12 digits of it
         sigma, U, V = layer.sigma.double(), layer.U.double(), layer.V.double()
         self.update = (U * sigma) @ E @ V.T  # W' - W, exactly
         self.autocast = base == torch.float32

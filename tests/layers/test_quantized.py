@@ -13,16 +13,7 @@ from bounds import assert_within, twice
 from cases import relative_error, solved_delta
 from models import assert_all_within, assert_equal_gradients, gradients, inject, references, train_randomly
 from plain import effective
-from quantized_nets import (
-    BITSANDBYTES,
-    KINDS,
-    K,
-    X,
-    adapted,
-    net_of,
-    nf4,
-    numbers,
-)
+from quantized_nets import BITSANDBYTES, KINDS, K, X, adapted, net_of, nf4, numbers
 from refusals import refused
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint

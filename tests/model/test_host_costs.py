@@ -8,10 +8,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import train_randomly
+from models import Encoder, adapt, train_randomly
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import ssvd_kernels as sk
 from ssvd_kernels.ops import dispatch
@@ -114,25 +113,9 @@ def test_training_through_peft():
 @pytest.mark.parametrize(("reentrant", "computed"), [(None, 1), (False, 1), (True, 1 + LAYERS)])
 def test_cayley_transforms_of_a_step(monkeypatch, reentrant, computed):
     """One batch a step; a reentrant checkpoint, whose recomputation has a graph of its own, adds one a layer."""
-    model = stack()
+    checkpointing = None if reentrant is None else {"use_reentrant": reentrant}
+    model = adapt(Encoder(checkpointing, lambda: nn.Linear(D, D), LAYERS), rank=K)
     transform, made = dispatch.cayley_delta, []
     monkeypatch.setattr(dispatch, "cayley_delta", lambda theta, k: made.append(len(theta)) or transform(theta, k))
-    x = X.clone().requires_grad_()
-
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for layer in self.inner:
-                x = layer(x) if reentrant is None else checkpoint(layer, x, use_reentrant=reentrant)
-            return x
-
-    from ssvd_kernels.model.rotations import unwatch_forwards, watch_forwards
-
-    unwatch_forwards(model)
-    whole = Checkpointed()
-    watch_forwards(whole)
-    whole(x).sum().backward()
+    model(X.clone().requires_grad_()).sum().backward()
     assert len(made) == computed and made[0] == LAYERS

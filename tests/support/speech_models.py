@@ -87,6 +87,13 @@ def loss_gradients(model: nn.Module) -> dict[str, Tensor]:
     return gradients(model)
 
 
+def require_input_gradients(model: nn.Module) -> None:
+    """What reentrant checkpointing needs of any model whose first layers are frozen."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv1d, nn.Embedding)):
+            module.register_forward_hook(lambda module, args, output: output.requires_grad_())
+
+
 def scaled_passes(model: nn.Module) -> tuple[Tensor, Tensor]:
     """(output, all gradients) of a loss that is scaled for float16."""
     output = run(model)
