@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 import ssvd_kernels as sk
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def loss_gradients(net: nn.Module) -> dict[str, Tensor]:
     return square_gradients(net.train(), example(net))

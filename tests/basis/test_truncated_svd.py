@@ -17,8 +17,6 @@ from ssvd_kernels.basis import factorize as factorize_module
 from ssvd_kernels.basis.factorize import SAFE_GAP, factorize
 from ssvd_kernels.basis.truncated_svd import MIN_SQUARED_GAP, Triplets, by_gram, by_svd, top_triplets
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHAPES = [(160, 160), (300, 160), (160, 300), (1100, 40), (40, 1100), (7, 1), (1, 7), (1, 1)]
 EPS = torch.finfo(torch.float64).eps
 

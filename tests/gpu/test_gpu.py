@@ -21,7 +21,7 @@ from ssvd_kernels.ops import extension
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
-HALF, CAYLEY = [torch.float16, torch.bfloat16], ["reference", "ext", "triton"]
+F32, HALF, CAYLEY = torch.float32, [torch.float16, torch.bfloat16], ["reference", "ext", "triton"]
 RANKS = [1, 2, 63, 64, 65, 153, 409, 512]
 # (tokens, d_in, d_out, k)
 SHAPES = [
@@ -133,19 +133,11 @@ def draws_of(shape: tuple[int, int, int, int], dtype: torch.dtype, bases: torch.
 
 
 @pytest.mark.parametrize("mode", ["factored", "composed"])
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(("dtype", "bases"), [(of, of) for of in (F32, *HALF)] + [(half, F32) for half in HALF])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_triton_linear_error(shape, dtype, mode):
+def test_triton_linear_error(shape, dtype, bases, mode):
     with sk.use_backend("triton"):
-        linear_is_accurate(draws_of(shape, dtype), dtype, mode)
-
-
-@pytest.mark.parametrize("mode", ["factored", "composed"])
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_triton_linear_error_with_float32_bases(shape, dtype, mode):
-    with sk.use_backend("triton"):
-        linear_is_accurate(draws_of(shape, dtype, torch.float32), dtype, mode)
+        linear_is_accurate(draws_of(shape, dtype, bases), dtype, mode)
 
 
 @pytest.mark.parametrize("mode", ["factored", "composed"])

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import ssvd_kernels as sk
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 OTHER = {"b": {"rank": 3, "side": "output", "rotation": "free"}, "c": {"rank": 4, "rank_out": 2, "side": "both"}}
 
 

@@ -16,7 +16,6 @@ import ssvd_kernels as sk
 from ssvd_kernels.layers import caching
 from ssvd_kernels.ops import reference
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 D, T = 32, 64
 
 

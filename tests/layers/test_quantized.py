@@ -21,9 +21,6 @@ from torch.utils.checkpoint import checkpoint
 import ssvd_kernels as sk
 from ssvd_kernels.basis.linears import base_weight, is_adaptable, is_quantized
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # -- the product -------------------------------------------------------------------------------------------------------
 
 

@@ -14,8 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ssvd_kernels as sk
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def x() -> Tensor:
     return torch.randn(5, 64, generator=torch.Generator().manual_seed(2))

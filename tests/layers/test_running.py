@@ -13,7 +13,6 @@ import torch
 from models import Stack, adapt, assert_all_within, gradients, references, square_gradients, step
 from torch import Tensor, nn
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(5))
 
 

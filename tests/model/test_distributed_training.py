@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import ssvd_kernels as sk
 from ssvd_kernels.utils.fsdp import gathered
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("processes")]
+pytestmark = pytest.mark.xdist_group("processes")
 
 STEPS, MICRO, BATCH = 4, 2, 8  # BATCH examples a micro-batch, all processes together
 Wrap = Callable[[nn.Module], nn.Module]

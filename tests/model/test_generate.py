@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 import ssvd_kernels as sk
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CHOICES = product((True, False), (1, 3))
 WAYS = [{"use_cache": c, "num_beams": b, "do_sample": False, "max_new_tokens": 8} for c, b in CHOICES]
 

@@ -26,8 +26,6 @@ from torch import nn
 
 import ssvd_kernels as sk
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @PROPERTY
 @given(cases())

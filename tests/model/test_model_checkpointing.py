@@ -16,8 +16,6 @@ from speech_models import MODELS, adapted, inputs, loss_gradients, require_input
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("name", MODELS)

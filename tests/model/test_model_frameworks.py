@@ -27,8 +27,6 @@ from torch import Tensor, nn
 import ssvd_kernels as sk
 from ssvd_kernels.ops import reference
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_nothing_is_a_buffer_and_ddp_sends_only_what_trains():
     model = whisper()

@@ -14,8 +14,6 @@ from speech_models import MODELS, adapted, loss_gradients, run, scaled_passes, w
 
 import ssvd_kernels as sk
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("name", MODELS)
 def test_trained_model_computes_with_the_effective_weights(name):

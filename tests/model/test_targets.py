@@ -12,8 +12,6 @@ from torch import nn
 
 import ssvd_kernels as sk
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("name", MODELS)
 def test_preset_matches_every_attention_and_feed_forward_layer_and_nothing_else(name):

@@ -54,7 +54,11 @@ def test_cayley_refuses(function, theta, k, error, match):
         ({"weight": torch.zeros(5)}, ValueError, r"`weight` and `U` must have shapes \(d_out, d_in\) .*got \(5,\)"),
         ({"weight": torch.zeros(5, 6, dtype=torch.int8)}, (TypeError, ValueError), r"weight.*torch\.int8"),
         ({"U": torch.zeros(5)}, ValueError, r"`weight` and `U` must have shapes .*and \(5,\)"),
-        ({"V": torch.zeros(6, 3, device="meta")}, ValueError, r"`V` must .* as `x` \(cpu\), got meta"),
+        (
+            {"V": torch.zeros(6, 3, device="meta")},
+            ValueError,
+            r"`V` must be on the same device as `x` \(cpu\), got meta",
+        ),
         ({"U": torch.zeros(4, 3)}, ValueError, r"`U` must have shape \(5, 3\) .*got \(4, 3\)"),
         ({"V": torch.zeros(6, 2)}, ValueError, r"`V` must have shape \(6, 3\) .*got \(6, 2\)"),
         ({"core": torch.zeros(3, 2)}, ValueError, r"`core` must have shape \(3, 3\) .*got \(3, 2\)"),

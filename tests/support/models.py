@@ -83,6 +83,23 @@ def trained_layer(
     return layer
 
 
+def small_layers(count: int = 64, d: int = 64) -> nn.Sequential:
+    """Whose products take next to no time."""
+    return nn.Sequential(*(nn.Linear(d, d) for _ in range(count)))
+
+
+def step_of(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """A forward and a backward, which leaves no gradient."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        model(x).sum().backward()
+        for parameter in trained:
+            parameter.grad = None
+
+    return step
+
+
 def step(model: nn.Module) -> None:
     with torch.no_grad():
         for index, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
