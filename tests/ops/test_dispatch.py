@@ -18,6 +18,7 @@ from ssvd_kernels.ops import dispatch, extension
 # -- arguments ---------------------------------------------------------------------------------------------------------
 
 FLOATING = r"must have a floating-point dtype, got torch\."
+ELSEWHERE = "must be on the same device as `x` "
 FROZEN = "must be frozen, got requires_grad=True"
 MODE = "`mode` must be one of 'auto', 'composed', 'factored', got "
 
@@ -50,15 +51,11 @@ def test_cayley_refuses(function, theta, k, error, match):
         ({"x": torch.zeros(())}, ValueError, r"`x` must have shape \(\.\.\., 6\) .*got \(\)"),
         ({"x": torch.zeros(3, 6, dtype=torch.int64)}, TypeError, rf"`x` {FLOATING}int64"),
         ({"x": torch.zeros(3, 6).double()}, ValueError, r"`weight` must .*`x` \(torch\.float64\), got torch\.float32"),
-        ({"x": torch.zeros(3, 6, device="meta")}, ValueError, r"must be on the same device as `x` \(meta\), got cpu"),
+        ({"x": torch.zeros(3, 6, device="meta")}, ValueError, rf"{ELSEWHERE}\(meta\), got cpu"),
         ({"weight": torch.zeros(5)}, ValueError, r"`weight` and `U` must have shapes \(d_out, d_in\) .*got \(5,\)"),
         ({"weight": torch.zeros(5, 6, dtype=torch.int8)}, (TypeError, ValueError), r"weight.*torch\.int8"),
         ({"U": torch.zeros(5)}, ValueError, r"`weight` and `U` must have shapes .*and \(5,\)"),
-        (
-            {"V": torch.zeros(6, 3, device="meta")},
-            ValueError,
-            r"`V` must be on the same device as `x` \(cpu\), got meta",
-        ),
+        ({"V": torch.zeros(6, 3, device="meta")}, ValueError, rf"`V` {ELSEWHERE}\(cpu\), got meta"),
         ({"U": torch.zeros(4, 3)}, ValueError, r"`U` must have shape \(5, 3\) .*got \(4, 3\)"),
         ({"V": torch.zeros(6, 2)}, ValueError, r"`V` must have shape \(6, 3\) .*got \(6, 2\)"),
         ({"core": torch.zeros(3, 2)}, ValueError, r"`core` must have shape \(3, 3\) .*got \(3, 2\)"),
