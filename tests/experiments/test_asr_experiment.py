@@ -234,9 +234,6 @@ def test_figures_of_parts_of_a_grid(results, drawn, tmp_path):
     assert {path.stem for path in tmp_path.glob("*.png")} == drawn
 
 
-# -- whole runs, of a tiny random model on tones ----------------------------------------------------------------------
-
-
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
     own = tiny_command(tmp_path, 16, 20, 0.8)

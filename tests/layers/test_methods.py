@@ -17,18 +17,9 @@ from bounds import assert_within
 from cases import relative_error
 from models import assert_all_within, assert_right, passes, references
 from plain import effective
-from roundtrip import (
-    Net,
-    assert_computes,
-    assert_equal_state,
-    assert_same_outputs,
-    example,
-    flipped,
-    loaded,
-    outputs,
-    train_randomly,
-)
+from roundtrip import Net, assert_computes, assert_equal_state, assert_same_outputs, example, flipped, loaded, outputs
 from safetensors.torch import load_file
+from several import train_randomly
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.func import functional_call

@@ -77,9 +77,6 @@ def test_gradient_checkpointing_of_modules_that_read_the_weight(kind):
             step(model)
 
 
-# -- other forwards in between -----------------------------------------------------------------------------------------
-
-
 def _train(model: Stack, x: Tensor) -> None:
     model(x).square().mean().backward()
 

@@ -5,22 +5,11 @@ from __future__ import annotations
 import copy
 from unittest.mock import Mock
 
+import models
 import pytest
 import torch
 from bounds import assert_within
-from models import (
-    Stack,
-    adapt,
-    assert_all_within,
-    gradients,
-    inject,
-    references,
-    saved_for_backward,
-    square_gradients,
-    step,
-    train_randomly,
-    trained_layer,
-)
+from models import Stack, adapt, assert_all_within, gradients, references, saved_for_backward, square_gradients, step
 from speech_models import adapted, inputs, run, whisper
 from torch import Tensor, nn
 
@@ -31,12 +20,12 @@ from ssvd_kernels.ops import reference
 def test_nothing_is_a_buffer_and_ddp_sends_only_what_trains():
     model = whisper()
     buffers = {name for name, _ in model.named_buffers()}
-    report = inject(model, targets="whisper")
+    report = models.inject(model, targets="whisper")
     assert {name for name, _ in model.named_buffers()} == buffers
     sent = [p for p in model.parameters() if p.requires_grad]  # what DDP's reducer takes; it broadcasts all buffers
     assert sum(p.numel() for p in sent) == report.trainable
     model(**inputs(model))
-    train_randomly(model)
+    models.train_randomly(model)
     with torch.no_grad():
         run(model.eval())  # caches
     assert {name for name, _ in model.named_buffers()} == buffers
@@ -86,7 +75,7 @@ def test_compile_fullgraph():
 @pytest.mark.parametrize("mode", ["composed", "factored"])
 def test_compile_one_layer_with_changing_batch(mode):
     torch._dynamo.reset()
-    layer = trained_layer(12, 10, mode, rank=4, side="both")
+    layer = models.trained_layer(12, 10, mode, rank=4, side="both")
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for x in (torch.randn(tokens, 12) for tokens in (7, 9, 11)):
         assert_within(compiled(x), *references(nn.Sequential(layer), lambda network, x=x: network(x).detach()))
@@ -94,7 +83,7 @@ def test_compile_one_layer_with_changing_batch(mode):
 
 def test_weight_never_falls_back_to_the_base_weight_in_silence(monkeypatch):
     """`weight` is a property of an nn.Module, whose __getattr__ finds the base weight if the property fails."""
-    layer = trained_layer(6, 5, rank=3)
+    layer = models.trained_layer(6, 5, rank=3)
     broken = Mock(side_effect=AttributeError("a name that this version of torch does not have"))
     monkeypatch.setattr(reference, "compose_ref", broken)
     with pytest.raises((AttributeError, RuntimeError)):

@@ -3,6 +3,7 @@ transformers."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -79,6 +80,23 @@ def inputs(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
 def run(model: nn.Module, seed: int = 0) -> Tensor:
     torch.manual_seed(100 + seed)  # dropout
     return model(**inputs(model, seed))[0]
+
+
+def assert_bit_identical(model: nn.Module, base: nn.Module) -> None:
+    """Without gradients `base` is frozen too: of a strided 3-D x (WavLM's), the library's own product depends on
+    whether the weight requires a gradient, by an ulp."""
+    frozen = copy.deepcopy(base).requires_grad_(False)
+    for training in (True, False):
+        for network in (base, model, frozen):
+            network.train(training)
+        assert torch.equal(run(model), run(base))
+        for without_gradients in (torch.no_grad(), torch.inference_mode()):
+            with without_gradients:
+                assert torch.equal(run(model), run(frozen))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(run(model), run(base))
+            with torch.no_grad():
+                assert torch.equal(run(model), run(frozen))
 
 
 def loss_gradients(model: nn.Module) -> dict[str, Tensor]:
