@@ -25,8 +25,7 @@ PROMPTS = 4
 
 @pytest.fixture(scope="module")
 def tiny_en(tmp_path_factory) -> SimpleNamespace:
-    """tiny.en as a folder, adapted by a rotation that changes what it hears, its features of a few prompts, and what
-    the merged model hears in them."""
+    """A folder of tiny.en, the model adapted so that it hears otherwise, and what it hears in a few prompts."""
     data = real_data(fetch.MODEL, fetch.ASTERISK, fetch.SPHINX)
     folder = tmp_path_factory.mktemp("tiny.en")
     model, tokenizer, extractor = load_whisper_ct2(data / fetch.MODEL)

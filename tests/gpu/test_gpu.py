@@ -208,8 +208,7 @@ def test_same_bits_at_every_run(as_trained, mode, dtype):
 
 @pytest.mark.parametrize("kappa", [1e-4, 1e-3, 1e-2, 1e-1])
 def test_auto_mode_keeps_small_updates_in_bf16(as_trained, kappa):
-    """Gain of the realised update 1.00 +- 0.02. y is rounded, but over 16 M outputs that averages out: weights that
-    lost the update to rounding would not."""
+    """Gain of the realised update 1.00 +- 0.02: over 16 M outputs the rounding of y averages out, not that of W'."""
     T, d, k = 16384, 1024, 409
     U, V = (torch.linalg.qr(torch.randn(d, k, device=DEVICE, dtype=torch.float64))[0].float() for _ in range(2))
     weight = (torch.randn(d, d, device=DEVICE) / d**0.5).bfloat16()

@@ -157,8 +157,7 @@ def gain(realised: Tensor, true: Tensor) -> float:
 @pytest.mark.parametrize("base", [torch.bfloat16, torch.float32], ids=["bf16", "float32 autocast"])
 @pytest.mark.parametrize("kappa", KAPPAS)
 def test_bf16_update_survives(large, rotations, kappa, base, training):
-    """The layer as a black box. Its bias is -x W^T, so that the output is the update and little else: what remains of
-    x W^T after the bias's own rounding is 2^9 times smaller, and the output's rounding with it."""
+    """The layer as a black box, with the bias -x W^T: its output is the update and 2^-9 of x W^T, by rounding."""
     case = Case(large, kappa * rotations, base)
     x = torch.randn(1, D).bfloat16()
     cancelling = -F.linear(x.double(), large.base_weight.double()).bfloat16()
@@ -177,8 +176,7 @@ def test_bf16_update_survives(large, rotations, kappa, base, training):
 @pytest.mark.parametrize("base", [torch.bfloat16, torch.float32], ids=["bf16", "float32 autocast"])
 @pytest.mark.parametrize("kappa", KAPPAS)
 def test_bf16_update_survives_as_dispatched(large, rotations, monkeypatch, kappa, base, training):
-    """The call that reaches the dispatcher, repeated without what hides the update: a zero base in factored mode, or
-    in composed mode W' itself before and after."""
+    """The dispatched call, repeated without what hides the update: over a zero base, or as W' itself where composed."""
     case, calls = Case(large, kappa * rotations, base), []
     original = reference.ssvd_linear_fwd
 

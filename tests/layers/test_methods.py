@@ -1,8 +1,4 @@
-"""Every method through one set of tests: the formula, its derivatives, and that what was trained comes back.
-
-SSVD strict (cayley), linear and free on each side, SVFT (a banded core) and SpectralFT, over tall, wide and square
-weights.
-"""
+"""Every method through one set of tests: the formula, its derivatives, and that what was trained comes back."""
 
 from __future__ import annotations
 
@@ -15,15 +11,14 @@ import torch
 import torch.nn.functional as F
 from bounds import assert_within
 from cases import relative_error
-from models import assert_all_within, assert_right, passes, references
+from models import Encoder, assert_all_within, assert_right, passes, references
 from plain import effective
 from roundtrip import Net, assert_computes, assert_equal_state, assert_same_outputs, example, flipped, loaded, outputs
 from safetensors.torch import load_file
 from several import train_randomly
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd import gradcheck
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 import ssvd_kernels as sk
 from ssvd_kernels.adapters.file_format import read_adapter
@@ -303,15 +298,10 @@ def test_what_eval_keeps_follows_the_parameters(dtype):
             assert torch.equal(layer(x), layer(x)) and layer.cache.holds(layer)
 
 
-class Checkpointed(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(super().forward, x, use_reentrant=False)
-
-
 def test_compiled_checkpointed_and_under_autocast():
     layer = layer_of("SpectralFT", dtype=torch.float32)
     assert_right(layer, lambda net: torch.compile(net, fullgraph=True, backend="aot_eager"))
-    assert_right(layer, lambda net: Checkpointed(*net))
+    assert_right(layer, lambda net: Encoder({"use_reentrant": False}, lambda: net, 1))
     net, x, dy = nn.Sequential(layer), torch.randn(7, layer.in_features), torch.randn(7, layer.out_features)
     _, exact = references(net, lambda network: passes(network, x, dy))
     with torch.autocast("cpu", torch.bfloat16):

@@ -28,10 +28,7 @@ def in_float64(k: int) -> float:
 
 
 def twice(plain: Tensor, exact: Tensor, dtype: torch.dtype | None = None) -> float:
-    """Twice the relative error of `plain`, which computes in `dtype` (its own if not given).
-
-    Not less than the unit roundoff, which storing the exact result in that dtype costs.
-    """
+    """Twice the relative error of `plain`, which computes in `dtype` (its own if not given), at least its roundoff."""
     return max(2 * relative_error(plain, exact), unit_roundoff(dtype or plain.dtype))
 
 

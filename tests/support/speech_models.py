@@ -1,5 +1,4 @@
-"""Tiny models of the speech families that have a preset. A test file that imports this is skipped without
-transformers."""
+"""Tiny models of the speech families that have a preset. Without transformers, files that import this are skipped."""
 
 from __future__ import annotations
 
@@ -83,8 +82,7 @@ def run(model: nn.Module, seed: int = 0) -> Tensor:
 
 
 def assert_bit_identical(model: nn.Module, base: nn.Module) -> None:
-    """Without gradients `base` is frozen too: of a strided 3-D x (WavLM's), the library's own product depends on
-    whether the weight requires a gradient, by an ulp."""
+    """Without gradients a frozen `base`: torch's product of a strided 3-D x (WavLM's) differs by an ulp otherwise."""
     frozen = copy.deepcopy(base).requires_grad_(False)
     for training in (True, False):
         for network in (base, model, frozen):
