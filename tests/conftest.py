@@ -53,6 +53,12 @@ def one_thread(monkeypatch: pytest.MonkeyPatch):
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _small_models(request: pytest.FixtureRequest):
+    if request.path.parent.name in ("adapters", "basis", "integrations", "layers", "model"):
+        request.getfixturevalue("one_thread")
+
+
 @pytest.fixture(params=["highest", "high"])
 def precision(request: pytest.FixtureRequest):
     """Of float32 products: "high" lets them use TF32, or two bfloat16 terms a number."""

@@ -14,7 +14,6 @@ from torch.func import functional_call, grad, vmap
 
 import ssvd_kernels as sk
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SCALES = (1.0, -1.0, 0.5)
 
 

@@ -38,8 +38,6 @@ model = PeftModel.from_pretrained(model, adapter).eval()
 with torch.no_grad():
     torch.save(model(**torch.load(inputs))[0], output)
 """
-
-
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 

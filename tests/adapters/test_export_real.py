@@ -7,20 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from asr_tiny import real_data
 from bounds import assert_within
 from models import references
+from test_export_lora import plain_peft
 
 import ssvd_kernels as sk
+from experiments.asr import fetch, speech
+from experiments.asr.recognizer import load_recognizer
+from experiments.asr.whisper_ct2 import load_whisper_ct2
 from ssvd_kernels import __main__
-
-for _needed in ("transformers", "av", "jiwer", "tokenizers"):
-    pytest.importorskip(_needed, reason="the real model needs the extra `demo`")
-
-from test_export_lora import plain_peft  # noqa: E402
-
-from experiments.asr import fetch, speech  # noqa: E402
-from experiments.asr.recognizer import load_recognizer  # noqa: E402
-from experiments.asr.whisper_ct2 import load_whisper_ct2  # noqa: E402
 
 pytestmark = [pytest.mark.data, pytest.mark.slow]
 
@@ -29,12 +25,8 @@ PROMPTS = 4
 
 @pytest.fixture(scope="module")
 def tiny_en(tmp_path_factory) -> SimpleNamespace:
-    """tiny.en as a folder, adapted by a rotation that changes what it hears, its features of a few prompts, and what
-    the merged model hears in them."""
-    data = fetch.default_data()
-    broken = [name for name in (fetch.MODEL, fetch.ASTERISK, fetch.SPHINX) if fetch.damage(data / name)]
-    if broken:
-        pytest.skip(f"no real data in {data} ({', '.join(broken)}); python -m experiments.asr.fetch obtains them")
+    """A folder of tiny.en, the model adapted so that it hears otherwise, and what it hears in a few prompts."""
+    data = real_data(fetch.MODEL, fetch.ASTERISK, fetch.SPHINX)
     folder = tmp_path_factory.mktemp("tiny.en")
     model, tokenizer, extractor = load_whisper_ct2(data / fetch.MODEL)
     for part in (model, tokenizer, extractor):
@@ -51,9 +43,8 @@ def tiny_en(tmp_path_factory) -> SimpleNamespace:
     base = load_recognizer(str(folder / "base"), data, torch.device("cpu"))
     assert heard != transcripts(base.model, tokenizer, features)
     sk.export_merged(model, folder / "merged", files_from=folder / "base")
-    return SimpleNamespace(
-        folder=folder, model=model, tokenizer=tokenizer, samples=samples, features=features, heard=heard
-    )
+    given = {"tokenizer": tokenizer, "samples": samples, "features": features}
+    return SimpleNamespace(folder=folder, model=model, heard=heard, **given)
 
 
 @torch.inference_mode()

@@ -13,14 +13,12 @@ from bounds import assert_within
 from hypothesis import given
 from hypothesis import strategies as st
 from models import references
-from roundtrip import ROTATIONS, Net, assert_computes, assert_same_outputs, outputs, train_randomly
+from roundtrip import ROTATIONS, Net, assert_computes, assert_same_outputs, loaded, outputs, train_randomly
 from several import injected
 from torch import nn
 
 import ssvd_kernels as sk
 from ssvd_kernels.utils import safetensors_io
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @roundtrip.PROPERTY
@@ -41,8 +39,7 @@ def test_saved_adapter_loads_into_a_fresh_base_bit_for_bit(case, save_bases):
         sk.load_adapter(present, path, progress=False)
         assert_same_outputs(present, net)
         sk.save_adapter(present, path)
-        third = copy.deepcopy(base)
-        sk.load_adapter(third, path, progress=False)
+        third = loaded(base, path)
         assert_same_outputs(third, net)
         sk.remove(third)
         roundtrip.assert_equal_state(third, base.state_dict())
@@ -82,8 +79,7 @@ def test_adapter_with_its_bases_loads_on_a_rounded_base(tmp_path, dtype):
     base, path = Net(24, 40, 32), tmp_path / "a.safetensors"
     net = injected(base, rank=10)
     sk.save_adapter(net, path, save_bases=True)
-    rounded = copy.deepcopy(base).to(dtype)
-    sk.load_adapter(rounded, path, progress=False)
+    rounded = loaded(copy.deepcopy(base).to(dtype), path)
     for name, layer in sk.adapted_layers(rounded).items():
         assert torch.equal(layer.core(), sk.adapted_layers(net)[name].core())
         assert layer.base_weight.dtype == dtype
@@ -91,7 +87,7 @@ def test_adapter_with_its_bases_loads_on_a_rounded_base(tmp_path, dtype):
     assert_within(outputs(rounded)[0], plain, exact)
     sk.save_adapter(net, path)
     with pytest.raises(sk.AdapterError, match="save_bases=True"):
-        sk.load_adapter(copy.deepcopy(base).to(dtype), path, progress=False)
+        loaded(copy.deepcopy(base).to(dtype), path)
 
 
 @pytest.mark.parametrize("rotation", ROTATIONS)

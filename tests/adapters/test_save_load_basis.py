@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from cases import relative_error
-from roundtrip import ROTATIONS, SIDES, Net, assert_computes, assert_same_outputs, flipped, outputs, steps
+from roundtrip import ROTATIONS, SIDES, Net, assert_computes, assert_same_outputs, flipped, loaded, outputs, steps
 from safetensors import safe_open
 from several import injected, train_randomly
 from torch import Tensor, nn
@@ -15,8 +15,6 @@ from torch import Tensor, nn
 import ssvd_kernels as sk
 from ssvd_kernels.basis import batch
 from ssvd_kernels.basis.factorize import Factorization, factorize, sketch
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _replaced(weight: Tensor, k: int, name: str, U: Tensor, S: Tensor, V: Tensor) -> Factorization:
@@ -95,9 +93,7 @@ def test_state_dict_carries_its_own_basis(tmp_path, monkeypatch, side):
     fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), strict=True)
     assert_same_outputs(fresh, net)
     sk.save_adapter(fresh, tmp_path / "a.safetensors")
-    again = copy.deepcopy(base)
-    sk.load_adapter(again, tmp_path / "a.safetensors", progress=False)
-    assert_same_outputs(again, net)
+    assert_same_outputs(loaded(base, tmp_path / "a.safetensors"), net)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -9,7 +9,7 @@ import roundtrip
 import torch
 from bounds import assert_within, unit_roundoff
 from cases import relative_error
-from models import Stack, assert_all_within, counted, gradients, references
+from models import Stack, assert_all_within, counted, gradients, references, square_gradients
 from refusals import refused
 from roundtrip import ROTATIONS, SIDES, Net, assert_computes, assert_same_outputs, example, outputs, steps
 from several import injected, train_randomly, values, with_adapters
@@ -17,12 +17,9 @@ from torch import Tensor, nn
 
 import ssvd_kernels as sk
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def loss_gradients(net: nn.Module) -> dict[str, Tensor]:
-    net.train()(example(net)).square().mean().backward()
-    return gradients(net)
+    return square_gradients(net.train(), example(net))
 
 
 @pytest.fixture
@@ -303,12 +300,8 @@ def test_compiled_model_switches_without_compiling_again():
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     x = torch.randn(16, 8)
 
-    def trained(model: nn.Module) -> dict[str, Tensor]:
-        model.train()(x).square().mean().backward()
-        return gradients(model)
-
     def check() -> None:
-        plain, exact = references(net, trained)
+        plain, exact = references(net, lambda model: square_gradients(model.train(), x))
         compiled.train()(x).square().mean().backward()
         assert_all_within(gradients(net), plain, exact)
         with torch.no_grad():

@@ -9,14 +9,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from refusals import refused
-from roundtrip import ROTATIONS, SIDES, Net, assert_computes, assert_same_outputs, flipped, outputs, train_randomly
-from several import injected, values, with_adapters
+from roundtrip import ROTATIONS, SIDES, Net, assert_computes, assert_same_outputs, flipped, loaded, outputs
+from several import injected, train_randomly, values, with_adapters
 from torch import nn
 
 import ssvd_kernels as sk
 from ssvd_kernels.basis import batch
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -39,9 +37,7 @@ def test_any_adapter_is_saved_as_if_it_were_in_use(base, tmp_path):
     with refused(net, ValueError, r"`adapter` must be one of 'b', 'default', got 'c'"):
         sk.save_adapter(net, tmp_path / "c", adapter="c")
     assert not (tmp_path / "c").exists()
-    fresh = copy.deepcopy(base)
-    sk.load_adapter(fresh, tmp_path / "parked", progress=False)
-    assert_same_outputs(fresh, net)
+    assert_same_outputs(loaded(base, tmp_path / "parked"), net)
 
 
 @pytest.mark.parametrize(("by", "save_bases"), [("add", False), ("add", True), ("load", False)])
@@ -65,9 +61,7 @@ def test_file_that_means_other_signs_leaves_the_other_adapters_alone(
         sk.load_adapter(net, tmp_path / "a")
     assert_computes(outputs(net), other)
     sk.save_adapter(net, tmp_path / "again")  # in the signs of this model
-    fresh = copy.deepcopy(base)
-    sk.load_adapter(fresh, tmp_path / "again", progress=False)
-    assert_computes(outputs(fresh), other)
+    assert_computes(outputs(loaded(base, tmp_path / "again")), other)
     sk.set_adapter(net, "default")
     assert all(map(torch.equal, values(net, "default"), present)) and all(map(torch.equal, outputs(net), before))
 

@@ -20,8 +20,6 @@ from ssvd_kernels.basis import cache
 from ssvd_kernels.basis.cache import load, store
 from ssvd_kernels.basis.factorize import Factorization, factorize
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CONFIG = sk.SSVDConfig(rank=4)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import ssvd_kernels as sk
 from ssvd_kernels.basis.factorize import Factorization, factorize
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("processes")]
+pytestmark = pytest.mark.xdist_group("processes")
 
 
 def _net(seed: int = 0) -> nn.Module:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
 import torch
 from bounds import twice
 from cases import relative_error
-from roundtrip import SIDES, Net, assert_computes, outputs, train_randomly
+from roundtrip import SIDES, Net, assert_computes, outputs
+from several import injected, train_randomly
 from torch import Tensor
 
 import ssvd_kernels as sk
 from ssvd_kernels.basis import factorize as factorize_module
 from ssvd_kernels.basis.factorize import SAFE_GAP, factorize
 from ssvd_kernels.basis.truncated_svd import MIN_SQUARED_GAP, Triplets, by_gram, by_svd, top_triplets
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPES = [(160, 160), (300, 160), (160, 300), (1100, 40), (40, 1100), (7, 1), (1, 7), (1, 1)]
 EPS = torch.finfo(torch.float64).eps
@@ -148,9 +145,6 @@ def test_gap_is_that_of_the_svd():
             assert abs(factorize(W, k).gap - gap) <= 1e-3 * SAFE_GAP  # of what is decided by it
 
 
-# -- reloading ---------------------------------------------------------------------------------------------------------
-
-
 def _numpy(W: Tensor, k: int) -> Triplets:
     """Another LAPACK: numpy brings OpenBLAS."""
     U, S, Vh = map(torch.from_numpy, np.linalg.svd(W.double().numpy(), full_matrices=False))
@@ -162,8 +156,7 @@ def test_adapter_reloads_with_another_driver_and_thread_count(tmp_path, monkeypa
     base = Net(96, 160, 72)
     with torch.no_grad():
         base.first.weight.copy_(_weight(160, 96, _one_outlier(96))[0])
-    net = copy.deepcopy(base)
-    sk.inject(net, sk.SSVDConfig(ratio=0.4, side=side), progress=False)
+    net = injected(base, rank=None, ratio=0.4, side=side)
     train_randomly(net, scale=0.5)
     sk.save_adapter(net, tmp_path / "a.safetensors")
     monkeypatch.setattr(factorize_module, "top_triplets", driver)

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-
-
 STAGES = {
     "check": ("GPU tests", "compute-sanitizer memcheck", "op and kernel tests", "benchmark"),
     "sanitize": ("compute-sanitizer memcheck", "compute-sanitizer racecheck", "compute-sanitizer initcheck"),

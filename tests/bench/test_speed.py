@@ -12,7 +12,7 @@ import pytest
 import torch
 from bounds import assert_within
 from cases import solved_delta
-from models import references
+from models import references, small_layers, step_of
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
@@ -128,20 +128,7 @@ def test_the_host_spends_less_on_a_layer_than_on_peft_lora():
     """Small layers, whose products take no time: what is left is Python and dispatch."""
     peft = pytest.importorskip("peft")
 
-    def layers() -> nn.Sequential:
-        return nn.Sequential(*(nn.Linear(64, 64) for _ in range(64)))
-
-    def step_of(model: nn.Module) -> Callable[[], None]:
-        x, trained = torch.randn(1, 64), [p for p in model.parameters() if p.requires_grad]
-
-        def step() -> None:
-            model(x).sum().backward()
-            for parameter in trained:
-                parameter.grad = None
-
-        return step
-
-    ours = layers()
+    x, ours = torch.randn(1, 64), small_layers()
     sk.inject(ours, sk.SSVDConfig(rank=24), progress=False)
-    lora = peft.get_peft_model(layers(), peft.LoraConfig(r=16, target_modules=r"\d+"))
-    assert times_faster(step_of(ours), step_of(lora), repeats=40) >= 1 / 0.8
+    lora = peft.get_peft_model(small_layers(), peft.LoraConfig(r=16, target_modules=r"\d+"))
+    assert times_faster(step_of(ours, x), step_of(lora, x), repeats=40) >= 1 / 0.8

@@ -210,30 +210,28 @@ def _everything() -> list[dict[str, Any]]:
     return found
 
 
+def _where(key: str, *values: object) -> list[dict[str, Any]]:
+    return [result for result in _everything() if result["cell"][key] in values]
+
+
+ALL = set(figures.FIGURES)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("results", "drawn"),
     [
-        (_everything(), set(figures.FIGURES)),
-        (
-            [{**r, "scores": {"test": r["scores"]["test"]}} for r in _everything()],
-            set(figures.FIGURES) - {"learning-forgetting"},
-        ),
-        (
-            [r for r in _everything() if r["cell"]["method"] in ("ssvd-o-25", "lora")],
-            {"wer-parameters", "curves", "spectra"},
-        ),
-        ([r for r in _everything() if r["cell"]["budget"] in (None, 0.02)], set(figures.FIGURES) - {"wer-parameters"}),
-        ([r for r in _everything() if r["cell"]["method"] == "zero-shot"], set()),
+        (_everything(), ALL),
+        ([{**r, "scores": {"test": r["scores"]["test"]}} for r in _everything()], ALL - {"learning-forgetting"}),
+        (_where("method", "ssvd-o-25", "lora"), {"wer-parameters", "curves", "spectra"}),
+        (_where("budget", None, 0.02), ALL - {"wer-parameters"}),
+        (_where("method", "zero-shot"), set()),
     ],
     ids=["everything", "target alone", "two methods", "one budget", "nothing trained"],
 )
 def test_figures_of_parts_of_a_grid(results, drawn, tmp_path):
     summary.write(results, tmp_path)
     assert {path.stem for path in tmp_path.glob("*.png")} == drawn
-
-
-# -- whole runs, of a tiny random model on tones ----------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from torch import nn
 import ssvd_kernels as sk
 from ssvd_kernels.integrations import espnet as integration
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ["e_branchformer", "transformer"]
 CONF = {"rotation_ratio": 0.5, "rotation_map": "cayley", "target_modules": ["attn.linear_q", "feed_forward.w_2"]}
 

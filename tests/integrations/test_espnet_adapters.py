@@ -14,7 +14,6 @@ from torch import nn
 
 import ssvd_kernels as sk
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CONF = {"rank": 4, "rotation_map": "cayley", "target_modules": ["attn.linear_q"]}
 
 

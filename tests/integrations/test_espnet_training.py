@@ -14,8 +14,6 @@ from models import references
 
 import ssvd_kernels as sk
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def train(folder: Path, epochs: int, encoder: str = "e_branchformer", strategy: str = "all") -> Path:
     """Trains for `epochs` on random data as a recipe would, going on from what is there; the folder of its results."""

@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 import ssvd_kernels as sk
 from ssvd_kernels.config import PRESETS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 IMPORT = "import ssvd_kernels.integrations.peft"
 
 

@@ -11,11 +11,11 @@ from cases import relative_error
 from models import RANK, Stack, assert_all_within, counted, inject, loss_of, references, train_randomly
 from peft_models import MODELS, adapted, base_model, config, gradients, inputs, layers, loss_gradients, peft, run
 from plain import effective
+from speech_models import assert_bit_identical, require_input_gradients
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 OTHER = {"b": {"rank": 3, "side": "output", "rotation": "free"}, "c": {"rank": 4, "rank_out": 2, "side": "both"}}
 
 
@@ -36,18 +36,8 @@ def several() -> nn.Module:
 @pytest.mark.parametrize("side", ["input", "both"])
 @pytest.mark.parametrize("name", MODELS)
 def test_output_is_bit_identical_before_training(name, side):
-    """Compared with and without a base that is frozen for the reason given in test_model_presets."""
     base = base_model(name)
-    model, frozen = peft.get_peft_model(copy.deepcopy(base), config(side=side)), copy.deepcopy(base)
-    frozen.requires_grad_(False)
-    for training in (True, False):
-        for network in (base, model, frozen):
-            network.train(training)
-        assert torch.equal(run(model), run(base))
-        with torch.no_grad():
-            assert torch.equal(run(model), run(frozen))
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(run(model), run(base))
+    assert_bit_identical(peft.get_peft_model(copy.deepcopy(base), config(side=side)), base)
 
 
 @pytest.mark.parametrize("options", [{}, {"side": "output"}, {"side": "both", "rank_out": 3}, {"rotation": "free"}])
@@ -92,9 +82,7 @@ def test_one_batched_rotation_for_the_running_adapters_only(monkeypatch):
 @pytest.mark.parametrize("name", ["whisper", "wav2vec2", "llama"])
 def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant):
     model = adapted(name).train()
-    for module in model.modules():  # what reentrant checkpointing needs of a model whose first layers are frozen
-        if isinstance(module, (nn.Conv1d, nn.Embedding)):
-            module.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    require_input_gradients(model)
     plain, exact = references(model, loss_gradients)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     assert_all_within(loss_gradients(model), plain, exact)

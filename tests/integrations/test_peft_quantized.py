@@ -26,7 +26,7 @@ import ssvd_kernels as sk
 from ssvd_kernels.basis.linears import base_weight, is_quantized
 from ssvd_kernels.integrations.peft_quantized import SSVDPeftQuantizedLinear
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:MatMul8bitLt")]
+pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 run = torch.no_grad()(run_with_gradients)
 kinds = pytest.mark.parametrize("kind", KINDS)
 Load = Callable[..., nn.Module]

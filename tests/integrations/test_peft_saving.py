@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 from ssvd_kernels import AdapterError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def load_with_peft(base: nn.Module, folder: Path, **options) -> nn.Module:
     return peft.PeftModel.from_pretrained(base, str(folder), **options)

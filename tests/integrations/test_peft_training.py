@@ -13,8 +13,6 @@ from models import references
 from peft_models import base_model, config, in_new_process, peft, run, transformers
 from torch import Tensor, nn
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def text_data() -> list[dict[str, Tensor]]:
     """Sequences that count upwards by a fixed step: quick to learn."""
@@ -81,15 +79,11 @@ assert 0 <= error <= 1e-6, error  # what float32 keeps of a basis: 6e-8 in each 
 
 def tiny_en() -> nn.Module:
     """Whisper tiny.en, or a skip where `make demo` has not fetched it."""
-    pytest.importorskip("tokenizers", reason="the speech experiment needs the extra `demo`")
+    real_data = pytest.importorskip("asr_tiny").real_data
     from experiments.asr import fetch
     from experiments.asr.whisper_ct2 import load_whisper_ct2
 
-    folder = fetch.default_data() / fetch.MODEL
-    damage = fetch.damage(folder)
-    if damage:
-        pytest.skip(f"no real model in {folder} ({damage}); python -m experiments.asr.fetch obtains it")
-    return load_whisper_ct2(folder)[0]
+    return load_whisper_ct2(real_data(fetch.MODEL) / fetch.MODEL)[0]
 
 
 def hear(model: nn.Module) -> Tensor:

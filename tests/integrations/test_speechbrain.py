@@ -38,8 +38,6 @@ def _speechbrain(*names: str) -> list[types.ModuleType]:
 
 adapters, checkpoints = _speechbrain("nnet.adapters", "utils.checkpoints")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Net(nn.Module):
     def __init__(self) -> None:

@@ -9,14 +9,13 @@ import pytest
 import torch
 from bounds import assert_within
 from cases import relative_error
-from models import gradients, references, step, train_randomly
+from models import gradients, references, step, trained_layer
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
 from ssvd_kernels.layers import caching
 from ssvd_kernels.ops import reference
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 D, T = 32, 64
 
 
@@ -41,9 +40,7 @@ def compositions(monkeypatch) -> list[int]:
 
 def composed_layer() -> sk.SSVDLinear:
     torch.manual_seed(0)
-    layer = train_randomly(sk.SSVDLinear.from_linear(nn.Linear(D, D), sk.SSVDConfig(rank=12)))
-    layer.mode = "composed"
-    return layer.train()
+    return trained_layer(D, D, "composed", rank=12).train()
 
 
 def test_one_composition_serves_forward_and_backward_in_eval_all_calls(compositions):

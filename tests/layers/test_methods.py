@@ -1,8 +1,4 @@
-"""Every method through one set of tests: the formula, its derivatives, and that what was trained comes back.
-
-SSVD strict (cayley), linear and free on each side, SVFT (a banded core) and SpectralFT, over tall, wide and square
-weights.
-"""
+"""Every method through one set of tests: the formula, its derivatives, and that what was trained comes back."""
 
 from __future__ import annotations
 
@@ -15,23 +11,14 @@ import torch
 import torch.nn.functional as F
 from bounds import assert_within
 from cases import relative_error
-from models import assert_all_within, assert_right, passes, references
+from models import Encoder, assert_all_within, assert_right, passes, references
 from plain import effective
-from roundtrip import (
-    Net,
-    assert_computes,
-    assert_equal_state,
-    assert_same_outputs,
-    example,
-    flipped,
-    outputs,
-    train_randomly,
-)
+from roundtrip import Net, assert_computes, assert_equal_state, assert_same_outputs, example, flipped, loaded, outputs
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from several import train_randomly
+from torch import nn
 from torch.autograd import gradcheck
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 import ssvd_kernels as sk
 from ssvd_kernels.adapters.file_format import read_adapter
@@ -40,8 +27,6 @@ from ssvd_kernels.basis.factorize import SKETCH_ROWS, Factorization
 from ssvd_kernels.layers.base import AdaptedLinear
 from ssvd_kernels.layers.quantized import adapt
 from ssvd_kernels.ops import kernels as triton_backend
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 F64 = torch.float64
 SHAPES = {"tall": (16, 10), "wide": (10, 15), "square": (11, 11)}  # d_out, d_in
@@ -194,9 +179,7 @@ def test_adapters_come_back_where_singular_vectors_have_other_signs(tmp_path, mo
     assert_computes(outputs(fresh), net)
     monkeypatch.undo()
     sk.save_adapter(fresh, tmp_path / "again", save_bases=True)
-    third = copy.deepcopy(base)
-    sk.load_adapter(third, tmp_path / "again", progress=False)
-    assert_same_outputs(third, fresh)
+    assert_same_outputs(loaded(base, tmp_path / "again"), fresh)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -315,15 +298,10 @@ def test_what_eval_keeps_follows_the_parameters(dtype):
             assert torch.equal(layer(x), layer(x)) and layer.cache.holds(layer)
 
 
-class Checkpointed(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(super().forward, x, use_reentrant=False)
-
-
 def test_compiled_checkpointed_and_under_autocast():
     layer = layer_of("SpectralFT", dtype=torch.float32)
     assert_right(layer, lambda net: torch.compile(net, fullgraph=True, backend="aot_eager"))
-    assert_right(layer, lambda net: Checkpointed(*net))
+    assert_right(layer, lambda net: Encoder({"use_reentrant": False}, lambda: net, 1))
     net, x, dy = nn.Sequential(layer), torch.randn(7, layer.in_features), torch.randn(7, layer.out_features)
     _, exact = references(net, lambda network: passes(network, x, dy))
     with torch.autocast("cpu", torch.bfloat16):
@@ -344,9 +322,8 @@ def test_what_spectralft_has_not_is_refused():
         layer(torch.randn(2, layer.in_features, dtype=F64))
     with pytest.raises(TypeError, match=r"`config` of SSVDLinear must be of type SSVDConfig, got SpectralFTConfig"):
         sk.SSVDLinear.from_linear(nn.Linear(8, 8), METHODS["SpectralFT"].config)
-    with pytest.raises(
-        TypeError, match=r"`config` of SpectralFTLinear must be of type SpectralFTConfig, got SSVDConfig"
-    ):
+    match = "`config` of SpectralFTLinear must be of type SpectralFTConfig, got SSVDConfig"
+    with pytest.raises(TypeError, match=match):
         sk.SpectralFTLinear.from_linear(nn.Linear(8, 8), METHODS["cayley, input"].config)
 
 

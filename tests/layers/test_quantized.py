@@ -11,27 +11,15 @@ import pytest
 import torch
 from bounds import assert_within, twice
 from cases import relative_error, solved_delta
-from models import assert_all_within, assert_equal_gradients, gradients, inject, references, train_randomly
+from models import adapt, assert_all_within, assert_equal_gradients, gradients, inject, references, train_randomly
 from plain import effective
-from quantized_nets import (
-    BITSANDBYTES,
-    KINDS,
-    K,
-    X,
-    adapted,
-    net_of,
-    nf4,
-    numbers,
-)
+from quantized_nets import BITSANDBYTES, KINDS, K, X, adapted, net_of, nf4, numbers
 from refusals import refused
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ssvd_kernels as sk
 from ssvd_kernels.basis.linears import base_weight, is_adaptable, is_quantized
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 # -- the product -------------------------------------------------------------------------------------------------------
 
@@ -255,8 +243,7 @@ def test_merging_is_refused_and_unloading_gives_plain_layers(kind):
 def test_remove_gives_the_quantised_layers_back(kind):
     net = net_of(kind).train()
     y, modules = net(X), (net.up, net.down)
-    inject(net, rank=K)
-    train_randomly(net)
+    adapt(net, rank=K)
     sk.remove(net)
     assert (net.up, net.down) == modules and torch.equal(net(X), y)
 

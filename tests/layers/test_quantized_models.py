@@ -7,14 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import relative_error
-from models import gradients, inject, train_randomly
+from models import adapt, gradients
 from quantized_nets import BITSANDBYTES, KINDS, adapted, net_of
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ssvd_kernels as sk
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def x() -> Tensor:
@@ -89,8 +87,7 @@ def test_a_merged_model_is_saved_as_a_plain_one(bits, tmp_path):
     load = transformers.WhisperForConditionalGeneration.from_pretrained
     options = transformers.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     model = load(tmp_path / "base", quantization_config=options, device_map="cpu", dtype=torch.float32).eval()
-    inject(model, targets="whisper")
-    train_randomly(model)
+    adapt(model, targets="whisper")
     with pytest.raises(ValueError, match=r"is quantised.*merge\(model, unload=True\)"):
         sk.export_merged(model, tmp_path / "refused")
     sk.merge(model, unload=True)

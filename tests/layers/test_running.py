@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import Stack, adapt, assert_all_within, gradients, references, step
+from models import Stack, adapt, assert_all_within, gradients, references, square_gradients, step
 from torch import Tensor, nn
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(5))
 
 
-class GradientsWithin(nn.Module):
+class GradientsWithin(Stack):
     """Switches gradients on by itself, under whatever its caller chose."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stack = Stack()
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.enable_grad():
-            return self.stack(x)
+            return super().forward(x)
 
 
 def test_gradients_that_are_switched_on_within_a_forward_reach_all_parameters():
@@ -74,8 +70,6 @@ def _at_once(*works: Callable[[], object]) -> list[object]:
 
 @pytest.fixture
 def many_switches():
-    import sys
-
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -103,15 +97,14 @@ def test_inference_in_several_threads():
 def test_training_beside_inference_in_another_thread():
     model = adapt(Stack())
     alone = copy.deepcopy(model)
-    alone(X).square().mean().backward()
-    right = gradients(alone)
+    right = square_gradients(alone, X)
 
     def train() -> int:
         wrong = 0
         for _ in range(150):
             model.zero_grad()
-            model(X).square().mean().backward()
-            wrong += any(not torch.equal(gradient, right[name]) for name, gradient in gradients(model).items())
+            found = square_gradients(model, X)
+            wrong += any(not torch.equal(gradient, right[name]) for name, gradient in found.items())
         return wrong
 
     def serve() -> int:

@@ -14,8 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 import ssvd_kernels as sk
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NAMES = ["encoder.blocks.0.0", "encoder.blocks.0.2", "encoder.blocks.1.0", "encoder.blocks.1.2", "head"]
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from bounds import DRAWS, assert_within, twice_of_draws
 from cases import relative_error
-from models import Stack, assert_all_within, gradients, inject, references, train_randomly
+from models import Stack, adapt, assert_all_within, gradients, inject, references, train_randomly
 from processes import SIZE
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import ssvd_kernels as sk
 from ssvd_kernels.utils.fsdp import gathered
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("processes")]
+pytestmark = pytest.mark.xdist_group("processes")
 
 STEPS, MICRO, BATCH = 4, 2, 8  # BATCH examples a micro-batch, all processes together
 Wrap = Callable[[nn.Module], nn.Module]
@@ -33,9 +33,7 @@ Wrap = Callable[[nn.Module], nn.Module]
 
 def _model(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    model = Stack().to(dtype)
-    inject(model, **options)
-    return train_randomly(model)
+    return adapt(Stack().to(dtype), **options)
 
 
 def _ddp(model: nn.Module) -> nn.Module:

@@ -7,13 +7,11 @@ from itertools import product
 
 import pytest
 import torch
-from models import inject, plain_copy, train_randomly
+from models import adapt, plain_copy
 from speech_models import adapted, inputs
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 CHOICES = product((True, False), (1, 3))
 WAYS = [{"use_cache": c, "num_beams": b, "do_sample": False, "max_new_tokens": 8} for c, b in CHOICES]
@@ -56,8 +54,7 @@ def test_real_whisper_generates_what_its_effective_weights_do():
     features = recognizer.features([clip.read() for clip in clips])
     model = recognizer.model
     base = copy.deepcopy(model)
-    inject(model, targets="whisper", rank=8)
-    train_randomly(model)
+    adapt(model, targets="whisper", rank=8)
     with torch.no_grad():
         for layer in sk.ssvd_layers(model).values():  # little enough to go on speaking
             layer.theta.mul_(0.2)

@@ -8,15 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import train_randomly
+from models import Encoder, adapt, small_layers, step_of, train_randomly
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import ssvd_kernels as sk
 from ssvd_kernels.ops import dispatch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS, D, K = 64, 64, 24
 X = torch.randn(1, D)
 
@@ -33,24 +31,13 @@ class Operations(TorchDispatchMode):
 
 def stack(mode: str = "auto", ranks: Callable[[int], int] = lambda i: K) -> nn.Sequential:
     """Layers of 64 x 64 by way of `inject`, `ranks(i)` the rank of the i-th."""
-    model = nn.Sequential(*(nn.Linear(D, D) for _ in range(LAYERS)))
+    model = small_layers(LAYERS, D)
     sk.inject(model, sk.SSVDConfig(rank=K), progress=False)
     for i, layer in enumerate(model):
         if ranks(i) != K:
             model[i] = layer = sk.SSVDLinear.from_linear(layer.original(), sk.SSVDConfig(rank=ranks(i)))
         layer.mode = mode
     return train_randomly(model)
-
-
-def step_of(model: nn.Module) -> Callable[[], None]:
-    trained = [p for p in model.parameters() if p.requires_grad]
-
-    def step() -> None:
-        model(X).sum().backward()
-        for parameter in trained:
-            parameter.grad = None
-
-    return step
 
 
 def calls(run: Callable[[], object]) -> float:
@@ -71,19 +58,19 @@ def operations(run: Callable[[], object]) -> float:
 
 @pytest.mark.parametrize(("mode", "ops"), [("composed", 8), ("factored", 10)])
 def test_training(mode, ops):
-    step = step_of(stack(mode))
+    step = step_of(stack(mode), X)
     assert calls(step) <= 55
     assert operations(step) <= ops
 
 
 def test_training_with_a_rank_for_every_layer():
-    step = step_of(stack("factored", lambda i: 8 + (37 * i) % 24))
+    step = step_of(stack("factored", lambda i: 8 + (37 * i) % 24), X)
     assert calls(step) <= 60
     assert operations(step) <= 14
 
 
 def test_training_under_autocast():
-    step = step_of(stack())
+    step = step_of(stack(), X)
 
     def run() -> None:
         with torch.autocast("cpu", torch.bfloat16):
@@ -106,33 +93,16 @@ def test_training_through_peft():
 
     from ssvd_kernels.integrations.peft import SSVDPeftConfig
 
-    base = nn.Sequential(*(nn.Linear(D, D) for _ in range(LAYERS)))
-    model = get_peft_model(base, SSVDPeftConfig(rank=K, target_modules=[str(i) for i in range(LAYERS)]))
-    assert calls(step_of(model)) <= 70
+    model = get_peft_model(small_layers(LAYERS, D), SSVDPeftConfig(rank=K, target_modules=r"\d+"))
+    assert calls(step_of(model, X)) <= 70
 
 
 @pytest.mark.parametrize(("reentrant", "computed"), [(None, 1), (False, 1), (True, 1 + LAYERS)])
 def test_cayley_transforms_of_a_step(monkeypatch, reentrant, computed):
     """One batch a step; a reentrant checkpoint, whose recomputation has a graph of its own, adds one a layer."""
-    model = stack()
+    checkpointing = None if reentrant is None else {"use_reentrant": reentrant}
+    model = adapt(Encoder(checkpointing, lambda: nn.Linear(D, D), LAYERS), rank=K)
     transform, made = dispatch.cayley_delta, []
     monkeypatch.setattr(dispatch, "cayley_delta", lambda theta, k: made.append(len(theta)) or transform(theta, k))
-    x = X.clone().requires_grad_()
-
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for layer in self.inner:
-                x = layer(x) if reentrant is None else checkpoint(layer, x, use_reentrant=reentrant)
-            return x
-
-    from ssvd_kernels.model.rotations import unwatch_forwards, watch_forwards
-
-    unwatch_forwards(model)
-    whole = Checkpointed()
-    watch_forwards(whole)
-    whole(x).sum().backward()
+    model(X.clone().requires_grad_()).sum().backward()
     assert len(made) == computed and made[0] == LAYERS

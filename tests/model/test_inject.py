@@ -6,33 +6,21 @@ import copy
 import pickle
 
 import pytest
+import roundtrip
 import torch
 from hypothesis import given, settings
 from refusals import parts
-from roundtrip import (
-    PROPERTY,
-    Net,
-    assert_computes,
-    assert_equal_state,
-    assert_same_outputs,
-    base_net,
-    cases,
-    example,
-    injected,
-    outputs,
-    train_randomly,
-)
+from roundtrip import Net, assert_computes, assert_equal_state, assert_same_outputs, example, outputs, train_randomly
+from several import injected
 from torch import nn
 
 import ssvd_kernels as sk
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
-
-@PROPERTY
-@given(cases())
+@roundtrip.PROPERTY
+@given(roundtrip.cases())
 def test_remove_gives_back_the_very_modules_weights_and_flags(case):
-    net = base_net(case)
+    net = roundtrip.base_net(case)
     before, state, expected = parts(net), copy.deepcopy(net.state_dict()), net(example(net)).detach()
     report = sk.inject(net, case.config, progress=False)
     assert report.modules == ["first", "block.inner", "last.1"] == list(sk.adapted_layers(net))
@@ -52,10 +40,10 @@ def test_remove_gives_back_the_very_modules_weights_and_flags(case):
     assert torch.equal(net(example(net)).detach(), expected)
 
 
-@settings(PROPERTY, max_examples=10)
-@given(cases())
+@settings(roundtrip.PROPERTY, max_examples=10)
+@given(roundtrip.cases())
 def test_merged_equals_unmerged_and_unmerge_is_exact(case):
-    net = injected(case)
+    net = roundtrip.injected(case)
     state, (trained, inferred) = copy.deepcopy(net.state_dict()), outputs(net)
     sk.merge(net)
     assert all(layer.merged for layer in sk.adapted_layers(net).values())
@@ -71,10 +59,10 @@ def test_merged_equals_unmerged_and_unmerge_is_exact(case):
     assert all(map(torch.equal, outputs(net), (trained, inferred)))
 
 
-@PROPERTY
-@given(cases())
+@roundtrip.PROPERTY
+@given(roundtrip.cases())
 def test_merge_with_unload_leaves_plain_layers_that_hold_the_effective_weight(case):
-    net = injected(case)
+    net = roundtrip.injected(case)
     weights = {name: layer.weight.detach().clone() for name, layer in sk.adapted_layers(net).items()}
     sk.merge(net)
     with torch.no_grad():
@@ -102,9 +90,7 @@ def _pickled(net: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("side", ["input", "both"])
 def test_copies_are_equal_and_independent(duplicate, state, side):
     base = Net(12, 16, 9)
-    net = copy.deepcopy(base)
-    sk.inject(net, sk.SSVDConfig(rank=5, side=side), progress=False)
-    train_randomly(net)
+    net = injected(base, side=side)
     x = example(net)
     if state == "after training forward":
         net.train()(x).sum().backward()
@@ -134,9 +120,7 @@ def test_copies_are_equal_and_independent(duplicate, state, side):
 
 def test_base_checkpoints_load_both_ways():
     base = Net(12, 16, 9)
-    net = copy.deepcopy(base)
-    sk.inject(net, sk.SSVDConfig(rank=5), progress=False)
-    train_randomly(net)
+    net = injected(base)
     expected = outputs(net)
     result = net.load_state_dict(base.state_dict(), strict=False)
     assert not result.unexpected_keys

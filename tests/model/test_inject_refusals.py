@@ -1,5 +1,4 @@
-"""Bad configurations, models that cannot be adapted or merged: an error that names the argument, what it must be and
-the value, and changes nothing."""
+"""Bad configurations, models that cannot be adapted or merged: errors name argument and value, and nothing changes."""
 
 from __future__ import annotations
 

@@ -11,19 +11,10 @@ import torch
 import torch.nn.functional as F
 from bounds import assert_within
 from cases import relative_error
-from models import Stack, assert_all_within, gradients, inject, loss_of, references, step, train_randomly
-from speech_models import MODELS, adapted, inputs, run
+from models import Stack, adapt, assert_all_within, gradients, loss_of, references, square_gradients, step
+from speech_models import MODELS, adapted, inputs, loss_gradients, require_input_gradients, run
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def _require_input_gradients(model: nn.Module) -> None:
-    """What reentrant checkpointing needs of any model whose first layers are frozen."""
-    for module in model.modules():
-        if isinstance(module, (nn.Conv1d, nn.Embedding)):
-            module.register_forward_hook(lambda module, args, output: output.requires_grad_())
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -32,16 +23,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant):
     if name == "wavlm" and use_reentrant:
         pytest.skip("transformers' own WavLM passes position_bias by keyword: its reentrant backward never ends")
     model = adapted(name).train()
-    _require_input_gradients(model)
-
-    def compute(network: nn.Module) -> dict[str, Tensor]:
-        loss_of(run(network)).backward()
-        return gradients(network)
-
-    plain, exact = references(model, compute)
+    require_input_gradients(model)
+    plain, exact = references(model, loss_gradients)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     for _ in range(2):
-        assert_all_within(compute(model), plain, exact)
+        assert_all_within(loss_gradients(model), plain, exact)
 
 
 class WeightReader(nn.Module):
@@ -65,10 +51,7 @@ def _keep_products(ctx: object, operation: object, *args: object, **options: obj
 KINDS = {
     "reentrant": {"use_reentrant": True},
     "non-reentrant": {"use_reentrant": False},
-    "selective": {
-        "use_reentrant": False,
-        "context_fn": partial(create_selective_checkpoint_contexts, _keep_products),
-    },
+    "selective": {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, _keep_products)},
     "unchecked": {"use_reentrant": False, "determinism_check": "none"},
     "to the end": {"use_reentrant": False, "early_stop": False},
 }
@@ -77,9 +60,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 def _stacks(kind: dict, block: Callable[[], nn.Module] | None = None) -> tuple[Stack, Stack]:
     """(with checkpointing, without), with the same parameters."""
-    direct = Stack(block=block)
-    inject(direct)
-    train_randomly(direct)
+    direct = adapt(Stack(block=block))
     checkpointed = copy.deepcopy(direct)
     checkpointed.encoder.checkpointing = kind
     return checkpointed, direct
@@ -89,19 +70,11 @@ def _stacks(kind: dict, block: Callable[[], nn.Module] | None = None) -> tuple[S
 def test_gradient_checkpointing_of_modules_that_read_the_weight(kind):
     checkpointed, direct = _stacks(kind, WeightReader)
     x = torch.randn(4, 8, requires_grad=True)
-
-    def compute(model: nn.Module) -> dict[str, Tensor]:
-        model(x).square().mean().backward()
-        return gradients(model)
-
     for _ in range(2):
-        plain, exact = references(direct, compute)
+        plain, exact = references(direct, lambda network: square_gradients(network, x))
         for model in (direct, checkpointed):
-            assert_all_within(compute(model), plain, exact)
+            assert_all_within(square_gradients(model, x), plain, exact)
             step(model)
-
-
-# -- other forwards in between -----------------------------------------------------------------------------------------
 
 
 def _train(model: Stack, x: Tensor) -> None:

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 import ssvd_kernels as sk
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def _pair(name: str) -> tuple[nn.Module, nn.Module]:
     """(a model, the same once more), fit for one graph in training."""

@@ -5,53 +5,30 @@ from __future__ import annotations
 import copy
 from unittest.mock import Mock
 
+import models
 import pytest
 import torch
 from bounds import assert_within
-from models import Stack, assert_all_within, gradients, inject, references, saved_for_backward, step, train_randomly
+from models import Stack, adapt, assert_all_within, gradients, references, saved_for_backward, square_gradients, step
 from speech_models import adapted, inputs, run, whisper
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
 from ssvd_kernels.ops import reference
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_nothing_is_a_buffer_and_ddp_sends_only_what_trains():
     model = whisper()
     buffers = {name for name, _ in model.named_buffers()}
-    report = inject(model, targets="whisper")
+    report = models.inject(model, targets="whisper")
     assert {name for name, _ in model.named_buffers()} == buffers
     sent = [p for p in model.parameters() if p.requires_grad]  # what DDP's reducer takes; it broadcasts all buffers
     assert sum(p.numel() for p in sent) == report.trainable
     model(**inputs(model))
-    train_randomly(model)
+    models.train_randomly(model)
     with torch.no_grad():
         run(model.eval())  # caches
     assert {name for name, _ in model.named_buffers()} == buffers
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mode", ["composed", "factored"])
-@pytest.mark.parametrize("side", ["input", "output", "both"])
-def test_what_is_saved_for_the_backward(mode, dtype, side):
-    """At most T k elements of activations a layer, and k x k matrices; W' alone where it was composed."""
-    tokens, d_in, d_out, k = 96, 160, 128, 12
-    layer = sk.SSVDLinear.from_linear(nn.Linear(d_in, d_out, dtype=dtype), sk.SSVDConfig(rank=k, side=side))
-    train_randomly(layer)
-    layer.mode = mode
-    x = torch.randn(tokens, d_in, dtype=dtype, requires_grad=True)
-    known = {tensor.untyped_storage().data_ptr() for tensor in [*layer.parameters(), x]}
-    with saved_for_backward(known) as saved:
-        y = layer(x)
-    assert saved, "the hook saw nothing"
-    activations, cores = tokens * k * dtype.itemsize, 4 * k * k
-    weight = d_out * d_in * dtype.itemsize
-    assert sum(saved.values()) <= activations + 12 * cores + (weight if mode == "composed" else 0)
-    assert (weight in saved.values()) == (mode == "composed")
-    y.sum().backward()
-    assert layer.theta.grad.abs().max() > 0
 
 
 def test_whole_model_keeps_little_more_than_the_frozen_one():
@@ -77,16 +54,10 @@ def test_whole_model_keeps_little_more_than_the_frozen_one():
 
 def test_compile_fullgraph():
     torch._dynamo.reset()
-    model = Stack()
-    inject(model)
-    train_randomly(model)
+    model = adapt(Stack())
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(16, 8)
-
-    def trained(network: nn.Module) -> dict[str, Tensor]:
-        network(x).square().mean().backward()
-        return gradients(network)
 
     def evaluated(network: nn.Module) -> Tensor:
         with torch.no_grad():
@@ -94,7 +65,7 @@ def test_compile_fullgraph():
 
     for _ in range(2):
         compiled.train()(x).square().mean().backward()
-        assert_all_within(gradients(model), *references(twin, trained))
+        assert_all_within(gradients(model), *references(twin, lambda network: square_gradients(network, x)))
         for _ in range(2):  # the second with parameters that changed under a compiled eval
             assert_within(evaluated(compiled), *references(twin, evaluated))
             step(model)
@@ -104,8 +75,7 @@ def test_compile_fullgraph():
 @pytest.mark.parametrize("mode", ["composed", "factored"])
 def test_compile_one_layer_with_changing_batch(mode):
     torch._dynamo.reset()
-    layer = train_randomly(sk.SSVDLinear.from_linear(nn.Linear(12, 10), sk.SSVDConfig(rank=4, side="both")))
-    layer.mode = mode
+    layer = models.trained_layer(12, 10, mode, rank=4, side="both")
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for x in (torch.randn(tokens, 12) for tokens in (7, 9, 11)):
         assert_within(compiled(x), *references(nn.Sequential(layer), lambda network, x=x: network(x).detach()))
@@ -113,7 +83,7 @@ def test_compile_one_layer_with_changing_batch(mode):
 
 def test_weight_never_falls_back_to_the_base_weight_in_silence(monkeypatch):
     """`weight` is a property of an nn.Module, whose __getattr__ finds the base weight if the property fails."""
-    layer = train_randomly(sk.SSVDLinear.from_linear(nn.Linear(6, 5), sk.SSVDConfig(rank=3)))
+    layer = models.trained_layer(6, 5, rank=3)
     broken = Mock(side_effect=AttributeError("a name that this version of torch does not have"))
     monkeypatch.setattr(reference, "compose_ref", broken)
     with pytest.raises((AttributeError, RuntimeError)):

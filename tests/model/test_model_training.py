@@ -9,12 +9,10 @@ import pytest
 import torch
 from bounds import assert_within, twice
 from cases import relative_error
-from models import counted, gradients, inject, loss_of, plain_copy, references, train_randomly
+from models import adapt, counted, gradients, inject, loss_of, plain_copy, references
 from speech_models import MODELS, adapted, loss_gradients, run, scaled_passes, whisper
 
 import ssvd_kernels as sk
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -79,9 +77,7 @@ def test_two_ranks_and_both_sides_are_two_calls(monkeypatch):
 
 def test_dropped_layers_get_no_gradient_and_the_others_do(monkeypatch):
     make, preset, count = MODELS["wav2vec2"]
-    model = make(layerdrop=0.5).train()
-    inject(model, targets=preset)
-    train_randomly(model)
+    model = adapt(make(layerdrop=0.5).train(), targets=preset)
     layers = sk.ssvd_layers(model)
     ran: set[str] = set()
     for key, layer in layers.items():
@@ -123,9 +119,7 @@ def test_autocast_trains_and_evaluates(name, dtype):
 def test_half_precision_model_with_a_float32_adapter(name, dtype):
     """No autocast: everything but theta, delta_sigma and the basis is half; WavLM's attention reads the weights."""
     make, preset, _ = MODELS[name]
-    model = make().to(dtype)
-    inject(model, targets=preset)
-    train_randomly(model).eval()
+    model = adapt(make().to(dtype), targets=preset).eval()
     exact, plain = (run(plain_copy(each)).detach() for each in (copy.deepcopy(model).double(), model))
     output = run(model)
     assert output.dtype == dtype

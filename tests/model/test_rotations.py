@@ -14,8 +14,6 @@ from torch import nn
 
 import ssvd_kernels as sk
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def _fused_step(model: nn.Module) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, fused=True)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from bounds import DRAWS, assert_within, twice_of_draws, unit_roundoff
+from bounds import DRAWS, ORTHOGONAL, assert_within, in_float64, twice_of_draws
 from cases import CAYLEY_RANKS, KAPPAS, exact_delta, relative_error, solved_delta, theta_of_norm
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -18,7 +18,6 @@ EXT = pytest.param(
     "ext", marks=pytest.mark.skipif(not extension.available(), reason=str(extension.unavailable_reason()))
 )
 BACKENDS = ["reference", EXT]
-ORTHOGONAL = 5e-6  # promised of every number of G^T G - I in float32: 42 eps, for sums of up to 1024 terms
 
 
 def test_convention_by_hand():
@@ -60,8 +59,7 @@ def test_orthogonality_and_relative_error_for_every_size_of_rotation(backend, k)
             wide = sk.cayley_delta(theta.double(), k)
         assert (G.mT @ G - torch.eye(k)).abs().max() <= ORTHOGONAL
         assert_within(E, solved_delta(theta, k), exact, f"kappa = {kappa}")
-        # float64 against float64: two results, each of three sums of k terms in a row
-        assert relative_error(wide, exact) <= 6 * k * unit_roundoff(torch.float64)
+        assert relative_error(wide, exact) <= in_float64(k)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -154,18 +152,3 @@ def test_reduced_precision_products_are_not_used(backend):
         finally:
             torch.set_float32_matmul_precision("highest")
     assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize(
-    ("theta", "k", "message"),
-    [
-        (torch.zeros(4), 3, r"`theta` must have shape \(\.\.\., 3\), .*got \(4,\)"),
-        (torch.zeros(()), 1, r"`theta` must have shape .*got \(\)"),
-        (torch.zeros(3), 0, "`k` must be an integer >= 1, got 0"),
-        (torch.zeros(3), 3.0, r"`k` must be an integer >= 1, got 3\.0"),
-        (torch.zeros(3, dtype=torch.int64), 3, "`theta` must have a floating-point dtype, got torch.int64"),
-    ],
-)
-def test_bad_arguments_are_named(theta, k, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        sk.cayley(theta, k)

@@ -17,6 +17,11 @@ from ssvd_kernels.ops import dispatch, extension
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
 
+FLOATING = r"must have a floating-point dtype, got torch\."
+ELSEWHERE = "must be on the same device as `x` "
+FROZEN = "must be frozen, got requires_grad=True"
+MODE = "`mode` must be one of 'auto', 'composed', 'factored', got "
+
 
 @pytest.mark.parametrize("function", [sk.cayley, sk.cayley_delta])
 @pytest.mark.parametrize(
@@ -26,13 +31,8 @@ from ssvd_kernels.ops import dispatch, extension
         (torch.zeros(6, 1), 4, ValueError, r"`theta` must have shape \(\.\.\., 6\).*k=4.*got \(6, 1\)"),
         (torch.zeros(1), 1, ValueError, r"`theta` must have shape \(\.\.\., 0\).*k=1.*got \(1,\)"),
         (torch.zeros(()), 2, ValueError, r"`theta` must have shape \(\.\.\., 1\).*k=2.*got \(\)"),
-        (
-            torch.zeros(6, dtype=torch.int64),
-            4,
-            TypeError,
-            r"`theta` must have a floating-point dtype, got torch\.int64",
-        ),
-        (torch.zeros(6, dtype=torch.bool), 4, TypeError, r"`theta` must have a floating-point dtype, got torch\.bool"),
+        (torch.zeros(6, dtype=torch.int64), 4, TypeError, rf"`theta` {FLOATING}int64"),
+        (torch.zeros(6, dtype=torch.bool), 4, TypeError, rf"`theta` {FLOATING}bool"),
         (torch.zeros(0), 0, ValueError, r"`k` must be an integer >= 1, got 0"),
         (torch.zeros(6), -3, ValueError, r"`k` must be an integer >= 1, got -3"),
         (torch.zeros(6), 4.0, ValueError, r"`k` must be an integer >= 1, got 4\.0"),
@@ -49,28 +49,22 @@ def test_cayley_refuses(function, theta, k, error, match):
     [
         ({"x": torch.zeros(3, 5)}, ValueError, r"`x` must have shape \(\.\.\., 6\) .*got \(3, 5\)"),
         ({"x": torch.zeros(())}, ValueError, r"`x` must have shape \(\.\.\., 6\) .*got \(\)"),
-        (
-            {"x": torch.zeros(3, 6, dtype=torch.int64)},
-            TypeError,
-            r"`x` must have a floating-point dtype, got torch\.int64",
-        ),
+        ({"x": torch.zeros(3, 6, dtype=torch.int64)}, TypeError, rf"`x` {FLOATING}int64"),
         ({"x": torch.zeros(3, 6).double()}, ValueError, r"`weight` must .*`x` \(torch\.float64\), got torch\.float32"),
-        ({"x": torch.zeros(3, 6, device="meta")}, ValueError, r"must be on the same device as `x` \(meta\), got cpu"),
+        ({"x": torch.zeros(3, 6, device="meta")}, ValueError, rf"{ELSEWHERE}\(meta\), got cpu"),
         ({"weight": torch.zeros(5)}, ValueError, r"`weight` and `U` must have shapes \(d_out, d_in\) .*got \(5,\)"),
         ({"weight": torch.zeros(5, 6, dtype=torch.int8)}, (TypeError, ValueError), r"weight.*torch\.int8"),
+        ({"U": torch.zeros(5)}, ValueError, r"`weight` and `U` must have shapes .*and \(5,\)"),
+        ({"V": torch.zeros(6, 3, device="meta")}, ValueError, rf"`V` {ELSEWHERE}\(cpu\), got meta"),
         ({"U": torch.zeros(4, 3)}, ValueError, r"`U` must have shape \(5, 3\) .*got \(4, 3\)"),
         ({"V": torch.zeros(6, 2)}, ValueError, r"`V` must have shape \(6, 3\) .*got \(6, 2\)"),
         ({"core": torch.zeros(3, 2)}, ValueError, r"`core` must have shape \(3, 3\) .*got \(3, 2\)"),
         ({"core": torch.zeros(3, 3, dtype=torch.int64)}, (TypeError, ValueError), r"core.*torch\.int64"),
         ({"bias": torch.zeros(1)}, ValueError, r"`bias` must have shape \(5,\) .*got \(1,\)"),
-        (
-            {"weight": torch.zeros(5, 6, requires_grad=True)},
-            ValueError,
-            r"`weight` must be frozen, got requires_grad=True",
-        ),
-        ({"U": torch.zeros(5, 3, requires_grad=True)}, ValueError, r"`U` must be frozen, got requires_grad=True"),
-        ({"mode": "fast"}, ValueError, r"`mode` must be one of 'auto', 'composed', 'factored', got 'fast'"),
-        ({"mode": "merged"}, ValueError, r"`mode` must be one of 'auto', 'composed', 'factored', got 'merged'"),
+        ({"weight": torch.zeros(5, 6, requires_grad=True)}, ValueError, f"`weight` {FROZEN}"),
+        ({"U": torch.zeros(5, 3, requires_grad=True)}, ValueError, f"`U` {FROZEN}"),
+        ({"mode": "fast"}, ValueError, f"{MODE}'fast'"),
+        ({"mode": "merged"}, ValueError, f"{MODE}'merged'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -99,10 +93,7 @@ def test_layer_refuses_inputs_that_do_not_fit():
 def test_forced_mode_that_does_not_exist_raises(grad):
     layer = sk.SSVDLinear.from_linear(nn.Linear(6, 5), sk.SSVDConfig(rank=3)).train(grad)
     layer.mode = "compsoed"
-    with (
-        torch.set_grad_enabled(grad),
-        pytest.raises(ValueError, match=r"`mode` must be one of 'auto', 'composed', 'factored', got 'compsoed'"),
-    ):
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=f"{MODE}'compsoed'"):
         layer(torch.zeros(3, 6))
 
 
@@ -112,11 +103,8 @@ def test_forced_backend_that_cannot_serve_raises(grad):
     x = torch.zeros(3, 6, dtype=torch.float64)
     expected = layer(x).detach()
     layer.eval().train(grad)  # drops what was cached
-    with (
-        torch.set_grad_enabled(grad),
-        sk.use_backend("triton"),
-        pytest.raises(RuntimeError, match=r"'triton' does not support (cayley|linear) on cpu in torch\.float64: \w+"),
-    ):
+    refusal = r"'triton' does not support (cayley|linear) on cpu in torch\.float64: \w+"
+    with torch.set_grad_enabled(grad), sk.use_backend("triton"), pytest.raises(RuntimeError, match=refusal):
         layer(x)
     assert torch.equal(layer(x).detach(), expected)  # and the choice is free again
 
@@ -125,10 +113,8 @@ def test_forced_extension_that_is_not_there_raises(monkeypatch):
     monkeypatch.setattr(extension, "supports", lambda device: "_C was not built: no compiler")
     theta = torch.zeros(3)
     assert torch.equal(sk.cayley_delta(theta, 3), torch.zeros(3, 3))  # auto falls back
-    with (
-        sk.use_backend("ext"),
-        pytest.raises(RuntimeError, match=r"'ext' does not support cayley on cpu in torch\.float32: .*no compiler"),
-    ):
+    refusal = r"'ext' does not support cayley on cpu in torch\.float32: .*no compiler"
+    with sk.use_backend("ext"), pytest.raises(RuntimeError, match=refusal):
         sk.cayley_delta(theta, 3)
     with pytest.raises(ValueError, match=r"`name` must be one of 'auto', 'reference', 'ext', 'triton', got 'cuda'"):
         with sk.use_backend("cuda"):

@@ -10,29 +10,23 @@ import sys
 import numpy as np
 import pytest
 import torch
-from bounds import DRAWS, twice, twice_of_draws, unit_roundoff
+from bounds import DRAWS, ORTHOGONAL, in_float64, twice, twice_of_draws
 from cases import KAPPAS, exact_delta, relative_error, solved_delta, theta_of_norm
 from torch import Tensor
 
 from ssvd_kernels.ops import extension
 from ssvd_kernels.ops.reference import cayley_delta_backward_ref, skew
 
-needs_ext = pytest.mark.skipif(not extension.available(), reason=f"{extension.unavailable_reason()}")
-
 RANKS = [1, 2, 3, 16, 63, 64, 65, 97, 128, 153, 255, 256, pytest.param(384, marks=pytest.mark.slow)]
 BATCHES = [0, 1, 3, 8]
 DTYPES = [torch.float32, torch.float64]
-ORTHOGONAL = 5e-6  # promised of every number of G^T G - I in float32: 42 eps, for sums of up to 1024 terms
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def in_float64(k: int) -> float:
-    """Where the oracle is float64, too: two results, each of three sums of k terms in a row."""
-    return 6 * k * unit_roundoff(torch.float64)
 
 
 @pytest.fixture
 def ops():
+    if not extension.available():
+        pytest.skip(f"{extension.unavailable_reason()}")
     return torch.ops.ssvd_kernels
 
 
@@ -92,31 +86,19 @@ def worst(found: Tensor, exact: Tensor) -> float:
     return max((relative_error(*pair) for pair in zip(found, exact, strict=True)), default=0.0)
 
 
-@needs_ext
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("B", BATCHES)
 @pytest.mark.parametrize("k", RANKS)
-def test_forward_error(ops, device, k, B, dtype):
-    case = batch_of(k, B)
-    theta = case["theta"].to(dtype)
-    E = ops.cayley_delta(theta.to(device), k).cpu()
+def test_error_of_both_passes(ops, device, k, B, dtype):
+    case = {name: tensor.to(dtype).to(device) for name, tensor in batch_of(k, B).items()}
+    E = ops.cayley_delta(case["theta"], k).cpu()
     assert E.shape == (B, k, k) and E.dtype == dtype and E.is_contiguous()
-    assert worst(E, case["E"]) <= bounds(k, dtype)[0]
-
-
-@needs_ext
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("B", BATCHES)
-@pytest.mark.parametrize("k", RANKS)
-def test_backward_error(ops, device, k, B, dtype):
-    case = batch_of(k, B)
-    grad, E = case["grad"].to(dtype), case["rounded"].to(dtype)
-    dtheta = ops.cayley_delta_backward(grad.to(device), E.to(device)).cpu()
+    assert worst(E, batch_of(k, B)["E"]) <= bounds(k, dtype)[0]
+    dtheta = ops.cayley_delta_backward(case["grad"], case["rounded"]).cpu()
     assert dtheta.shape == (B, k * (k - 1) // 2) and dtheta.dtype == dtype and dtheta.is_contiguous()
-    assert worst(dtheta, case["dtheta"]) <= bounds(k, dtype)[1]
+    assert worst(dtheta, batch_of(k, B)["dtheta"]) <= bounds(k, dtype)[1]
 
 
-@needs_ext
 @pytest.mark.parametrize("k", [2, 65, 97])
 def test_gradient_is_autograds(ops, device, k):
     theta, grad = theta_of_norm(k, 0.9, 2).requires_grad_(), torch.randn(2, k, k, dtype=torch.float64)
@@ -125,7 +107,6 @@ def test_gradient_is_autograds(ops, device, k):
     assert relative_error(ops.cayley_delta_backward(grad.to(device), E).cpu(), expected) <= in_float64(k)
 
 
-@needs_ext
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [2, 153, 409, pytest.param(1024, marks=pytest.mark.slow)])
 def test_orthogonality_and_relative_error(ops, device, k, dtype):
@@ -147,7 +128,6 @@ def test_orthogonality_and_relative_error(ops, device, k, dtype):
         assert relative_error(E, exact[0]) <= bound
 
 
-@needs_ext
 def test_batch_is_not_a_batched_lu(ops, threads):
     """On the CPU a batched LU of n > 150 with two threads is wrong by 1e-3 and more, usually without an exception."""
     threads(2)
@@ -161,7 +141,6 @@ def test_batch_is_not_a_batched_lu(ops, threads):
         assert worst(E, expected) <= bound
 
 
-@needs_ext
 @pytest.mark.parametrize("B", [1, 3, 8])
 @pytest.mark.parametrize("k", [16, 65, 384])
 def test_thread_counts_agree(ops, threads, k, B):
@@ -173,7 +152,6 @@ def test_thread_counts_agree(ops, threads, k, B):
         assert worst(ops.cayley_delta_backward(grad, rounded), case["dtheta"]) <= bounds(k, torch.float32)[1]
 
 
-@needs_ext
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_float32_stays_float32(ops, device, precision):
     case = batch_of(256, 3)
@@ -189,7 +167,6 @@ def test_float32_stays_float32(ops, device, precision):
         torch.set_float32_matmul_precision(before)
 
 
-@needs_ext
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 5, 65, 130])
 def test_strided_inputs(ops, device, k, dtype):
@@ -206,7 +183,6 @@ def test_strided_inputs(ops, device, k, dtype):
     assert torch.equal(ops.cayley_delta_backward(expanded, E), ops.cayley_delta_backward(full, E))
 
 
-@needs_ext
 @pytest.mark.parametrize("k", [1, 2, 65, 130])
 def test_inputs_stay_and_uninitialised_memory_is_not_read(ops, device, k):
     theta, grad = torch.randn(3, k * (k - 1) // 2, device=device) / (k + 1), torch.randn(3, k, k, device=device)
@@ -219,7 +195,6 @@ def test_inputs_stay_and_uninitialised_memory_is_not_read(ops, device, k):
     assert torch.equal(theta, kept) and torch.equal(E, kept_E) and torch.equal(grad, kept_grad)
 
 
-@needs_ext
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("B", "k"), [(0, 4), (1, 1), (2, 5), (3, 70)])
 def test_opcheck(ops, device, B, k, dtype):
@@ -250,7 +225,6 @@ BAD_BACKWARD = [
 ]
 
 
-@needs_ext
 @pytest.mark.parametrize(("args", "error", "message"), BAD_DELTA)
 def test_bad_theta(ops, device, args, error, message):
     theta, k = args()
@@ -258,14 +232,13 @@ def test_bad_theta(ops, device, args, error, message):
         ops.cayley_delta(theta.to(device), k)
 
 
-@needs_ext
 @pytest.mark.parametrize(("args", "error", "message"), BAD_BACKWARD)
 def test_bad_grad(ops, device, args, error, message):
     with pytest.raises(error, match=message):
         ops.cayley_delta_backward(*(t.to(device) for t in args()))
 
 
-@needs_ext
+@pytest.mark.usefixtures("ops")
 def test_supports_says_what_it_refuses():
     assert extension.supports("cpu") is None and extension.supports(torch.device("cpu")) is None
     assert "'meta'" in str(extension.supports("meta"))

@@ -8,14 +8,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 from cases import LINEAR_SHAPES, linear_inputs
-from models import saved_for_backward, train_randomly
-from torch import Tensor, nn
+from models import saved_for_backward, trained_layer
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import ssvd_kernels as sk
 from ssvd_kernels.ops import dispatch, flops, reference
 
+F32, BF16 = torch.float32, torch.bfloat16
 MODES = ["composed", "factored"]
 aten = torch.ops.aten
 PRODUCTS = {
@@ -115,20 +116,22 @@ def test_the_cayley_twin_does_six_k_cubed(k):
     assert counter.get_total_flops() == 4 * k**3
 
 
-@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bf16 autocast"])
-@pytest.mark.parametrize("side", ["input", "both"])
+@pytest.mark.parametrize(("dtype", "amp"), [(F32, False), (F32, True), (BF16, False)], ids=["f32", "amp", "bf16"])
+@pytest.mark.parametrize("side", ["input", "output", "both"])
 @pytest.mark.parametrize("mode", MODES)
-def test_saved_bytes_of_a_layer(mode, side, amp):
+def test_saved_bytes_of_a_layer(mode, side, dtype, amp):
     """T k elements of x in the compute dtype, matrices of the core's size, and W' where it was composed."""
-    T, d_in, d_out, k = 256, 48, 64, 12
-    config = sk.SSVDConfig(rank=k, side=side, **({"rank_out": k} if side == "both" else {}))
-    layer = train_randomly(sk.SSVDLinear.from_linear(nn.Linear(d_in, d_out), config))
-    layer.mode = mode
-    known = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    x = torch.randn(T, d_in)
-    with saved_for_backward(known) as saved, torch.autocast("cpu", torch.bfloat16, enabled=amp):
+    T, d_in, d_out, k = 200, 48, 64, 12
+    layer = trained_layer(d_in, d_out, mode, dtype, rank=k, side=side, **({"rank_out": k} if side == "both" else {}))
+    x = torch.randn(T, d_in, dtype=dtype, requires_grad=True)
+    known = {tensor.untyped_storage().data_ptr() for tensor in [*layer.parameters(), x]}
+    with saved_for_backward(known) as saved, torch.autocast("cpu", BF16, enabled=amp):
         y = layer(x)
-    size = 2 if amp else 4
-    of_x, of_weight = T * k * size, d_out * d_in * size if mode == "composed" else 0
+    size = 2 if amp else dtype.itemsize
+    of_x, weight = T * k * size, d_out * d_in * size
+    of_weight = weight if mode == "composed" else 0
     assert of_x + of_weight <= sum(saved.values()) <= of_x + of_weight + 6 * 4 * k * k
+    assert (weight in saved.values()) == (mode == "composed")
+    y.sum().backward()
+    assert layer.theta.grad.abs().max() > 0
     assert y.requires_grad and of_x in saved.values()

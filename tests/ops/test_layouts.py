@@ -8,7 +8,7 @@ import pytest
 import torch
 from bounds import DRAWS, assert_within
 from cases import together
-from models import assert_all_within, passes, references, train_randomly
+from models import assert_all_within, passes, references, train_randomly, trained_layer
 from refusals import inject
 from torch import Tensor, nn
 
@@ -30,8 +30,7 @@ def _layouts(*shape: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("mode", ["auto", "composed", "factored"])
 @pytest.mark.parametrize("layout", _layouts(2, 3, 6))
 def test_any_layout_of_x_and_of_the_output_gradient_works(mode, layout):
-    layer = train_randomly(sk.SSVDLinear.from_linear(nn.Linear(6, 4), sk.SSVDConfig(rank=3)))
-    layer.mode = mode
+    layer = trained_layer(6, 4, mode, rank=3)
 
     def one_draw(network: nn.Module, seed: int) -> dict[str, Tensor]:
         torch.manual_seed(seed)
@@ -84,8 +83,7 @@ def test_any_layout_of_the_weight_works(layout, tmp_path):
 @pytest.mark.parametrize("shape", [(6,), (0, 6), (2, 0, 6), (1, 6), (2, 3, 4, 6)], ids=str)
 @pytest.mark.parametrize("mode", ["auto", "composed", "factored"])
 def test_any_number_of_dimensions_and_empty_batches_work(shape, mode):
-    layer = train_randomly(sk.SSVDLinear.from_linear(nn.Linear(6, 4), sk.SSVDConfig(rank=3)))
-    layer.mode = mode
+    layer = trained_layer(6, 4, mode, rank=3)
     x = torch.randn(shape, requires_grad=True)
     y = layer(x)
     assert y.shape == (*shape[:-1], 4)

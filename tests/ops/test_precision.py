@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from bounds import assert_within, twice
 from cases import relative_error
-from models import Stack, inject, train_randomly
+from models import Stack, adapt, inject
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
@@ -101,9 +101,8 @@ class Case:
 
     def _core(self, theta: Tensor, delta: Tensor) -> Tensor:
         N, eye = skew(theta, K), torch.eye(K, dtype=theta.dtype)
-        return torch.diag(delta) - 2 * (self.layer.sigma.to(theta) + delta).unsqueeze(1) * torch.linalg.solve(
-            eye + N, N
-        )
+        E = -2 * torch.linalg.solve(eye + N, N)
+        return torch.diag(delta) + (self.layer.sigma.to(theta) + delta).unsqueeze(1) * E
 
 
 def _with_gradients(y: Tensor, leaves: list[Tensor], dy: Tensor) -> dict[str, Tensor]:
@@ -189,9 +188,7 @@ def test_merging_a_model_passes_the_rounding_on():
     models = {}
     for rounding in ("nearest", "stochastic"):
         torch.manual_seed(0)
-        model = Stack().to(BF16)
-        inject(model)
-        models[rounding] = train_randomly(model)
+        model = models[rounding] = adapt(Stack().to(BF16))
         sk.merge(model, unload=True, rounding=rounding)
     assert not torch.equal(models["nearest"].head.weight, models["stochastic"].head.weight)
     inject(model)
@@ -232,9 +229,7 @@ def test_grad_scaler_skips_the_step_that_overflows_and_trains_on():
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_casting_an_adapted_model_rounds_theta_and_says_so(dtype):
-    model = Stack()
-    inject(model)
-    train_randomly(model)
+    model = adapt(Stack())
     exact = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.warns(UserWarning, match=r"theta.*rounded from torch.float32 to torch.*16.*before adapting") as caught:
         model.to(dtype)

@@ -124,9 +124,7 @@ def real_data(*names: str) -> Path:
     """The folder that holds these parts whole, or a skip."""
     folder = fetch.default_data()
     if broken := [f"{name}: {why}" for name in names if (why := fetch.damage(folder / name))]:
-        pytest.skip(
-            f"no real data in {folder} ({'; '.join(broken)}); python -m experiments.asr.fetch --all obtains them"
-        )
+        pytest.skip(f"no real data in {folder} ({'; '.join(broken)}): python -m experiments.asr.fetch --all gets them")
     return folder
 
 

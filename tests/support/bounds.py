@@ -13,6 +13,8 @@ from cases import relative_error
 from torch import Tensor
 
 DRAWS = 16  # of results with few elements, whose rounding error in one draw is a matter of luck
+ORTHOGONAL = 5e-6  # promised of every number of G^T G - I in float32: 42 eps, for sums of up to 1024 terms
+TWO_TERMS = 1e-5  # promised where torch's "high" lets float32 numbers be two bfloat16 terms, each of 2^-17 = 7.6e-6
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -20,11 +22,13 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def twice(plain: Tensor, exact: Tensor, dtype: torch.dtype | None = None) -> float:
-    """Twice the relative error of `plain`, which computes in `dtype` (its own if not given).
+def in_float64(k: int) -> float:
+    """Of rotations, where the oracle is float64, too: two results, each of three sums of k terms in a row."""
+    return 6 * k * unit_roundoff(torch.float64)
 
-    Not less than the unit roundoff, which storing the exact result in that dtype costs.
-    """
+
+def twice(plain: Tensor, exact: Tensor, dtype: torch.dtype | None = None) -> float:
+    """Twice the relative error of `plain`, which computes in `dtype` (its own if not given), at least its roundoff."""
     return max(2 * relative_error(plain, exact), unit_roundoff(dtype or plain.dtype))
 
 

@@ -43,10 +43,10 @@ class FeedForward(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    def __init__(self, checkpointing: dict | None, block: Callable[[], nn.Module]) -> None:
+    def __init__(self, checkpointing: dict | None, block: Callable[[], nn.Module], count: int = 2) -> None:
         super().__init__()
         self.checkpointing = checkpointing  # options of torch's `checkpoint`, or none of it
-        self.blocks = nn.ModuleList(block() for _ in range(2))
+        self.blocks = nn.ModuleList(block() for _ in range(count))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -73,6 +73,33 @@ def adapt(model: nn.Module, seed: int = 1, **options) -> nn.Module:
     return train_randomly(model, seed)
 
 
+def trained_layer(
+    d_in: int, d_out: int, mode: str = "auto", dtype: torch.dtype | None = None, device: object = None, **options
+) -> sk.SSVDLinear:
+    """Of a random linear layer, with random values in place of training."""
+    linear = nn.Linear(d_in, d_out, dtype=dtype, device=device)
+    layer = train_randomly(sk.SSVDLinear.from_linear(linear, sk.SSVDConfig(**options)))
+    layer.mode = mode
+    return layer
+
+
+def small_layers(count: int = 64, d: int = 64) -> nn.Sequential:
+    """Whose products take next to no time."""
+    return nn.Sequential(*(nn.Linear(d, d) for _ in range(count)))
+
+
+def step_of(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """A forward and a backward, which leaves no gradient."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        model(x).sum().backward()
+        for parameter in trained:
+            parameter.grad = None
+
+    return step
+
+
 def step(model: nn.Module) -> None:
     with torch.no_grad():
         for index, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
@@ -86,6 +113,12 @@ def gradients(model: nn.Module, whole: bool = True) -> dict[str, Tensor]:
     assert not whole or all(grad is not None for grad in found.values()), [n for n, g in found.items() if g is None]
     model.zero_grad()
     return {name.replace(".values.0.", "."): grad.clone() for name, grad in found.items() if grad is not None}
+
+
+def square_gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """`gradients` of the mean square of the output."""
+    model(x).square().mean().backward()
+    return gradients(model)
 
 
 def loss_of(output: Tensor) -> Tensor:
@@ -134,6 +167,14 @@ def references(model: nn.Module, compute: Callable[[nn.Module], Result]) -> tupl
     for module in exact.modules():  # a part may be called alone
         module.register_forward_pre_hook(widen, with_kwargs=True)
     return compute(narrow), compute(exact)
+
+
+def op_passes(inputs: dict, mode: str) -> dict[str, Tensor]:
+    """y and gradients by the op."""
+    x, core, bias = (inputs[name].detach().clone().requires_grad_() for name in ("x", "core", "bias"))
+    y = sk.ssvd_linear(x, inputs["weight"], inputs["U"], inputs["V"], core, bias, mode=mode)
+    dx, dcore, dbias = torch.autograd.grad(y, [x, core, bias], inputs["dy"])
+    return {"y": y.detach(), "dx": dx, "dcore": dcore, "dbias": dbias}
 
 
 def passes(network: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:

@@ -23,8 +23,6 @@ from ssvd_kernels.integrations.peft_layer import SSVDPeftLinear
 
 RANK = models.RANK
 ROOT = Path(__file__).resolve().parents[2]
-
-
 # name -> (constructor, adapted layers where the configuration names none)
 MODELS = {name: (make, count) for name, (make, _, count) in speech_models.MODELS.items()}
 MODELS["llama"] = speech_models.llama, 2 * 7

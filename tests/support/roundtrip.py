@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -94,6 +95,13 @@ def injected(case: Case, base: Net | None = None) -> Net:
     net = copy.deepcopy(base) if base is not None else base_net(case)
     sk.inject(net, case.config, progress=False)
     train_randomly(net, case.seed)
+    return net
+
+
+def loaded(base: nn.Module, path: Path) -> nn.Module:
+    """A copy of `base` with the adapter of the file."""
+    net = copy.deepcopy(base)
+    sk.load_adapter(net, path, progress=False)
     return net
 
 

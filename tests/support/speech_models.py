@@ -1,8 +1,8 @@
-"""Tiny models of the speech families that have a preset. A test file that imports this is skipped without
-transformers."""
+"""Tiny models of the speech families that have a preset. Without transformers, files that import this are skipped."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -81,10 +81,33 @@ def run(model: nn.Module, seed: int = 0) -> Tensor:
     return model(**inputs(model, seed))[0]
 
 
+def assert_bit_identical(model: nn.Module, base: nn.Module) -> None:
+    """Without gradients a frozen `base`: torch's product of a strided 3-D x (WavLM's) differs by an ulp otherwise."""
+    frozen = copy.deepcopy(base).requires_grad_(False)
+    for training in (True, False):
+        for network in (base, model, frozen):
+            network.train(training)
+        assert torch.equal(run(model), run(base))
+        for without_gradients in (torch.no_grad(), torch.inference_mode()):
+            with without_gradients:
+                assert torch.equal(run(model), run(frozen))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(run(model), run(base))
+            with torch.no_grad():
+                assert torch.equal(run(model), run(frozen))
+
+
 def loss_gradients(model: nn.Module) -> dict[str, Tensor]:
     model.zero_grad()
     loss_of(run(model)).backward()
     return gradients(model)
+
+
+def require_input_gradients(model: nn.Module) -> None:
+    """What reentrant checkpointing needs of any model whose first layers are frozen."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv1d, nn.Embedding)):
+            module.register_forward_hook(lambda module, args, output: output.requires_grad_())
 
 
 def scaled_passes(model: nn.Module) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,12 @@
 """GPUs that need not be here: Triton compiles and loads its kernels for them, and what would be launched is noted.
 
 Triton's own checks of a kernel against the device run, and everything up to the C call of a launch. Tensors are on the
-CPU, as nothing reads them. Only for a process of `compiling()`: in the tests' own, Triton interprets.
+CPU, as nothing reads them. Only for processes of `compiling()`: in the tests' own, Triton interprets.
 """
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import re
 import subprocess
@@ -18,9 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from kernel_cases import Case
 from processes import update_environment
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KB that a block may use, by compute capability
@@ -36,6 +39,18 @@ class Launch(NamedTuple):
     shared: int = 0  # bytes
     spilled: int = 0  # bytes a thread
     tensor_cores: bool = False
+
+
+def disassembled(cubin: bytes, *flags: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.check_output([CUOBJDUMP, *flags, file.name], text=True, timeout=60)
+
+
+def resources(text: str) -> dict[str, int]:
+    """Of a thread, in cuobjdump's words."""
+    return {what: int(number) for what, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
 
 
 class Driver:
@@ -59,11 +74,7 @@ class Driver:
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         """(module, function, registers, spilled words, most threads); the function stands for the spilled bytes."""
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(binary)
-            cubin.flush()
-            usage = subprocess.check_output([CUOBJDUMP, "--dump-resource-usage", cubin.name], text=True, timeout=60)
-        used = {what: int(number) for what, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        used = resources(disassembled(binary, "--dump-resource-usage"))
         spilled = used["STACK"] + used["LOCAL"]
         return 1, spilled, used["REG"], spilled // 4, 1024
 
@@ -105,3 +116,32 @@ def compiling(processes: int = 1) -> ProcessPoolExecutor:
     """Processes whose Triton compiles."""
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(processes, spawn, update_environment, ({"TRITON_INTERPRET": "0"},))
+
+
+def source(case: Case) -> ASTSource:
+    """What the launcher's arguments look like to the compiler."""
+    module, name = case.kernel.split(":")
+    kernel = getattr(importlib.import_module(f"ssvd_kernels.ops.kernels.{module}"), name)
+    signature, constants, attributes = {}, {}, {}
+    for position, arg in enumerate(kernel.arg_names):
+        if arg in case.constants or arg in case.unit:
+            signature[arg] = "constexpr"
+            constants[(position,)] = case.constants.get(arg, 1)
+            continue
+        number = "fp32" if arg in ("alpha", "beta") else "i32"
+        signature[arg] = "*" + case.pointers.get(arg, case.dtype) if arg.endswith("_ptr") else number
+        odd = case.odd or number == "fp32" or arg in ("T", "chunk")
+        if arg.endswith("_ptr") or not odd:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def inspect(case: Case, arch: int) -> dict[str, object]:
+    """Registers, stack, shared memory and the instructions that matter, from the cubin."""
+    options = {"num_warps": case.config.warps, "num_stages": case.config.stages}
+    compiled = triton.compile(source(case), target=GPUTarget("cuda", arch, 32), options=options)
+    text = disassembled(compiled.asm["cubin"], "--dump-resource-usage", "-sass")
+    used = {name.lower(): number for name, number in resources(text).items()}
+    count = {op: len(re.findall(rf"\b{op}\b", text)) for op in ("HGMMA", "HMMA", "STL", "LDL")}
+    row = {"label": case.label, "arch": arch, "tensor_cores": case.tensor_cores, "shared": compiled.metadata.shared}
+    return {**row, **used, **count}

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 import torch
 from bounds import DRAWS, assert_within, twice_of_draws
 from cases import linear_inputs, naive_linear, relative_error
-from models import assert_all_within, assert_right, train_randomly
+from models import assert_all_within, assert_right, passes, trained_layer
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
@@ -87,13 +87,6 @@ def test_the_update_survives_composition_in_bf16(kappa, base):
 # -- the layer ----------------------------------------------------------------------------------------------------
 
 
-def passes(layer: sk.SSVDLinear, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    x = x.detach().requires_grad_()
-    y = layer(x)
-    dx, dtheta, dsigma = torch.autograd.grad(y, [x, layer.theta, layer.delta_sigma], dy)
-    return {"y": y.detach(), "dx": dx, "dtheta": dtheta, "dsigma": dsigma}
-
-
 class Autocast(nn.Sequential):
     """To the dtype of its input."""
 
@@ -106,15 +99,12 @@ class Autocast(nn.Sequential):
 @pytest.mark.parametrize(("dtype", "base"), [(F32, F32), (F16, F16), (BF16, BF16), (BF16, F32)])
 def test_a_layer_of_an_odd_rank(dtype, base, mode, T):
     """Its operands are padded."""
-    linear = nn.Linear(D, 64, dtype=base, device=DEVICE)
-    layer = train_randomly(sk.SSVDLinear.from_linear(linear, sk.SSVDConfig(rank=K)))
-    layer.mode = mode
+    layer = trained_layer(D, 64, mode, base, DEVICE, rank=K)
     assert_right(layer, Autocast if dtype != base else lambda net: net, T, dtype)
 
 
 def test_the_padded_operands_are_made_once_and_dropped_with_the_rest():
-    layer = sk.SSVDLinear.from_linear(nn.Linear(D, 64, device=DEVICE), sk.SSVDConfig(rank=K))
-    layer.mode = "factored"
+    layer = trained_layer(D, 64, "factored", device=DEVICE, rank=K)
     x = torch.randn(5, D, device=DEVICE)
     layer(x)
     first = layer.operands(layer.U, layer.V, F32)
@@ -178,10 +168,8 @@ def test_large_layers_are_left_to_the_library(monkeypatch):
     monkeypatch.setattr(
         "ssvd_kernels.ops.kernels.launchers.core_gradient", lambda *args: calls.append(1) or core_gradient(*args)
     )
-    linear = nn.Linear(D, 64, device=DEVICE, dtype=BF16)
-    layer = train_randomly(sk.SSVDLinear.from_linear(linear, sk.SSVDConfig(rank=K)))
-    layer.mode = "composed"
-    passes(layer, torch.randn(5, D, device=DEVICE).to(BF16), torch.ones(5, 64, device=DEVICE).to(BF16))
+    layer = trained_layer(D, 64, "composed", BF16, DEVICE, rank=K)
+    passes(nn.Sequential(layer), torch.randn(5, D, device=DEVICE).to(BF16), torch.ones(5, 64, device=DEVICE).to(BF16))
     assert calls == [1]
 
 
@@ -203,10 +191,7 @@ def test_bfloat16_is_composed_where_kernels_do_it_and_many_tokens_pay_for_it():
 @pytest.mark.parametrize(("mode", "dtype"), [("composed", BF16), ("composed", F32), ("factored", BF16)])
 def test_compiled_graphs_call_the_kernels(mode, dtype, monkeypatch):
     torch._dynamo.reset()
-    layer = train_randomly(
-        sk.SSVDLinear.from_linear(nn.Linear(D, 64, dtype=dtype, device=DEVICE), sk.SSVDConfig(rank=K))
-    )
-    layer.mode = mode
+    layer = trained_layer(D, 64, mode, dtype, DEVICE, rank=K)
     calls = []
     names = ["ssvd_linear_fwd", "ssvd_linear_bwd", "core_gradient"]
     for home, name in [*((custom_ops._linear, name) for name in names), (custom_ops._concat, "concat")]:

@@ -5,12 +5,7 @@ Gate: no spills, shared memory within the architecture's limit, tensor-core inst
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from itertools import repeat
 from typing import Any
 
 import pytest
@@ -18,36 +13,12 @@ import pytest
 pytest.importorskip("triton")
 
 from kernel_cases import cases
+from triton_driver import compiling, inspect
 
-from ssvd_kernels.ops.kernels.tile_sizes import (
-    CAYLEY,
-    CAYLEY_LEAF,
-    CAYLEY_PACK,
-    COMPOSE,
-    CORE_GRAD,
-    LINEAR,
-    ONE_PASS,
-)
+from ssvd_kernels.ops.kernels import tile_sizes as tiles
 
-HELPER = Path(__file__).parents[2] / "support" / "triton_compile.py"
 # Bytes that a block may use: sm_80 has 163 KB, but its kernels are those of sm_86 and sm_89, too (see test_launches).
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
-
-
-def compiled(arch: int, workers: int = 2) -> list[dict]:
-    """What every case uses, one dictionary a case, by `workers` processes."""
-    root = str(HELPER.parents[2])
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
-
-    def part(first: int) -> str:
-        command = [sys.executable, str(HELPER), str(arch), str(first), str(workers)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=3000)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
-    with ThreadPoolExecutor(workers) as pool:
-        return [json.loads(line) for text in pool.map(part, range(workers)) for line in text.splitlines()]
 
 
 def faults(row: dict) -> list[str]:
@@ -63,7 +34,8 @@ def faults(row: dict) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 def test_every_configuration_compiles_within_limits(arch):
-    rows = compiled(arch)
+    with compiling(2) as processes:
+        rows = list(processes.map(inspect, cases(), repeat(arch), chunksize=8))
     assert len(rows) == len(cases())
     bad = [
         f"sm_{arch} {row['label']}: {', '.join(faults(row))} ({row['reg']} registers)" for row in rows if faults(row)
@@ -81,11 +53,12 @@ def test_gate_refuses():
 
 def test_cases_cover_every_configuration():
     covered = {(case.kernel, case.config) for case in cases()}
-    one_pass = {(key, k): tiles for key, by_rank in ONE_PASS.items() for k, tiles in by_rank.items()}
-    kernels: dict[str, Any] = {"_ssvd_linear_fwd_kernel": LINEAR, "_ssvd_linear_one_pass_kernel": one_pass}
-    kernels["_ssvd_linear_concat_kernel"] = {key: LINEAR[key] for key in ("half", "half_odd")}
-    kernels |= {"_compose_kernel": COMPOSE, "_core_grad_kernel": CORE_GRAD, "_cayley_product_kernel": CAYLEY}
-    kernels["_cayley_leaf_kernel"] = {"": (CAYLEY_LEAF,)}
-    kernels |= {name: {"": (CAYLEY_PACK,)} for name in ("_skew_kernel", "_unskew_kernel")}
+    one_pass = {(key, k): configs for key, by_rank in tiles.ONE_PASS.items() for k, configs in by_rank.items()}
+    kernels: dict[str, Any] = {"_ssvd_linear_fwd_kernel": tiles.LINEAR, "_ssvd_linear_one_pass_kernel": one_pass}
+    kernels["_ssvd_linear_concat_kernel"] = {key: tiles.LINEAR[key] for key in ("half", "half_odd")}
+    kernels |= {"_compose_kernel": tiles.COMPOSE, "_core_grad_kernel": tiles.CORE_GRAD}
+    kernels["_cayley_product_kernel"] = tiles.CAYLEY
+    kernels["_cayley_leaf_kernel"] = {"": (tiles.CAYLEY_LEAF,)}
+    kernels |= {name: {"": (tiles.CAYLEY_PACK,)} for name in ("_skew_kernel", "_unskew_kernel")}
     by_name = {(kernel.split(":")[1], config) for kernel, config in covered}
     assert by_name == {(name, c) for name, tables in kernels.items() for table in tables.values() for c in table}

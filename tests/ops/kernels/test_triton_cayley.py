@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
-from bounds import DRAWS, assert_within, twice, twice_of_draws
+from bounds import DRAWS, ORTHOGONAL, TWO_TERMS, assert_within, twice, twice_of_draws
 from cases import KAPPAS, exact_delta, relative_error, solved_delta, theta_of_norm
 from torch import Tensor
 
 import ssvd_kernels as sk
 from ssvd_kernels.ops import reference
 
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
 from ssvd_kernels.ops.kernels import cayley, unavailable_reason
@@ -27,8 +23,6 @@ REASON = unavailable_reason(DEVICE, torch.float32)
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 RANKS = [1, 2, 15, 16, 17, 64, 65]
-TWO_TERMS = 1e-5  # promised where torch's "high" lets float32 numbers be two bfloat16 terms, each of 2^-17 = 7.6e-6
-ORTHOGONAL = 5e-6  # promised of every number of G^T G - I, else TWO_TERMS
 
 
 def passes(theta: Tensor, grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
