@@ -14,7 +14,7 @@ from ..basis.factorize import BASIS, Factorization
 from ..config import Config
 from ..utils.fsdp import is_sharded
 from .adapter import Adapter
-from .base_layer import BaseLayer, PlainBase
+from .base_layer import BaseLayer
 from .inactive import InactiveAdapter, other_adapters
 from .merging import merged_weight
 
@@ -22,7 +22,7 @@ from .merging import merged_weight
 class AdaptedLinear(Adapter):
     """A frozen linear layer with adapters, of which one is in use: base of `SSVDLinear` and `SpectralFTLinear`."""
 
-    base_layer: ClassVar[BaseLayer] = PlainBase()
+    base_layer: ClassVar[BaseLayer] = BaseLayer()
     _merged_weight: Tensor | None
 
     def __init__(self, linear: nn.Linear, config: Config, factorization: Factorization | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,56 +17,26 @@ OTHER_WEIGHT = "differs from the base weight whose singular vectors this layer h
 REMEDY = "load base weights before inject"
 
 
-class BaseLayer(ABC):
-    """One kind of base layer. It has no state: the base layer's tensors are parameters or submodules of `layer`."""
+class BaseLayer:
+    """An nn.Linear, whose Parameters are the adapted layer's, too, under the same keys "weight" and "bias".
 
-    @abstractmethod
+    It has no state: the base layer's tensors are parameters or submodules of `layer`.
+    """
+
     def read(self, linear: nn.Linear) -> Tensor:
         """W (d_out, d_in) of a layer that is to be adapted. Raises TypeError for one of another kind."""
-
-    @abstractmethod
-    def attach(self, layer: AdaptedLinear, linear: nn.Linear) -> None:
-        """Puts the frozen `linear` below `layer`."""
-
-    @abstractmethod
-    def weight(self, layer: AdaptedLinear) -> Tensor:
-        """W (d_out, d_in), as it is now."""
-
-    @abstractmethod
-    def bias(self, layer: AdaptedLinear) -> nn.Parameter | None:
-        """b (d_out,)."""
-
-    @abstractmethod
-    def original(self, layer: AdaptedLinear) -> nn.Linear:
-        """The layer that was adapted, with the present weight and bias."""
-
-    @abstractmethod
-    def unloaded(self, layer: AdaptedLinear, weight: Tensor) -> nn.Linear:
-        """A plain layer with W' for a weight."""
-
-    @abstractmethod
-    def merge_refusal(self, name: str) -> str | None:
-        """Why W' cannot take W's place in the layer `name`; None if it can."""
-
-    @abstractmethod
-    def load_refusal(self, layer: AdaptedLinear, state_dict: Mapping[str, Any], prefix: str) -> str | None:
-        """Why `layer` cannot load a state dict: another base weight than the one that its basis belongs to."""
-
-
-class PlainBase(BaseLayer):
-    """An nn.Linear, whose Parameters are the adapted layer's, too, under the same keys "weight" and "bias"."""
-
-    def read(self, linear: nn.Linear) -> Tensor:
         check_linear(linear, "linear")
         return linear.weight
 
     def attach(self, layer: AdaptedLinear, linear: nn.Linear) -> None:
+        """Puts the frozen `linear` below `layer`."""
         layer.__dict__["_original"] = linear.requires_grad_(False)  # not a submodule: `original()` gives it back
         others = dict(layer._parameters)
         layer._parameters.clear()  # for the weight must come first: its dtype is taken for the model's
         layer._parameters.update({"weight": linear._parameters["weight"], "bias": linear.bias, **others})
 
     def weight(self, layer: AdaptedLinear) -> Tensor:
+        """W, as it is now."""
         weight = layer._parameters["weight"]
         assert weight is not None
         return weight
@@ -76,20 +45,24 @@ class PlainBase(BaseLayer):
         return layer._parameters["bias"]
 
     def original(self, layer: AdaptedLinear) -> nn.Linear:
+        """The layer that was adapted, with the present weight and bias."""
         linear: nn.Linear = layer.__dict__["_original"]
         linear._parameters.update(weight=layer._parameters["weight"], bias=layer._parameters["bias"])
         return linear.train(layer.training)
 
     def unloaded(self, layer: AdaptedLinear, weight: Tensor) -> nn.Linear:
+        """A plain layer with W' for a weight."""
         linear = self.original(layer)
         # a new Parameter: the old one may be in use elsewhere, e.g. in a copy of the base model
         linear.weight = nn.Parameter(weight, requires_grad=False)
         return linear
 
     def merge_refusal(self, name: str) -> str | None:
+        """Why W' cannot take W's place in the layer `name`; None if it can."""
         return None
 
     def load_refusal(self, layer: AdaptedLinear, state_dict: Mapping[str, Any], prefix: str) -> str | None:
+        """Why `layer` cannot load a state dict: another base weight than the one that its basis belongs to."""
         loaded, W = state_dict.get(f"{prefix}weight"), layer.base_weight
         if loaded is None or loaded.shape != W.shape or {f"{prefix}U", f"{prefix}V"} <= state_dict.keys():
             return None  # load_state_dict itself refuses another shape
