@@ -44,7 +44,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = self.base_layer.in_features, self.base_layer.out_features
         self.ssvd_adapter = nn.ModuleDict()
         self.merged_adapters: list[str] = []
-        self._running: list[PeftAdapter] = []  # what the forward applies: active, not disabled, not merged
+        self.running: list[PeftAdapter] = []  # what the forward applies: active, not disabled, not merged
         self._unmerged: Tensor | None = None  # W, while the base layer's weight is W'
 
     def update_layer(self, adapter_name: str, config: SSVDConfig, inference_mode: bool = False) -> None:
@@ -70,9 +70,9 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         """After any change of what is active, disabled or merged."""
         off = self.disable_adapters or self.merged
         names = [] if off else [name for name in self.active_adapters if name in self.ssvd_adapter]
-        self._running = [self.ssvd_adapter[name] for name in names]  # type: ignore[misc]
+        self.running = [self.ssvd_adapter[name] for name in names]  # type: ignore[misc]
         for adapter in self._adapters():
-            adapter.idle = not any(adapter is each for each in self._running)
+            adapter.idle = not any(adapter is each for each in self.running)
             if adapter.idle:
                 adapter.forget()  # a composed weight each
 
@@ -84,7 +84,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
     @property
     def weight(self) -> Tensor:
         """The effective weight W' (d_out, d_in) in the base weight's dtype, differentiable."""
-        running = self._running
+        running = self.running
         if len(running) == 1:
             return running[0].weight
         if not running:
@@ -93,7 +93,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
             return reference.compose_ref(self.base_weight, *_sum(running))
 
     def forward(self, x: Tensor) -> Tensor:
-        running = self._running
+        running = self.running
         if len(running) == 1:
             return running[0].forward(x)
         if running:

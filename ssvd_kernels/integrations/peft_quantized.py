@@ -22,7 +22,7 @@ class SSVDPeftQuantizedLinear(SSVDPeftLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
-        for adapter in self._running:
+        for adapter in self.running:
             y = y + adapter.update(x).to(y.dtype)
         return y
 

@@ -236,7 +236,7 @@ def test_active_adapters_add_up_and_all_train():
     model = several()
     model.base_model.set_adapter(["default", "c"])
     for path, layer in layers(model).items():
-        assert_within(layer.weight.detach(), *effective(layer.base_weight, *layer.running()), path)
+        assert_within(layer.weight.detach(), *effective(layer.base_weight, *layer.running), path)
     output = references(model, run)
     assert_within(run(model).detach(), *output)
     # float64 has nothing more exact to be measured by: 1000 times its roundoff, the sums of some hundred layers

@@ -82,9 +82,9 @@ def test_before_training_the_output_is_the_quantised_models(load, kind, name, dt
 def in_plain_pytorch(layer: nn.Module, x: Tensor, dy: Tensor, base: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """y, dx and the adapters' gradients; the (y, dx) of the base layer are taken as its library makes them."""
     x, wide = x.detach().to(dtype).requires_grad_(), torch.promote_types(dtype, torch.float32)
-    values = [{k: p.detach().to(wide).requires_grad_() for k, p in a.adapter().items()} for a in layer.running()]
+    values = [{k: p.detach().to(wide).requires_grad_() for k, p in a.adapter().items()} for a in layer.running]
     added = torch.zeros((), dtype=dtype)
-    for adapter, own in zip(layer.running(), values):
+    for adapter, own in zip(layer.running, values):
         V, M, U = (factor.to(dtype) for factor in (adapter.V, core(adapter, own), adapter.U))
         added = added + x @ V @ M.mT @ U.mT
     dx, *rest = torch.autograd.grad(added, [x, *(p for own in values for p in own.values())], dy.to(dtype))
@@ -128,7 +128,7 @@ def test_modules_that_read_the_weight_train(load):
     layer = next(iter(layers(model).values()))
     W = base_weight(layer.base_layer)
     for weight in (layer.weight, W + layer.get_delta_weight("default")):
-        assert_within(weight.detach(), *effective(W, *layer.running()))
+        assert_within(weight.detach(), *effective(W, *layer.running))
     with model.disable_adapter():
         assert torch.equal(layer.weight, W)
 
@@ -299,7 +299,7 @@ def test_merge_and_unload_leaves_a_plain_model(load, tmp_path, prepared):
     base = load(dtype=torch.bfloat16)
     model = adapted(peft.prepare_model_for_kbit_training(base) if prepared else base).eval()
     dtype = model.get_base_model().dtype
-    expected = {n: effective(m.base_weight, *m.running(), dtype=dtype) for n, m in layers(model).items()}
+    expected = {n: effective(m.base_weight, *m.running, dtype=dtype) for n, m in layers(model).items()}
     output = references(model, run)
     merged = model.merge_and_unload()
     assert not any(map(is_quantized, merged.modules())) and not layers(merged)
