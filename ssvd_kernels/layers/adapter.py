@@ -16,7 +16,7 @@ from ..config import Config
 from ..ops import reference
 from ..utils.fsdp import assign, gathered, is_sharded
 from .caching import LayerCache
-from .running import unseen_by_checkpoints
+from .running import structure, unseen_by_checkpoints
 
 Factors = tuple[Tensor, Tensor, Tensor]  # U (d_out, r), V (d_in, r), core (r, r)
 
@@ -215,6 +215,7 @@ class Adapter(nn.Module, ABC):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
         self.forget()
+        structure.changed()  # roots batch their layers by dtype and device
         super()._apply(fn, recurse)
         return self
 

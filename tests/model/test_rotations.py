@@ -13,6 +13,7 @@ from speech_models import adapted, inputs, loss_gradients, loss_of, run
 from torch import nn
 
 import ssvd_kernels as sk
+from ssvd_kernels.model.rotations import _batches
 
 
 def _fused_step(model: nn.Module) -> None:
@@ -139,3 +140,14 @@ def test_functional_call_uses_the_parameters_it_is_given():
         model.load_state_dict({**model.state_dict(), **other})
         assert_within(ours, *references(model, run))
         assert relative_error(unchanged, run(model)) > 1e-3
+
+
+def test_layers_are_batched_anew_where_a_model_is_moved_or_a_layer_is_cast():
+    model = nn.Sequential(nn.Linear(64, 60), nn.Linear(60, 64))
+    sk.inject(model, sk.SSVDConfig(rank=20), progress=False)
+    model[1] = sk.SSVDLinear.from_linear(model[1].original(), sk.SSVDConfig(rank=18))
+    model(torch.ones(3, 64)).sum().backward()  # both in one batch, padded
+    model[1].double()
+    model[1](model[0](torch.ones(3, 64)).double()).sum().backward()
+    model.float()(torch.ones(3, 64)).sum().backward()
+    assert all(index.is_meta for batch in _batches(model.to("meta")) for index in batch.places)
