@@ -57,7 +57,8 @@ class _Structure:
 
 
 class _Thread(threading.local):
-    forward: Forward | None = None
+    def __init__(self) -> None:  # in each thread: torch.compile guards on which attributes there are
+        self.forward: Forward | None = None
 
 
 thread, structure = _Thread(), _Structure()
