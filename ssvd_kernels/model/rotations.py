@@ -132,18 +132,29 @@ class _Batch:
 
 def _batches(root: nn.Module) -> list[_Batch]:
     """The layers whose cores a forward needs, those of one kind together, in batches of about MAX_BYTES at most."""
+    if torch.compiler.is_compiling():  # which would guard on what is cached here
+        return [_Batch(layers) for layers in _grouped(_active(_layers(root)))]
     state: _Root = root.__dict__["_ssvd_root"]
     if state.owner is not root or state.structure != running.structure.number:
-        state = _Root([], root, running.structure.number, [m for m in _walk(root, set()) if isinstance(m, SSVDAdapter)])
+        state = _Root([], root, running.structure.number, _layers(root))
         if root.__dict__["_ssvd_root"].owner in (None, root):
             state.trainable_before = root.__dict__["_ssvd_root"].trainable_before
             root.__dict__["_ssvd_root"] = state
-    active = [each for each in state.layers if not each.idle and each._parameters["theta"].__class__ is nn.Parameter]
+    active = _active(state.layers)
     if not (torch.is_grad_enabled() or root.training) and active and active[0].cache.holds(active[0]):
         return []  # in eval, where the other layers most probably have their cores cached, too
     if active != state.active:
         state.active, state.batches = active, [_Batch(layers) for layers in _grouped(active)]
     return state.batches
+
+
+def _layers(root: nn.Module) -> list[SSVDAdapter]:
+    return [module for module in _walk(root, set()) if isinstance(module, SSVDAdapter)]
+
+
+def _active(layers: list[SSVDAdapter]) -> list[SSVDAdapter]:
+    """Those whose cores a forward uses; not those of functional_call, which sees no hook of the root."""
+    return [each for each in layers if not each.idle and each._parameters["theta"].__class__ is nn.Parameter]
 
 
 def _grouped(layers: list[SSVDAdapter]) -> list[list[SSVDAdapter]]:

@@ -99,6 +99,8 @@ def composed_from(
 
 def linear_backend(device: torch.device, dtype: torch.dtype) -> str:
     """`backend_for` of the linear op, decided once for each device, dtype and forced backend."""
+    if torch.compiler.is_compiling():  # which would guard on all that is decided
+        return backend_for("linear", device, dtype)
     key = device.type, dtype, forced
     if key not in _linear_backends:
         _linear_backends[key] = backend_for("linear", device, dtype)
@@ -108,6 +110,8 @@ def linear_backend(device: torch.device, dtype: torch.dtype) -> str:
 def linear_mode(dtype: torch.dtype, T: int, weight: Tensor, k: int, mode: str, backward: bool, backend: str) -> str:
     """ "composed" or "factored", by `composed_from`, decided once for each kind of call."""
     key = dtype, weight.shape, k, mode, backward, backend
+    if torch.compiler.is_compiling():
+        return "composed" if T >= composed_from(*key) else "factored"
     if key not in _thresholds:
         _thresholds[key] = composed_from(*key)
     return "composed" if T >= _thresholds[key] else "factored"
