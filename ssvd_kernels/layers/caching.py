@@ -87,7 +87,7 @@ class LayerCache:
             return None
         if dtype.itemsize < 4 or torch.is_autocast_enabled(device.type) or not self.serves(adapter):
             return None
-        if dispatch.linear_backend(device, dtype) != "reference":
+        if dispatch.backend_for("linear", device, dtype) != "reference":
             return None
         made = self._current(adapter)
         weight = self._composed(adapter, made)

@@ -61,8 +61,10 @@ class SSVDLinearFunction(torch.autograd.Function):
                 y, z, composed = OPS[backend].ssvd_linear_fwd(x, weight, U, V, core, bias, mode, need_z)
         else:
             y, z, composed = OPS[backend].ssvd_linear_fwd(x, weight, U, V, core, bias, mode, need_z)
+        if z is not None and z.ndim != 2:
+            z = z.reshape(-1, z.shape[-1])
         ctx.save_for_backward(z, weight, U, V, core, composed)
-        ctx.backend, ctx.bias_dtype = backend, None if bias is None else bias.dtype
+        ctx.backend, ctx.bias = backend, bias
         return y
 
     @staticmethod
@@ -73,14 +75,17 @@ class SSVDLinearFunction(torch.autograd.Function):
                 "whose transforms compute them by plain PyTorch"
             )
         z, weight, U, V, core, composed = ctx.saved_tensors
-        need_dx, need_dbias = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
-        arguments = dy, z, weight, U, V, core, composed, need_dx
-        if torch.is_autocast_enabled(dy.device.type):
+        needed = ctx.needs_input_grad
+        rows = dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])
+        arguments = rows, z, weight, U, V, core, composed, needed[0]
+        if torch._C._is_any_autocast_enabled():
             with torch.autocast(dy.device.type, enabled=False):
                 dx, dcore = OPS[ctx.backend].ssvd_linear_bwd(*arguments)
         else:
             dx, dcore = OPS[ctx.backend].ssvd_linear_bwd(*arguments)
-        dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if need_dbias else None
+        if dx is not None and dy.ndim != 2:
+            dx = dx.view(*dy.shape[:-1], dx.shape[1])
+        dbias = rows.sum(0).to(ctx.bias.dtype) if needed[5] else None
         return dx, None, None, None, dcore, dbias, None, None, None, None
 
 

@@ -6,6 +6,7 @@ A fallback changes speed, never mathematics. A backend forced by SSVD_BACKEND or
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterator
@@ -24,8 +25,6 @@ BACKENDS = ("auto", "reference", "ext", "triton")
 MODES = ("auto", "composed", "factored")
 _HALF = (torch.float16, torch.bfloat16)
 forced = os.environ.get("SSVD_BACKEND", "auto")
-_linear_backends: dict[tuple, str] = {}
-_thresholds: dict[tuple, float] = {}
 
 
 @contextmanager
@@ -97,24 +96,13 @@ def composed_from(
     return float(ends[1])
 
 
-def linear_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """`backend_for` of the linear op, decided once for each device, dtype and forced backend."""
-    if torch.compiler.is_compiling():  # which would guard on all that is decided
-        return backend_for("linear", device, dtype)
-    key = device.type, dtype, forced
-    if key not in _linear_backends:
-        _linear_backends[key] = backend_for("linear", device, dtype)
-    return _linear_backends[key]
-
-
-def linear_mode(dtype: torch.dtype, T: int, weight: Tensor, k: int, mode: str, backward: bool, backend: str) -> str:
-    """ "composed" or "factored", by `composed_from`, decided once for each kind of call."""
-    key = dtype, weight.shape, k, mode, backward, backend
-    if torch.compiler.is_compiling():
-        return "composed" if T >= composed_from(*key) else "factored"
-    if key not in _thresholds:
-        _thresholds[key] = composed_from(*key)
-    return "composed" if T >= _thresholds[key] else "factored"
+@functools.cache
+def linear_call(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], k: int, mode: str, backward: bool, forced: str
+) -> tuple[str, float]:
+    """Backend of a call of the linear op, and the elements of x from which it is composed; see `composed_from`."""
+    backend = backend_for("linear", device, dtype)
+    return backend, composed_from(dtype, shape, k, mode, backward, backend) * shape[1]
 
 
 def cayley_delta(theta: Tensor, k: int) -> Tensor:

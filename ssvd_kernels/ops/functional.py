@@ -136,21 +136,22 @@ def linear(
 
     operands: caches U and V as the Triton kernels read them.
     """
-    dtype, device = x.dtype, x.device
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
-    elif weight is not None and dtype != weight.dtype:
-        raise ValueError(f"without autocast `weight` must have the dtype of `x` ({dtype}), got {weight.dtype}")
-    need_z = core.requires_grad and torch.is_grad_enabled()
-    backend = "reference" if weight is None else dispatch.linear_backend(device, dtype)
-    chosen = "factored"
+    compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
+    dtype, need_z, backend, chosen = x.dtype, grad and core.requires_grad, "reference", "factored"
+    if compiling or torch._C._is_any_autocast_enabled():
+        dtype = compute_dtype(x)
     if weight is not None:
-        backward = need_z or (x.requires_grad and torch.is_grad_enabled())
-        chosen = dispatch.linear_mode(dtype, x.numel() // x.shape[-1], weight, core.shape[0], mode, backward, backend)
+        if dtype != weight.dtype and dtype == x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"without autocast `weight` must have the dtype of `x` ({dtype}), got {weight.dtype}")
+        call = dispatch.linear_call.__wrapped__ if compiling else dispatch.linear_call
+        backward = need_z or (grad and x.requires_grad)
+        backend, elements = call(x.device, dtype, weight.shape, core.shape[0], mode, backward, dispatch.forced)
+        if x.numel() >= elements:
+            chosen = "composed"
     if dispatch.transforming():
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return reference.ssvd_linear_ref(x.to(dtype), weight, U, V, core, bias, chosen)
-    if torch.compiler.is_compiling():
+    if compiling:
         return SSVDLinearFunction.apply(x, weight, U, V, core, bias, chosen, dtype, backend, need_z)
     if backend == "triton" and operands is not None:
         U, V = operands.operands(U, V, dtype)

@@ -166,7 +166,7 @@ def ssvd_linear_ref(
 def ssvd_linear_fwd(
     x: Tensor, weight: Tensor | None, U: Tensor, V: Tensor, core: Tensor, bias: Tensor | None, mode: str, need_z: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y, z, W'): y of `ssvd_linear_ref`; z = x V (T, k) where the backward needs it, W' where it was composed."""
+    """(y, z, W'): y of `ssvd_linear_ref`; z = x V (..., k) where the backward needs it, W' where it was composed."""
     dtype = x.dtype
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
@@ -174,17 +174,18 @@ def ssvd_linear_fwd(
         assert weight is not None
         composed = compose_operand_ref(weight, U, V, core, dtype)
         return F.linear(x, composed, bias), x @ V.to(dtype) if need_z else None, composed
-    if U.dtype != dtype:
-        U, V = U.to(dtype), V.to(dtype)
-    if core.dtype != dtype:
-        core = core.to(dtype)
+    if not dtype == U.dtype == core.dtype:
+        U, V, core = U.to(dtype), V.to(dtype), core.to(dtype)
     z = x @ V
-    q = z @ core.mT
+    q = F.linear(z, core)
     if weight is None:
-        return q @ U.mT, z if need_z else None, None
+        return F.linear(q, U), z if need_z else None, None
     y = F.linear(x, weight if weight.dtype == dtype else weight.to(dtype), bias)
     # not in place: a selective checkpoint may have cached the first product
-    total = torch.addmm(y.view(-1, y.shape[-1]), q.reshape(-1, q.shape[-1]), U.mT).view(y.shape)
+    if y.ndim == 2:
+        total = torch.addmm(y, q, U.mT)
+    else:
+        total = torch.addmm(y.view(-1, y.shape[-1]), q.view(-1, q.shape[-1]), U.mT).view_as(y)
     return total, z if need_z else None, None
 
 
@@ -198,30 +199,25 @@ def ssvd_linear_bwd(
     composed: Tensor | None,
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx = dy W' if `need_dx`, and dcore = U^T dy^T z = (dy U)^T (x V) if z is given. The rest as in the forward."""
+    """dx = dy W' if `need_dx`, and dcore = U^T dy^T z = (dy U)^T (x V) if z is given: dy (T, d_out), z (T, k)."""
     dtype, wide = dy.dtype, core.dtype
     dx = dcore = None
-    rows = dy.reshape(-1, dy.shape[-1])
-    if U.dtype != dtype:
-        U, V = U.to(dtype), V.to(dtype)
-    if core.dtype != dtype:
-        core = core.to(dtype)
+    if not dtype == U.dtype == wide:
+        U, V, core = U.to(dtype), V.to(dtype), core.to(dtype)
     if composed is not None:
         if need_dx:
             dx = dy @ composed
-        if z is not None:
-            flat = z.reshape(-1, z.shape[-1])  # the three factors in the cheaper order
-            dcore = (rows @ U).mT @ flat if rows.shape[0] < U.shape[0] else U.mT @ (rows.mT @ flat)
+        if z is not None:  # the three factors in the cheaper order
+            dcore = (dy @ U).mT @ z if dy.shape[0] < U.shape[0] else U.mT @ (dy.mT @ z)
     else:
-        dyU = rows @ U
+        dyU = dy @ U
         if need_dx:
             dq = dyU @ core
             if weight is None:
-                dx = dq @ V.mT
+                dx = F.linear(dq, V)
             else:
-                dx = rows @ (weight if weight.dtype == dtype else weight.to(dtype))
+                dx = dy @ (weight if weight.dtype == dtype else weight.to(dtype))
                 torch.addmm(dx, dq, V.mT, out=dx)
-            dx = dx.view(*dy.shape[:-1], V.shape[0])
         if z is not None:
-            dcore = dyU.mT @ z.reshape(-1, z.shape[-1])
-    return dx, dcore if dcore is None or dcore.dtype == wide else dcore.to(wide)
+            dcore = dyU.mT @ z
+    return dx, dcore if dcore is None or dtype == wide else dcore.to(wide)

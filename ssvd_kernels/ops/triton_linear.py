@@ -45,7 +45,7 @@ def ssvd_linear_bwd(
         dx, dcore = kernels().ssvd_linear_bwd(dy, z, weight, U, V, core, need_dx)
     elif need_dx and z is not None and _concatenated(dy, weight):
         dx, dyU = kernels().concat(dy, composed.mT, U, None)
-        dcore = kernels().core_grad(dyU.reshape(-1, dyU.shape[-1]), z.reshape(-1, z.shape[-1]))
+        dcore = kernels().core_grad(dyU, z)
     else:
         dx = dy @ composed if need_dx else None
         dcore = None if z is None else kernels().core_gradient(dy, z, U)

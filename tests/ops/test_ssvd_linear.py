@@ -146,10 +146,9 @@ def test_the_backward_keeps_x_v_and_a_composed_weight(mode, kept):
 
 
 def test_auto_is_factored_in_half_precision_and_the_cheaper_mode_else():
-    weight = torch.empty(1024, 1024, device="meta")
-
     def choose(dtype, T, mode="auto", k=409):
-        return dispatch.linear_mode(dtype, T, weight, k, mode, True, "reference")
+        threshold = dispatch.composed_from(dtype, (1024, 1024), k, mode, True, "reference")
+        return "composed" if T >= threshold else "factored"
 
     assert choose(torch.bfloat16, 4096) == "factored"
     assert choose(torch.bfloat16, 4096, "composed") == choose(torch.float32, 64, "composed") == "composed"

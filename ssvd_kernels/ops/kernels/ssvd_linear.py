@@ -239,25 +239,22 @@ def ssvd_linear_fwd(
 def ssvd_linear_bwd(
     dy: Tensor, z: Tensor | None, weight: Tensor, U: Tensor, V: Tensor, core: Tensor, need_dx: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx = dy W + ((dy U) core) V^T (..., d_in) if `need_dx`; dcore = (dy U)^T z (k, k) in float32 if z is given.
+    """dx = dy W + ((dy U) core) V^T (T, d_in) if `need_dx`; dcore = (dy U)^T z (k, k) in float32 if z is given.
 
-    dy (..., d_out), z (..., k) in dy's dtype; the parameters as in `ssvd_linear_fwd`.
+    dy (T, d_out), z (T, k) in dy's dtype; the parameters as in `ssvd_linear_fwd`.
     """
-    rows, k = dy.reshape(-1, dy.shape[-1]), U.shape[1]
     dx = dyU = None
     if need_dx:
-        dx, dyU = _apply(rows, weight.mT, U, core.mT, V, None, z is not None)
-        dx = dx.view(*dy.shape[:-1], dx.shape[1])
+        dx, dyU = _apply(dy, weight.mT, U, core.mT, V, None, z is not None)
     if z is None:
         return dx, None
     if dyU is None:
-        dyU = _project(rows, U) if rows.shape[0] else rows.new_empty((0, k))
-    return dx, core_grad(dyU, z.reshape(-1, k))
+        dyU = _project(dy, U) if dy.shape[0] else dy.new_empty((0, U.shape[1]))
+    return dx, core_grad(dyU, z)
 
 
 def core_gradient(dy: Tensor, z: Tensor, U: Tensor) -> Tensor:
-    """dcore = U^T dy^T z (k, k) in float32, in the cheaper order: dy (..., d_out), z (..., k), U (d_out, k)."""
-    rows, z = dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1])
-    if 0 < len(rows) < len(U):
-        return core_grad(_project(rows, U), z)
-    return U.to(torch.float32).mT @ core_grad(rows, z)
+    """dcore = U^T dy^T z (k, k) in float32, in the cheaper order: dy (T, d_out), z (T, k), U (d_out, k)."""
+    if 0 < len(dy) < len(U):
+        return core_grad(_project(dy, U), z)
+    return U.to(torch.float32).mT @ core_grad(dy, z)

@@ -84,7 +84,9 @@ def twins(case_of: Callable[[int], Results]) -> Callable[[int], tuple[Results, R
     def twin(case: Results) -> Results:
         factors = [case[name] for name in ("weight", "U", "V", "core")]
         y, z, _ = reference.ssvd_linear_fwd(case["x"], *factors, case.get("bias"), "factored", True)
-        dx, dcore = reference.ssvd_linear_bwd(case["dy"], z, *factors, None, True)
+        assert z is not None
+        dy, rows = case["dy"].reshape(-1, case["dy"].shape[-1]), z.reshape(-1, z.shape[-1])
+        dx, dcore = reference.ssvd_linear_bwd(dy, rows, *factors, None, True)
         return {"y": y, "z": z, "dx": dx, "dcore": dcore, "W'": compose_ref(*factors)}
 
     def references(draw: int) -> tuple[Results, Results]:
@@ -248,8 +250,9 @@ def test_leading_shapes_and_what_is_asked_for(lead):
     assert y.shape == (*lead, 20) and z is not None and z.shape == (*lead, 6)
     bare, nothing = ssvd_linear_fwd(x, *params, None, False)
     assert nothing is None and torch.equal(bare, y)
+    dy, z = dy.reshape(-1, 20), z.reshape(-1, 6)
     dx, dcore = ssvd_linear_bwd(dy, z, *params, True)
-    assert dx is not None and dx.shape == x.shape and dcore is not None and dcore.shape == (6, 6)
+    assert dx is not None and dx.shape == (len(dy), 24) and dcore is not None and dcore.shape == (6, 6)
     assert bool(torch.isfinite(dcore).all()) and (x.numel() > 0 or not dcore.any())
     assert ssvd_linear_bwd(dy, None, *params, False) == (None, None)
     only_dx, none = ssvd_linear_bwd(dy, None, *params, True)
