@@ -333,6 +333,7 @@ def test_mistakes_in_inspect(capsys, files, tmp_path, adapter, base, status, mes
     assert (found, out) == (status, "") and err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_new_process(files, tmp_path):
     """As a user meets it: `python -m`, no traceback, one line, the exit status."""
     command = [sys.executable, "-m", "ssvd_kernels", "merge", files.base, files.adapter, files.base]

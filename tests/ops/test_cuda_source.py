@@ -18,7 +18,8 @@ KERNELS = {f"{name}_kernel<{dtype}>" for name in ("leaf", "skew", "unskew") for 
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
-@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_compiles_without_spills(arch, tmp_path):
     # Only c10's headers are needed. The macro stands for a header that a torch without CUDA does not have.
     flags = ["-std=c++20", "-O3", "-Xptxas", "-v", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", f"-I{INCLUDE}"]

@@ -136,6 +136,7 @@ def test_forced_extension_that_is_not_there_raises(monkeypatch):
     assert dispatch._forced == "auto"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [

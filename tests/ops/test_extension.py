@@ -19,7 +19,7 @@ from ssvd_kernels.ops.reference import cayley_delta_backward_ref, skew
 
 needs_ext = pytest.mark.skipif(not extension.available(), reason=f"{extension.unavailable_reason()}")
 
-RANKS = [1, 2, 3, 16, 63, 64, 65, 97, 128, 153, 255, 256, 384]
+RANKS = [1, 2, 3, 16, 63, 64, 65, 97, 128, 153, 255, 256, pytest.param(384, marks=pytest.mark.slow)]
 BATCHES = [0, 1, 3, 8]
 DTYPES = [torch.float32, torch.float64]
 ORTHOGONAL = 5e-6  # promised of every number of G^T G - I in float32: 42 eps, for sums of up to 1024 terms
@@ -127,7 +127,7 @@ def test_gradient_is_autograds(ops, device, k):
 
 @needs_ext
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k", [2, 153, 409, 1024])
+@pytest.mark.parametrize("k", [2, 153, 409, pytest.param(1024, marks=pytest.mark.slow)])
 def test_orthogonality_and_relative_error(ops, device, k, dtype):
     orthogonality = ORTHOGONAL if dtype == torch.float32 else in_float64(k)
     unit, eye = theta_of_norm(k, 1.0), torch.eye(k, dtype=torch.float64)
@@ -273,6 +273,7 @@ def test_supports_says_what_it_refuses():
     assert extension.build_info()["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_can_be_disabled():
     code = "from ssvd_kernels.ops.extension import *; print(available(), unavailable_reason(), supports('cpu'))"
     env = {**os.environ, "SSVD_DISABLE_EXT": "1"}

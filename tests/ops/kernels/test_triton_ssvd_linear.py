@@ -268,6 +268,7 @@ def test_refusals():
     assert "meta" in str(unavailable_reason(torch.device("meta"), F32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setup", "words"),
     [
