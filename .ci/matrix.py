@@ -34,7 +34,7 @@ TESTS = ("tests/ops", "tests/layers", "tests/model", "tests/adapters", *PEFT)
 class Row:
     name: str
     python: str
-    torch: str  # what pip would be told
+    pins: str  # what pip would be told
     extras: tuple[str, ...] = EVERYTHING
     lowest: bool = False  # every direct requirement at its lower bound
 
@@ -42,7 +42,7 @@ class Row:
 ROWS = (
     Row("lowest", "3.10", "torch==2.11.0", lowest=True),
     Row("lowest-core", "3.10", "torch==2.11.0", CORE, lowest=True),
-    Row("torch-2.11", "3.12", "torch==2.11.*"),
+    Row("torch-2.11", "3.12", "torch==2.11.* numpy<2.4"),  # the interpreter of its Triton 3.6 takes no newer NumPy
     Row("torch-2.13", "3.11", "torch==2.13.*"),
     Row("torch-2.14", "3.11", "torch==2.14.*"),
     Row("newest", "3.13", "torch"),
@@ -66,8 +66,8 @@ def make(row: Row, folder: Path, log: Path) -> str | None:
         return f"Python {row.python} is not on this machine"
     lock, here, checkout = folder / "constraints.txt", folder / "bin" / "python", folder / "checkout"
     resolution = ["--resolution", "lowest-direct"] if row.lowest else []
-    (folder / "torch.txt").write_text(row.torch + "\n")
-    chosen = [*resolution, *row.extras, "--python", here, "-c", folder / "torch.txt"]
+    (folder / "pins.txt").write_text("\n".join(row.pins.split()) + "\n")
+    chosen = [*resolution, *row.extras, "--python", here, "-c", folder / "pins.txt"]
     steps: tuple[list, ...] = (
         [*UV, "venv", "-q", "--allow-existing", "--python", python.stdout.strip(), folder],
         [*UV, "pip", "compile", "-q", *chosen, "--no-annotate", "-o", lock, "pyproject.toml"],
