@@ -54,7 +54,6 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
         self.ssvd_adapter[adapter_name] = PeftAdapter(self, config, self._factorization(k))
-        structure.changed()
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _factorization(self, k: int) -> Factorization:

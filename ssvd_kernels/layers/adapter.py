@@ -50,6 +50,7 @@ class Adapter(nn.Module, ABC):
         self.cache = LayerCache()
         self.idle = False  # merged, disabled or inactive: a forward of the model does not need its update
         self.hold_basis(found)
+        structure.changed()
 
     # -- what a method defines ---------------------------------------------------------------------------------
 
@@ -221,6 +222,7 @@ class Adapter(nn.Module, ABC):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.forget()
+        structure.changed()  # assign=True may bring another dtype or device
         super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:

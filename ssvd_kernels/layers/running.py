@@ -48,7 +48,7 @@ class Values:
 
 
 class _Structure:
-    """Counts adapters that are added, removed, moved or cast: roots then look for their layers again."""
+    """Counts adapters that are made, removed, moved, cast or loaded: roots then look for their layers again."""
 
     number = 0
 

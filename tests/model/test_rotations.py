@@ -142,12 +142,17 @@ def test_functional_call_uses_the_parameters_it_is_given():
         assert relative_error(unchanged, run(model)) > 1e-3
 
 
-def test_layers_are_batched_anew_where_a_model_is_moved_or_a_layer_is_cast():
+def test_layers_are_batched_anew_where_a_model_is_changed_moved_cast_or_loaded():
     model = nn.Sequential(nn.Linear(64, 60), nn.Linear(60, 64))
     sk.inject(model, sk.SSVDConfig(rank=20), progress=False)
+    model(torch.ones(3, 64))
     model[1] = sk.SSVDLinear.from_linear(model[1].original(), sk.SSVDConfig(rank=18))
-    model(torch.ones(3, 64)).sum().backward()  # both in one batch, padded
+    model(torch.ones(3, 64)).sum().backward()
+    assert [batch.layers for batch in _batches(model)] == [[model[0], model[1]]]  # both in one, padded
     model[1].double()
     model[1](model[0](torch.ones(3, 64)).double()).sum().backward()
     model.float()(torch.ones(3, 64)).sum().backward()
-    assert all(index.is_meta for batch in _batches(model.to("meta")) for index in batch.places)
+    assert all(index.is_meta for batch in _batches(copy.deepcopy(model).to("meta")) for index in batch.places)
+    trained = {name: parameter.to("meta") for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.load_state_dict(trained, strict=False, assign=True)
+    assert all(index.is_meta for batch in _batches(model) for index in batch.places)
