@@ -64,7 +64,7 @@ class SSVDLinearFunction(torch.autograd.Function):
         if z is not None and z.ndim != 2:
             z = z.reshape(-1, z.shape[-1])
         ctx.save_for_backward(z, weight, U, V, core, composed)
-        ctx.backend, ctx.bias = backend, bias
+        ctx.backend, ctx.bias_dtype = backend, None if bias is None else bias.dtype
         return y
 
     @staticmethod
@@ -85,7 +85,7 @@ class SSVDLinearFunction(torch.autograd.Function):
             dx, dcore = OPS[ctx.backend].ssvd_linear_bwd(*arguments)
         if dx is not None and dy.ndim != 2:
             dx = dx.view(*dy.shape[:-1], dx.shape[1])
-        dbias = rows.sum(0).to(ctx.bias.dtype) if needed[5] else None
+        dbias = rows.sum(0).to(ctx.bias_dtype) if needed[5] else None
         return dx, None, None, None, dcore, dbias, None, None, None, None
 
 

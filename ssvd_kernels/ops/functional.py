@@ -141,7 +141,7 @@ def linear(
     if compiling or torch._C._is_any_autocast_enabled():
         dtype = compute_dtype(x)
     if weight is not None:
-        if dtype != weight.dtype and dtype == x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if dtype != weight.dtype and (dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type)):
             raise ValueError(f"without autocast `weight` must have the dtype of `x` ({dtype}), got {weight.dtype}")
         call = dispatch.linear_call.__wrapped__ if compiling else dispatch.linear_call
         backward = need_z or (grad and x.requires_grad)

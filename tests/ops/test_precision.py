@@ -267,3 +267,11 @@ def test_input_of_another_dtype_is_refused_without_autocast(base):
         ValueError, match=r"without autocast `weight` must have the dtype of `x` \(torch\.float32\), got torch\.\w+16"
     ):
         layer(torch.randn(3, 8))
+
+
+def test_float64_input_of_a_float32_layer_is_refused_with_autocast_too():
+    """Autocast leaves float64 as it is, so nn.Linear refuses as well."""
+    linear = nn.Linear(8, 8)
+    layer = sk.SSVDLinear.from_linear(linear, sk.SSVDConfig(rank=2))
+    with torch.autocast("cpu", BF16), pytest.raises(ValueError, match="must have the dtype of `x`"):
+        layer(torch.randn(3, 8, dtype=torch.float64))
