@@ -69,6 +69,7 @@ def _ssvd_linear_concat_kernel(
             acc, x_ptr, stride_x_t, stride_x_d, v_ptr, stride_v_k, stride_v_d,
             offs_t, mask_t, offs_r, mask_r, 0, d_in, BLOCK_K, PRECISION,
         )  # fmt: skip
+        tl.debug_barrier()  # else the compiler merges the branches where they are equal, and doubles the shared memory
         z_ptrs = z_ptr + row_t * stride_z_t + offs_r[None, :] * stride_z_k
         tl.store(z_ptrs, cast(acc, z_ptr.dtype.element_ty), mask=mask_t[:, None] & mask_r[None, :])
 

@@ -60,7 +60,7 @@ ONE_PASS: dict[str, dict[int, tuple[TileConfig, ...]]] = {
         64: (TileConfig(16, 32, 128, 4, 4), TileConfig(32, 64, 64, 4, 4), TileConfig(64, 64, 64, 4, 3)),
         128: (TileConfig(16, 32, 128, 4, 3),),
     },
-    "half_odd": {64: (TileConfig(16, 32, 32, 4, 2), TileConfig(32, 32, 32, 4, 2))},
+    "half_odd": {64: (TileConfig(16, 32, 32, 4, 2), TileConfig(32, 32, 32, 8, 2))},
     "mixed": {
         64: (TileConfig(16, 32, 64, 4, 2), TileConfig(32, 64, 64, 4, 3)),
         128: (TileConfig(16, 32, 64, 4, 2),),

@@ -37,14 +37,16 @@ def compiler() -> Iterator[ProcessPoolExecutor]:
 # -- in the process that compiles ---------------------------------------------------------------------------------
 
 
-def linear(capability: int, dtype: torch.dtype, T: int, k: int, weight: torch.dtype | None = None) -> list[Launch]:
-    """Of the factored op forward and backward, with the operands that a layer caches."""
+def linear(
+    capability: int, dtype: torch.dtype, T: int, k: int, weight: torch.dtype | None = None, mode: str = "factored"
+) -> list[Launch]:
+    """Of the op forward and backward, with the operands that a layer caches."""
     W, b = torch.zeros(D, D, dtype=weight or dtype), torch.zeros(D, dtype=weight or dtype)
     U, V = (operand(torch.zeros(D, k), dtype) for _ in range(2))
     x, core, dy = torch.zeros(T, D, dtype=dtype), torch.zeros(k, k), torch.zeros(T, D, dtype=dtype)
     leaves = x.requires_grad_(), core.requires_grad_()
     with gpu(capability) as launches:
-        y = apply_linear(x, W, U, V, core, b, "factored", dtype, "triton", True)
+        y = apply_linear(x, W, U, V, core, b, mode, dtype, "triton", True)
         torch.autograd.grad(y, leaves, dy)
     return launches
 
@@ -88,6 +90,15 @@ def test_the_linear_op_on_every_gpu(compiler, capability, dtype, weight):
             launches = compiler.submit(linear, capability, dtype, T, k, weight).result()
             assert len(launches) <= launched, launches
             assert_fit(launches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED)
+def test_the_composed_op_of_a_small_layer(compiler, capability):
+    """Its largest tiles."""
+    launches = compiler.submit(linear, capability, BF16, 32768, 100, None, "composed").result()
+    assert [launch.name for launch in launches].count("_ssvd_linear_concat_kernel") == 2
+    assert_fit(launches)
 
 
 @pytest.mark.slow
