@@ -76,7 +76,7 @@ def test_memory_columns_of_the_op():
         (("full fine-tuning", ""), weight, 0, x),
         (("naive", ""), weight + bases, z, 0),  # z core^T is only needed for a gradient of U
         (("ssvd", "factored"), weight + bases, z, 0),
-        (("ssvd", "composed"), weight + bases, z, 0),
+        (("ssvd", "composed"), weight + bases, z + 4 * D_IN * D_OUT, 0),  # W'
     ):
         found = [int(rows[key][name]) for name in ("static_bytes", "saved_bytes", "input_bytes")]
         assert found == [static, saved, kept], key
