@@ -44,13 +44,32 @@ def check_linear(module: object, name: str) -> None:
         raise TypeError(f"`{name}` must be an nn.Linear with its own weight, got {type(module).__name__}")
 
 
-def check_adaptable(module: object, name: str, origin: str = "") -> None:
-    """Raises TypeError unless `module` `is_adaptable`; `origin` follows its name in the message."""
+def check_adaptable(module: nn.Module, name: str, origin: str = "") -> None:
+    """Raises TypeError unless `module` `is_adaptable` and computes what its class does; `origin` follows its name in
+    the message."""
     if not is_adaptable(module):
         raise TypeError(
             f"`{name}`{origin} must be an nn.Linear with its own weight, or one quantised by bitsandbytes or torchao, "
             f"got {type(module).__name__}"
         )
+    if "forward" in module.__dict__ and not is_quantized(module):  # whose own forward is called
+        raise TypeError(
+            f"`{name}` has a `forward` of its own, set on the instance (by offloading, say), which an adapted layer "
+            "would not call: adapt the model first, then patch or offload it"
+        )
+
+
+def share_hooks(source: nn.Module, target: nn.Module) -> None:
+    """From now on the hooks of `source` are those of `target`, too; handles remove them from both."""
+    for name, value in source.__dict__.items():
+        if name.startswith(("_forward_hooks", "_forward_pre_hooks", "_backward", "_is_full_backward_hook")):
+            target.__dict__[name] = value
+
+
+def move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """`share_hooks`, of which `source`, which `target` calls, keeps none."""
+    share_hooks(source, target)
+    share_hooks(nn.Identity(), source)
 
 
 def base_weight(linear: nn.Linear, name: str = "linear") -> Tensor:

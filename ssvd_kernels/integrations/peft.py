@@ -22,10 +22,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..basis.linears import is_quantized
+from ..basis.linears import is_quantized, move_hooks
 from ..config import PRESETS, Rotation, Side, SSVDConfig, check_names
 from ..layers.base import AdaptedLinear
 from ..layers.quantized import forget_quantization
+from ..model.lookup import replace_modules
 from ..model.rotations import is_watched, unwatch_forwards, watch_forwards
 from ..model.targets import tied_to, weight_holders
 from ..utils.versions import conflicts
@@ -154,12 +155,18 @@ class SSVDPeftModel(BaseTuner):
             del self._holders, self._progress
 
     def _take_back(self, adapter_name: str) -> None:
-        for name, layer in list(self.model.named_modules()):
+        for layer in list(self.model.modules()):
             if isinstance(layer, SSVDPeftLinear):
                 if adapter_name in layer.ssvd_adapter:
                     del layer.ssvd_adapter[adapter_name]
                 if not layer.ssvd_adapter:
-                    self.model.set_submodule(name, layer.base_layer)
+                    self._replace({layer: layer.base_layer})
+
+    def _replace(self, replacements: dict[SSVDPeftLinear, nn.Module]) -> None:
+        replace_modules(self.model, replacements)
+        for layer, replacement in replacements.items():
+            if not layer.quantized:
+                move_hooks(layer, replacement)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         targets = peft_config.target_modules
@@ -185,7 +192,9 @@ class SSVDPeftModel(BaseTuner):
         layer = target if isinstance(target, SSVDPeftLinear) else self._new_layer(target, current_key)
         layer.update_layer(adapter_name, peft_config.ssvd(), peft_config.inference_mode)
         if layer is not target:
-            setattr(parent, target_name, layer)  # on its device already, or on "meta" until the adapter is loaded
+            replace_modules(
+                self.model, {target: layer}
+            )  # on its device already, or on "meta" until the adapter is loaded
         self._progress.update()
 
     def _new_layer(self, target: nn.Module, name: str) -> SSVDPeftLinear:
@@ -203,10 +212,17 @@ class SSVDPeftModel(BaseTuner):
             watch_forwards(model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """PEFT's own, with nothing changed if a quantised layer refuses."""
+        """PEFT's own, with nothing changed if a quantised layer refuses. Warns of active adapters left out."""
         for layer in self.model.modules():
             if isinstance(layer, SSVDPeftQuantizedLinear):
                 layer.merge(safe_merge, adapter_names)
+        left_out = [name for name in self.active_adapters if adapter_names and name not in adapter_names]
+        if left_out:
+            warnings.warn(
+                f"merged layers apply no other adapter: {', '.join(map(repr, left_out))}, active until now, is left "
+                "out until unmerge_adapter()",
+                stacklevel=2,
+            )
         super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(
@@ -219,7 +235,9 @@ class SSVDPeftModel(BaseTuner):
         quantized = [layer for layer in self.model.modules() if isinstance(layer, SSVDPeftQuantizedLinear)]
         for layer in quantized:
             layer.unloaded_dtype = getattr(self.model, "dtype", None)  # quantised layers took inputs of any dtype
+        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, SSVDPeftLinear)}
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        self._replace({layer: self.model.get_submodule(name) for name, layer in layers.items()})
         if merge and quantized:
             forget_quantization(self.model)
         if is_watched(self.model):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..layers.quantized import plain_linear
+from ..layers.quantized import plain_like
 from .peft_layer import SSVDPeftLinear
 
 
@@ -42,5 +42,5 @@ class SSVDPeftQuantizedLinear(SSVDPeftLinear):
         if names:
             # as `base_layer`, because PEFT gives the new module the weight and bias that it finds there
             weight = self._merged_weight(names, self.unloaded_dtype)
-            self.base_layer = plain_linear(weight, self.base_layer.bias).train(self.training)
+            self.base_layer = plain_like(self.base_layer, weight)
         return self.base_layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -199,9 +200,16 @@ def own_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 
 def check_not_adapted(model: nn.Module) -> None:
-    """Raises ValueError for a model that has adapted layers already."""
+    """Raises ValueError for a model that has adapted layers already, of this package or of PEFT."""
     present = own_layers(model)
     if present:
         raise ValueError(
             f"model has {len(present)} SSVD layers already, e.g. {next(iter(present))!r}: remove() them first"
         )
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    for name, module in model.named_modules():
+        if tuners is not None and isinstance(module, tuners.BaseTunerLayer):
+            raise ValueError(
+                f"{name} was adapted through PEFT, whose parameters would be frozen: unload() or merge_and_unload() "
+                "them first, or add SSVD to the PEFT model by SSVDPeftConfig"
+            )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..basis.factorize import Factorization
-from ..basis.linears import base_weight, is_bitsandbytes, is_quantized
+from ..basis.linears import base_weight, is_bitsandbytes, is_quantized, share_hooks
 from ..config import Config, SpectralFTConfig
 from .base import AdaptedLinear
 from .base_layer import OTHER_WEIGHT, REMEDY, BaseLayer
@@ -62,6 +62,13 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
+def plain_like(base: nn.Linear, weight: Tensor) -> nn.Linear:
+    """`plain_linear` with the bias, mode and hooks of `base`."""
+    linear = plain_linear(weight, base.bias).train(base.training)
+    share_hooks(base, linear)
+    return linear
+
+
 def forget_quantization(model: nn.Module) -> None:
     """After unloading: a transformers model that holds no quantised layer any more is saved as a plain one."""
     left = [name for name, module in model.named_modules() if is_quantized(module)]
@@ -102,7 +109,7 @@ class QuantizedBase(BaseLayer):
 
     def unloaded(self, layer: AdaptedLinear, weight: Tensor) -> nn.Linear:
         """A new one, and the bias in its dtype."""
-        return plain_linear(weight, layer.bias).train(layer.training)
+        return plain_like(self.original(layer), weight)
 
     def merge_refusal(self, name: str) -> str | None:
         return (

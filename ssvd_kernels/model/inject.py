@@ -12,11 +12,11 @@ from torch import nn
 
 from ..basis.batch import Plan, factorize_all
 from ..basis.factorize import Factorization, check_weight
-from ..basis.linears import base_weight, parameter_count
+from ..basis.linears import base_weight, check_adaptable, parameter_count
 from ..config import Config
 from ..layers.base import AdaptedLinear, check_not_adapted
 from ..layers.quantized import adapt, check_method
-from .lookup import check_not_ddp
+from .lookup import check_not_ddp, replace_modules
 from .planner import RankPlan
 from .rotations import watch_forwards
 from .targets import find_targets
@@ -77,6 +77,7 @@ def inject(
     else:
         plan = {name: (linear, config) for name, linear in find_targets(model, config).items()}
     for name, (linear, layer_config) in plan.items():
+        check_adaptable(linear, name)
         check_method(linear, layer_config, name)
         check_weight(base_weight(linear, name), f"{name}.weight")
         try:
@@ -97,8 +98,7 @@ def install(
     total = parameter_count(model)
     model.requires_grad_(False)
     layers = {name: make(linear, config, found[name]) for name, (linear, config) in plan.items()}
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
+    replace_modules(model, {plan[name][0]: layer for name, layer in layers.items()})
     watch_forwards(model, trainable_before)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return InjectReport(list(layers), trainable, total + trainable, list(layers.values()))

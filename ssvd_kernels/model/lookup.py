@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,6 +42,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
         return unwrapped(model.module)
     inner = model._modules.get("_orig_mod")
     return model if inner is None else unwrapped(inner)
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
+    """Puts new modules in the place of others, under every path that these are registered under."""
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[key] = replacements[child]
 
 
 def check_not_ddp(model: nn.Module) -> None:

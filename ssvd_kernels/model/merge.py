@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from ..layers.base import AdaptedLinear
 from ..layers.quantized import SSVDQuantizedLinear, forget_quantization
-from .lookup import require_layers, unsharded_layers, unwrapped
+from .lookup import replace_modules, require_layers, unsharded_layers
 from .rotations import unwatch_forwards, watched_roots
 
 
@@ -30,7 +31,7 @@ def merge(model: nn.Module, unload: bool = False, *, rounding: str = "nearest") 
         layer.unloaded_dtype = getattr(model, "dtype", None)  # transformers' models have one; quantised layers took any
     composed = {name: layer.composed_for_merge(name, rounding, unload) for name, layer in layers.items()}
     if unload:
-        _take_out(model, {name: layers[name].unloaded(weight) for name, weight in composed.items()})
+        _take_out(model, {layers[name]: layers[name].unloaded(weight) for name, weight in composed.items()})
         if quantized:
             forget_quantization(model)
         return
@@ -46,12 +47,11 @@ def unmerge(model: nn.Module) -> None:
 
 def remove(model: nn.Module) -> None:
     """Puts the original nn.Linear modules back, weights bit for bit, and makes trainable what was so before inject."""
-    _take_out(model, {name: layer.original() for name, layer in unsharded_layers(model).items()})
+    _take_out(model, {layer: layer.original() for layer in unsharded_layers(model).values()})
 
 
-def _take_out(model: nn.Module, replacements: Mapping[str, nn.Linear]) -> None:
-    for name, linear in replacements.items():
-        unwrapped(model).set_submodule(name, linear)
+def _take_out(model: nn.Module, replacements: Mapping[AdaptedLinear, nn.Linear]) -> None:
+    replace_modules(model, replacements)
     for module in list(watched_roots(model)):
         parameters = dict(module.named_parameters())
         for name in unwatch_forwards(module):

@@ -22,12 +22,14 @@ def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
     TypeError if a listed suffix matches a module that is not a linear layer.
     """
     matched, listed = _match(model, config.targets)
-    excluded = _excluded([name for name, module in matched.items() if listed or is_adaptable(module)], config.exclude)
+    wanted = set(matched.values())
+    names = [name for name, module in matched.items() if listed or is_adaptable(module)]
+    excluded = {matched[name] for name in _excluded(names, config.exclude)}
     holders = weight_holders(model)
     output_embeddings = _output_embeddings(model)
     targets: dict[str, nn.Linear] = {}
-    for name, module in matched.items():
-        if name in excluded:
+    for name, module in model.named_modules():  # each once, under its first path
+        if module not in wanted or module in excluded:
             continue
         if listed:
             check_adaptable(module, name, " (named in `targets`)")
@@ -55,8 +57,9 @@ def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
 
 
 def _match(model: nn.Module, targets: str | Sequence[str]) -> tuple[dict[str, nn.Module], bool]:
-    """(name -> module matched by `targets`, whether the user listed them by name)."""
-    modules = {name: module for name, module in model.named_modules() if name and not isinstance(module, Adapter)}
+    """(name -> module matched by `targets`, under every path; whether the user listed them by name)."""
+    paths = model.named_modules(remove_duplicate=False)
+    modules = {name: module for name, module in paths if name and not isinstance(module, Adapter)}
     modules = {name: module for name, module in modules.items() if not _within_layer(model, name)}
     if targets == "all-linear":
         return modules, False
@@ -108,10 +111,12 @@ def _within_layer(model: nn.Module, name: str) -> bool:
 
 
 def weight_holders(model: nn.Module) -> dict[tuple, list[str]]:
-    """Storage of each parameter -> every name that holds it, shared modules and shared tensors included."""
+    """Storage of each parameter -> its name in every module that holds it; a module under two paths is one."""
     holders: dict[tuple, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        holders.setdefault(_storage(parameter), []).append(name)
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(_storage(parameter), []).append(f"{path}.{name}")
     return holders
 
 
