@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..basis.batch import Plan, factorize_all
 from ..basis.factorize import BASIS, SAFE_GAP, Factorization, basis_error, fingerprint, match_signs
 from ..basis.linears import base_weight, check_adaptable
-from ..layers.base import AdaptedLinear, own_layers
+from ..layers.base import AdaptedLinear, module_paths, own_layers
 from ..layers.quantized import check_method
 from ..model.inject import install
 from ..model.lookup import check_not_ddp, require_layers, unwrapped
@@ -166,7 +166,7 @@ def _change(file: AdapterFile, name: str, sketch: Tensor, basis: tuple[Tensor, .
 
 def _plan(file: AdapterFile, model: nn.Module) -> Plan:
     """What to adapt in a base model, whose layers and dtypes fit the file."""
-    modules = dict(model.named_modules())
+    modules = dict(module_paths(model, remove_duplicate=False))
     plan = {}
     for name, layer in file.layers.items():
         linear = modules.get(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -183,7 +183,13 @@ class AdaptedLinear(Adapter):
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapter]:
     """Name -> layer for every adapted layer of `model`, whatever the method."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
+    return {name: module for name, module in module_paths(model) if isinstance(module, Adapter)}
+
+
+def module_paths(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules`, by the names that modules have where torch.compile has not wrapped them."""
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
+        yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
 
 
 def own_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -207,7 +213,7 @@ def check_not_adapted(model: nn.Module) -> None:
             f"model has {len(present)} SSVD layers already, e.g. {next(iter(present))!r}: remove() them first"
         )
     tuners = sys.modules.get("peft.tuners.tuners_utils")
-    for name, module in model.named_modules():
+    for name, module in module_paths(model):
         if tuners is not None and isinstance(module, tuners.BaseTunerLayer):
             raise ValueError(
                 f"{name} was adapted through PEFT, whose parameters would be frozen: unload() or merge_and_unload() "

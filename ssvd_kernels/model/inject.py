@@ -94,6 +94,10 @@ def install(
     make: Callable[[nn.Linear, Any, Factorization], AdaptedLinear] = adapt,
 ) -> InjectReport:
     """The part of `inject` that changes the model, given the factorisations; `make` makes each layer."""
+    linears = {linear for linear, _ in plan.values()}
+    for module in model.modules():
+        if module._modules.get("_orig_mod") in linears:
+            raise ValueError("`model` has a linear layer that torch.compile wraps by itself: adapt it before compiling")
     trainable_before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     total = parameter_count(model)
     model.requires_grad_(False)

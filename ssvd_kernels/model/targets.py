@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..basis.linears import check_adaptable, is_adaptable
 from ..config import PRESETS, Config
 from ..layers.adapter import Adapter
+from ..layers.base import module_paths
 
 
 def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
@@ -28,7 +29,7 @@ def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
     holders = weight_holders(model)
     output_embeddings = _output_embeddings(model)
     targets: dict[str, nn.Linear] = {}
-    for name, module in model.named_modules():  # each once, under its first path
+    for name, module in module_paths(model):  # each once, under its first path
         if module not in wanted or module in excluded:
             continue
         if listed:
@@ -47,7 +48,7 @@ def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
             continue
         targets[name] = module
     if not targets:
-        linears = [name for name, module in model.named_modules() if is_adaptable(module)]
+        linears = [name for name, module in module_paths(model) if is_adaptable(module)]
         raise ValueError(
             f"`targets` must match an untied linear layer of {type(model).__name__}, got {_shown(config.targets)} with "
             f"exclude={_shown(config.exclude)}: the model has {len(linears)} linear layers, e.g. "
@@ -58,9 +59,9 @@ def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
 
 def _match(model: nn.Module, targets: str | Sequence[str]) -> tuple[dict[str, nn.Module], bool]:
     """(name -> module matched by `targets`, under every path; whether the user listed them by name)."""
-    paths = model.named_modules(remove_duplicate=False)
-    modules = {name: module for name, module in paths if name and not isinstance(module, Adapter)}
-    modules = {name: module for name, module in modules.items() if not _within_layer(model, name)}
+    within = {part for module in model.modules() if isinstance(module, Adapter) for part in module.modules()}
+    paths = module_paths(model, remove_duplicate=False)
+    modules = {name: module for name, module in paths if name and module not in within}
     if targets == "all-linear":
         return modules, False
     if isinstance(targets, str) and targets in PRESETS:
@@ -105,15 +106,10 @@ def _match_names(names: Sequence[str], pattern: str | Sequence[str]) -> list[str
     return [name for name in names if any(name == item or name.endswith(f".{item}") for item in pattern)]
 
 
-def _within_layer(model: nn.Module, name: str) -> bool:
-    parent = name.rpartition(".")[0]
-    return bool(parent) and isinstance(model.get_submodule(parent), Adapter)
-
-
 def weight_holders(model: nn.Module) -> dict[tuple, list[str]]:
     """Storage of each parameter -> its name in every module that holds it; a module under two paths is one."""
     holders: dict[tuple, list[str]] = {}
-    for path, module in model.named_modules():
+    for path, module in module_paths(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 holders.setdefault(_storage(parameter), []).append(f"{path}.{name}")

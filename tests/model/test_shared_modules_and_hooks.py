@@ -118,3 +118,34 @@ def test_peft_warns_of_an_active_adapter_that_is_not_merged():
     model.base_model.set_adapter(["a", "b"])
     with pytest.warns(UserWarning, match="'b', active until now, is left out"):
         model.merge_adapter(["a"])
+
+
+def _compiled_blocks(model: nn.Module) -> nn.Module:
+    model.layers = nn.Sequential(*(torch.compile(layer, backend="eager") for layer in model.layers))
+    return model
+
+
+def test_names_are_those_without_compiled_blocks(tmp_path):
+    """An adapter of a model with compiled blocks serves one without, and the other way round."""
+
+    def blocks() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Module()
+        model.layers = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)))
+        return model
+
+    plain, compiled, x = blocks(), _compiled_blocks(blocks()), torch.randn(3, 8)
+    assert inject(compiled, targets=["layers.0.0", "layers.1.0"]).modules == ["layers.0.0", "layers.1.0"]
+    train_randomly(compiled)
+    sk.save_adapter(compiled, tmp_path / "compiled.safetensors")
+    sk.load_adapter(plain, tmp_path / "compiled.safetensors", progress=False)
+    assert torch.equal(plain.layers(x), compiled.layers(x))
+    again = _compiled_blocks(blocks())
+    sk.load_adapter(again, tmp_path / "compiled.safetensors", progress=False)
+    assert torch.equal(again.layers(x), compiled.layers(x))
+
+
+def test_a_linear_layer_that_is_compiled_by_itself_is_refused():
+    model = nn.Sequential(torch.compile(nn.Linear(8, 8), backend="eager"))
+    with pytest.raises(ValueError, match="adapt it before compiling"):
+        inject(model)
