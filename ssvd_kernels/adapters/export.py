@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from ..config import check_integer
 from ..layers.adapter import Adapter
-from ..layers.base import AdaptedLinear
+from ..layers.base import AdaptedLinear, module_paths
 from ..model.lookup import unsharded_layers, unwrapped
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def to_lora(
         tensors[f"base_model.model.{name}.lora_B.weight"] = pair.B
     ranks = {name: pair.A.shape[0] for name, pair in pairs.items()}
     base = base_model_name_or_path or getattr(model, "name_or_path", None) or None
-    config = _lora_config(ranks, [name for name, _ in model.named_modules()], base)
+    config = _lora_config(ranks, [name for name, _ in module_paths(model)], base)
     with new_folder(folder) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -16,8 +16,7 @@ from ..config import SSVDConfig
 from ..layers.merging import merged_weight
 from ..layers.running import structure
 from ..layers.ssvd import SSVDAdapter
-from ..ops import reference
-from ..ops.functional import ssvd_linear
+from ..ops.functional import compose, ssvd_linear
 
 _FINGERPRINT_BYTES = 16
 
@@ -90,8 +89,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
             return running[0].weight
         if not running:
             return self.base_layer.weight if self.merged else self.base_weight
-        with torch.autocast(self.base_weight.device.type, enabled=False):
-            return reference.compose_ref(self.base_weight, *_sum(running))
+        return compose(self.base_weight, *_sum(running))
 
     def forward(self, x: Tensor) -> Tensor:
         running = self.running

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..basis.factorize import BASIS, BasisIdentity, Factorization, factorize, match_signs, sketch
 from ..basis.factorize import fingerprint as fingerprint_of
 from ..config import Config
-from ..ops import reference
+from ..ops.functional import compose
 from ..utils.fsdp import assign, gathered, is_sharded
 from .caching import LayerCache
 from .running import structure, unseen_by_checkpoints
@@ -167,8 +167,8 @@ class Adapter(nn.Module, ABC):
 
     def compose(self) -> Tensor:
         """W + U core V^T (d_out, d_in), computed in float32 at least and rounded once to the base weight's dtype."""
-        with unseen_by_checkpoints(), torch.autocast(self.sigma.device.type, enabled=False):
-            return reference.compose_ref(self.base_weight, *self.update_factors())
+        with unseen_by_checkpoints():
+            return compose(self.base_weight, *self.update_factors())
 
     def operands(self, U: Tensor, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """U and V as the Triton kernels read them in `dtype`; cached, unless FSDP2 gathers them for each use."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..basis.factorize import Factorization
 from ..config import SpectralFTConfig
-from ..ops.functional import compute_dtype
+from ..ops.functional import compute_dtype, product
 from .adapter import Factors
 from .base import AdaptedLinear
 
@@ -63,8 +63,8 @@ class SpectralFTLinear(AdaptedLinear):
         )
         with torch.autocast(U.device.type, enabled=False):
             inner, outer = sigma.unsqueeze(1) * B_in.mT, sigma.unsqueeze(1) * B_out.mT
-            P = torch.cat([U @ inner + A_out @ (B_out @ inner), A_out], dim=1)
-            return P, torch.cat([A_in, V @ outer], dim=1)
+            P = torch.cat([product(U, inner) + product(A_out, product(B_out, inner)), A_out], dim=1)
+            return P, torch.cat([A_in, product(V, outer)], dim=1)
 
     @torch.no_grad()
     def orthonormal_factors(self) -> Factors:

@@ -89,6 +89,44 @@ class SSVDLinearFunction(torch.autograd.Function):
         return dx, None, None, None, dcore, dbias, None, None, None, None
 
 
+class ProductFunction(torch.autograd.Function):
+    """a @ b of matrices or equal batches of them; the gradients are in their dtype, also under autocast."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return a @ b
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            return (
+                ProductFunction.apply(grad, b.mT) if ctx.needs_input_grad[0] else None,
+                ProductFunction.apply(a.mT, grad) if ctx.needs_input_grad[1] else None,
+            )
+
+
+class ComposeFunction(torch.autograd.Function):
+    """W' = weight + U core V^T of a frozen weight, as `reference.compose_ref`; gradients as in `ProductFunction`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, U: Tensor, V: Tensor, core: Tensor) -> Tensor:
+        ctx.save_for_backward(U, V, core)
+        return reference.compose_ref(weight, U, V, core)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        U, V, core = ctx.saved_tensors
+        _, for_U, for_V, for_core = ctx.needs_input_grad
+        with torch.autocast(grad.device.type, enabled=False):
+            grad = grad.to(core.dtype)
+            dU = grad @ (V.to(core.dtype) @ core.mT) if for_U else None
+            dV = grad.mT @ (U.to(core.dtype) @ core) if for_V else None
+            dcore = U.to(core.dtype).mT @ (grad @ V.to(core.dtype)) if for_core else None
+        return None, dU, dV, dcore
+
+
 # `apply` without what it does for functorch, which takes 25 Python calls
 apply_cayley = super(torch.autograd.Function, CayleyDeltaFunction).apply
 apply_linear = super(torch.autograd.Function, SSVDLinearFunction).apply

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from ..config import check_choice
 from . import dispatch, reference
-from .autograd import CayleyDeltaFunction, SSVDLinearFunction, apply_cayley, apply_linear
+from .autograd import (
+    CayleyDeltaFunction,
+    ComposeFunction,
+    ProductFunction,
+    SSVDLinearFunction,
+    apply_cayley,
+    apply_linear,
+)
 
 
 def cayley_delta(theta: Tensor, k: int) -> Tensor:
@@ -75,7 +82,19 @@ def core_of(kind: Kind, theta: Tensor, theta_out: Tensor | None, delta: Tensor, 
     with torch.autocast(E.device.type, enabled=False):
         if kind.rotation == "banded":
             return reference.banded_core_ref(E, delta.to(E.dtype))
-        return reference.core_ref(E, sigma.to(E.dtype), delta.to(E.dtype), kind.side, E_out)
+        return reference.core_ref(E, sigma.to(E.dtype), delta.to(E.dtype), kind.side, E_out, product)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b whose gradients autocast does not round."""
+    return a @ b if dispatch.transforming() else ProductFunction.apply(a, b)
+
+
+def compose(weight: Tensor, U: Tensor, V: Tensor, core: Tensor) -> Tensor:
+    """W' = weight + U core V^T (d_out, d_in), computed in float32 at least and rounded once to the weight's dtype."""
+    with torch.autocast(weight.device.type, enabled=False):
+        make = reference.compose_ref if dispatch.transforming() else ComposeFunction.apply
+        return make(weight, U, V, core)
 
 
 def _pad(E: Tensor, k: int) -> Tensor:

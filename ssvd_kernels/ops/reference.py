@@ -13,6 +13,8 @@ None of them uses a batched LU: on the CPU that is wrong for n > 150 with two or
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -91,7 +93,14 @@ def cayley_delta_backward_ref(grad: Tensor, E: Tensor) -> Tensor:
     return unskew(-2 * (X + Ft @ X))
 
 
-def core_ref(E: Tensor, sigma: Tensor, delta: Tensor, side: str, E_out: Tensor | None = None) -> Tensor:
+def core_ref(
+    E: Tensor,
+    sigma: Tensor,
+    delta: Tensor,
+    side: str,
+    E_out: Tensor | None = None,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+) -> Tensor:
     """core M (..., k, k) with W' = W + U M V^T, exactly zero where E and delta are; sigma and delta (..., k).
 
     input   M = diag(delta) + D E,            D = diag(sigma + delta)
@@ -106,7 +115,7 @@ def core_ref(E: Tensor, sigma: Tensor, delta: Tensor, side: str, E_out: Tensor |
         return torch.diag_embed(delta) + right
     assert E_out is not None
     left = E_out.mT
-    return torch.diag_embed(delta) + left * D.unsqueeze(-2) + right + left @ right
+    return torch.diag_embed(delta) + left * D.unsqueeze(-2) + right + product(left, right)
 
 
 def banded_core_ref(E: Tensor, delta: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from bounds import assert_within, twice
 from cases import relative_error
-from models import Stack, adapt, inject
+from models import Stack, adapt, inject, train_randomly
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
@@ -275,3 +275,36 @@ def test_float64_input_of_a_float32_layer_is_refused_with_autocast_too():
     layer = sk.SSVDLinear.from_linear(linear, sk.SSVDConfig(rank=2))
     with torch.autocast("cpu", BF16), pytest.raises(ValueError, match="must have the dtype of `x`"):
         layer(torch.randn(3, 8, dtype=torch.float64))
+
+
+SIDES = [sk.SSVDConfig(rank=6, side=side) for side in ("input", "output", "both")]
+
+
+@pytest.mark.parametrize(
+    ("config", "reads_weight"),
+    [
+        *((config, False) for config in SIDES),
+        *((config, True) for config in (*SIDES, sk.SpectralFTConfig(top=6, rank=2))),
+    ],
+    ids=str,
+)
+def test_a_backward_within_autocast_gives_the_same_gradients(config, reads_weight):
+    """What autocast computes in half precision is the forward's; the gradients of theta stay in float32."""
+    model = nn.Sequential(nn.Linear(16, 16))
+    sk.inject(model, config, progress=False)
+    train_randomly(model)
+    x = torch.randn(32, 16)
+
+    def gradients(within: bool) -> list[Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", BF16):
+            y = F.linear(x, model[0].weight) if reads_weight else model(x)
+            loss = y.float().square().mean()
+            if within:
+                loss.backward()
+        if not within:
+            loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+
+    for inside, outside in zip(gradients(True), gradients(False), strict=True):
+        assert inside.any() and torch.equal(inside, outside)
