@@ -25,7 +25,7 @@ def merged_weight(
     update: if the projection of W' - weight on U core V^T is not 1.00 +- 0.02.
     """
     check_choice("rounding", rounding, ROUNDINGS)
-    with torch.autocast(weight.device.type, enabled=False):
+    with reference.without_autocast(weight):
         merged = ROUNDINGS[rounding](weight, U, V, core, dtype or weight.dtype)
         if not bool(torch.isfinite(merged).all()):
             raise ValueError(f"merging {name} would produce NaN or infinity in {merged.dtype}: nothing was changed")

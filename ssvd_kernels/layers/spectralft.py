@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..basis.factorize import Factorization
 from ..config import SpectralFTConfig
+from ..ops import reference
 from ..ops.functional import compute_dtype, product
 from .adapter import Factors
 from .base import AdaptedLinear
@@ -61,7 +62,7 @@ class SpectralFTLinear(AdaptedLinear):
         A_out, B_out, A_in, B_in, U, sigma, V = (
             getattr(self, name).to(wide) for name in (*self.trained_names, "U", "sigma", "V")
         )
-        with torch.autocast(U.device.type, enabled=False):
+        with reference.without_autocast(U):
             inner, outer = sigma.unsqueeze(1) * B_in.mT, sigma.unsqueeze(1) * B_out.mT
             P = torch.cat([product(U, inner) + product(A_out, product(B_out, inner)), A_out], dim=1)
             return P, torch.cat([A_in, product(V, outer)], dim=1)

@@ -57,7 +57,7 @@ class SSVDLinearFunction(torch.autograd.Function):
     ) -> Tensor:
         x = x if x.dtype == dtype else x.to(dtype)
         if mode == "composed" and dtype.itemsize == 2:
-            with torch.autocast(x.device.type, enabled=False):
+            with reference.without_autocast(x):
                 y, z, composed = OPS[backend].ssvd_linear_fwd(x, weight, U, V, core, bias, mode, need_z)
         else:
             y, z, composed = OPS[backend].ssvd_linear_fwd(x, weight, U, V, core, bias, mode, need_z)
@@ -79,7 +79,7 @@ class SSVDLinearFunction(torch.autograd.Function):
         rows = dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])
         arguments = rows, z, weight, U, V, core, composed, needed[0]
         if torch._C._is_any_autocast_enabled():
-            with torch.autocast(dy.device.type, enabled=False):
+            with reference.without_autocast(dy):
                 dx, dcore = OPS[ctx.backend].ssvd_linear_bwd(*arguments)
         else:
             dx, dcore = OPS[ctx.backend].ssvd_linear_bwd(*arguments)
@@ -100,7 +100,7 @@ class ProductFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
+        with reference.without_autocast(grad):
             return (
                 ProductFunction.apply(grad, b.mT) if ctx.needs_input_grad[0] else None,
                 ProductFunction.apply(a.mT, grad) if ctx.needs_input_grad[1] else None,
@@ -119,7 +119,7 @@ class ComposeFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         U, V, core = ctx.saved_tensors
         _, for_U, for_V, for_core = ctx.needs_input_grad
-        with torch.autocast(grad.device.type, enabled=False):
+        with reference.without_autocast(grad):
             grad = grad.to(core.dtype)
             dU = grad @ (V.to(core.dtype) @ core.mT) if for_U else None
             dV = grad.mT @ (U.to(core.dtype) @ core) if for_V else None

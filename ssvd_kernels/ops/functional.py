@@ -33,7 +33,7 @@ def cayley_delta(theta: Tensor, k: int) -> Tensor:
     check_theta("theta", theta, k, "cayley")
     dtype = torch.promote_types(theta.dtype, torch.float32)
     flat = theta.to(dtype).reshape(math.prod(theta.shape[:-1]), theta.shape[-1])
-    with torch.autocast(theta.device.type, enabled=False):
+    with reference.without_autocast(theta):
         if dispatch.transforming():
             E = reference.cayley_delta_ref(flat, k)
         else:
@@ -79,7 +79,7 @@ def core_of(kind: Kind, theta: Tensor, theta_out: Tensor | None, delta: Tensor, 
     if theta_out is not None:
         assert kind.k_out is not None
         E, E_out = (_pad(each, kind.k) for each in (E, rotation_delta(theta_out, kind.k_out, kind.rotation)))
-    with torch.autocast(E.device.type, enabled=False):
+    with reference.without_autocast(E):
         if kind.rotation == "banded":
             return reference.banded_core_ref(E, delta.to(E.dtype))
         return reference.core_ref(E, sigma.to(E.dtype), delta.to(E.dtype), kind.side, E_out, product)
@@ -92,7 +92,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def compose(weight: Tensor, U: Tensor, V: Tensor, core: Tensor) -> Tensor:
     """W' = weight + U core V^T (d_out, d_in), computed in float32 at least and rounded once to the weight's dtype."""
-    with torch.autocast(weight.device.type, enabled=False):
+    with reference.without_autocast(weight):
         make = reference.compose_ref if dispatch.transforming() else ComposeFunction.apply
         return make(weight, U, V, core)
 
@@ -165,10 +165,11 @@ def linear(
         call = dispatch.linear_call.__wrapped__ if compiling else dispatch.linear_call
         backward = need_z or (grad and x.requires_grad)
         backend, elements = call(x.device, dtype, weight.shape, core.shape[0], mode, backward, dispatch.forced)
-        if x.numel() >= elements:
+        exporting = compiling and torch.compiler.is_exporting()  # maybe for any number of tokens
+        if x.numel() >= elements if not exporting else elements == 0:
             chosen = "composed"
     if dispatch.transforming():
-        with torch.autocast(x.device.type, enabled=False):
+        with reference.without_autocast(x):
             return reference.ssvd_linear_ref(x.to(dtype), weight, U, V, core, bias, chosen)
     if compiling:
         return SSVDLinearFunction.apply(x, weight, U, V, core, bias, chosen, dtype, backend, need_z)

@@ -14,10 +14,17 @@ None of them uses a batched LU: on the CPU that is wrong for n > 150 with two or
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """No autocast on the tensor's device, which need not have any ("meta")."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def skew(theta: Tensor, k: int) -> Tensor:

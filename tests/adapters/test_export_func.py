@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import pytest
@@ -54,10 +55,9 @@ def test_export_of_a_merged_model_holds_plain_linear_layers(model, strict, unloa
 
 @pytest.mark.parametrize("mode", ["composed", "factored", "auto"])
 def test_export_of_an_unmerged_model_computes_with_its_theta(model, mode):
-    """With mode="auto" for the batch that it was exported with, as that decides the mode."""
     set_mode(model, mode)
     with torch.no_grad():
-        program = exported(model, torch.randn(9, 8), **({} if mode == "auto" else ANY_BATCH)).module()
+        program = exported(model, torch.randn(9, 8), **ANY_BATCH).module()
         x = torch.randn(9 if mode == "auto" else 17, 8)
         before, _ = pair = references(model, lambda network: network(x))
         assert_within(program(x), *pair)
@@ -69,6 +69,20 @@ def test_export_of_an_unmerged_model_computes_with_its_theta(model, mode):
         assert relative_error(program(x), before) > 1e-2
     model.train()(x).sum().backward()  # the export left nothing behind
     assert model.head.theta.grad.abs().max() > 0
+
+
+def test_a_trace(model):
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        traced = torch.jit.trace(model.eval(), (torch.randn(4, 8),), check_trace=False)
+        assert_within(traced(x), *references(model, lambda net: net(x.to(next(net.parameters()).dtype))))
+
+
+def test_a_state_dict_is_assigned_to_a_model_without_values(model):
+    x = torch.randn(5, 8)
+    empty = copy.deepcopy(model).to("meta")
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(empty(x), model(x))
 
 
 def stacked(model: nn.Module) -> dict[str, Tensor]:
