@@ -44,11 +44,13 @@ def save_adapter(
     save_bases=True adds every U, sigma and V: such an adapter also loads on a rounding (fp16, bf16) of its base.
     Layers whose singular values lie too close together to recompute their basis safely are stored with it anyway,
     and a log line says so. Raises ValueError if the model has no SSVD layer or no such adapter, or if a parameter is
-    not finite, and FileNotFoundError if the folder does not exist; nothing is left half-written.
+    not finite, and FileNotFoundError if the folder does not exist; nothing is left half-written. Warns, with their
+    names, of other parameters that train (a new head, biases): they are not saved.
     A model that FSDP2 has sharded is gathered: every process must call this, the first one writes, and all return when
     it has. Otherwise nothing is sent, and whoever calls it writes; under DDP that may be the first process alone.
     """
     path, present = Path(path), require_layers(model)
+    _warn_of_others(model, present)
     sharded = any(layer.sharded for layer in present.values())
     writes = not sharded or dist.get_rank() == 0
     if writes and not path.parent.is_dir():
@@ -87,6 +89,18 @@ def save_adapter(
     finally:
         if sharded:
             dist.barrier()
+
+
+def _warn_of_others(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
+    saved = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
+    if others:
+        logger.warning(
+            "%d other parameters train and are not saved with the adapter: %s. Save them yourself, or freeze them "
+            "(requires_grad_(False))",
+            len(others),
+            ", ".join(others[:5]) + (", ..." if len(others) > 5 else ""),
+        )
 
 
 def load_adapter(

@@ -148,3 +148,14 @@ def test_compiled_model_saves_and_loads_under_its_own_names(tmp_path):
     sk.save_adapter(torch.compile(net), path)
     assert sk.load_adapter(torch.compile(base), path, progress=False) == list(sk.adapted_layers(net))
     assert_same_outputs(base, net)
+
+
+def test_parameters_that_train_beside_the_adapter_are_named(tmp_path, caplog):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    sk.inject(model, sk.SSVDConfig(rank=4, targets=["0"]), progress=False)
+    with caplog.at_level("WARNING", logger="ssvd_kernels"):
+        sk.save_adapter(model, tmp_path / "adapter.safetensors")
+        assert not caplog.text
+        model[1].requires_grad_(True)
+        sk.save_adapter(model, tmp_path / "adapter.safetensors")
+    assert "2 other parameters train and are not saved with the adapter: 1.weight, 1.bias." in caplog.text
