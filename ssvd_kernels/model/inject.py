@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..basis.batch import Plan, factorize_all
 from ..basis.factorize import Factorization, check_weight
 from ..basis.linears import base_weight, check_adaptable, parameter_count
 from ..config import Config
-from ..layers.base import AdaptedLinear, check_not_adapted
+from ..layers.adapter import Adapter
+from ..layers.base import AdaptedLinear, check_not_adapted, module_paths
 from ..layers.quantized import adapt, check_method
 from .lookup import check_not_ddp, replace_modules
 from .planner import RankPlan
@@ -24,11 +26,16 @@ from .targets import find_targets
 
 @dataclass
 class InjectReport:
-    """What `inject` did: adapted module names, and counts of trainable and of all (base + trainable) parameters."""
+    """What `inject` did: adapted module names, and counts of trainable and of all (base + trainable) parameters.
+
+    left_out: by kind ("linear layers", "convolutions", "other matrices", e.g. of experts or raw attention weights) the
+    name and size of each weight that was not adapted; no embeddings.
+    """
 
     modules: list[str]
     trainable: int
     total: int
+    left_out: dict[str, dict[str, int]] = field(repr=False, default_factory=dict)
     layers: list[AdaptedLinear] = field(repr=False, default_factory=list)
 
     def __str__(self) -> str:
@@ -38,6 +45,9 @@ class InjectReport:
             f"{len(self.modules)} layers adapted, {self.trainable:,} trainable of {self.total:,} parameters "
             f"({100 * self.trainable / self.total:.2f} %)"
         )
+        for kind, sizes in self.left_out.items():
+            share = 100 * sum(sizes.values()) / self.total
+            rows.append(f"  left out: {len(sizes)} {kind} ({share:.1f} % of the parameters), e.g. {next(iter(sizes))}")
         return "\n".join([head, *rows])
 
 
@@ -105,4 +115,21 @@ def install(
     replace_modules(model, {plan[name][0]: layer for name, layer in layers.items()})
     watch_forwards(model, trainable_before)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return InjectReport(list(layers), trainable, total + trainable, list(layers.values()))
+    return InjectReport(list(layers), trainable, total + trainable, _left_out(model), list(layers.values()))
+
+
+def _left_out(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Kind -> name -> size of every matrix that no adapted layer holds."""
+    within = (
+        part for layer in model.modules() if isinstance(layer, (Adapter, nn.Embedding)) for part in layer.modules()
+    )
+    seen = {id(parameter) for module in within for parameter in module._parameters.values()}
+    found: dict[str, dict[str, int]] = {}
+    for path, module in module_paths(model):
+        linear = isinstance(module, nn.Linear)
+        kind = "linear layers" if linear else "convolutions" if isinstance(module, _ConvNd) else "other matrices"
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.ndim > 1 and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found.setdefault(kind, {})[f"{path}.{name}".lstrip(".")] = parameter.numel()
+    return found

@@ -60,3 +60,28 @@ def test_output_is_bit_identical_before_training(name, side, dtype):
     assert_bit_identical(model, base)
     sk.remove(model)
     assert torch.equal(run(model), run(base))
+
+
+class Experts(nn.Module):
+    """Linear layers, of which one stays as it is, a convolution, raw attention weights and raw expert weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.conv = nn.Conv1d(8, 8, 3)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.up_proj = nn.Parameter(torch.randn(4, 8, 8))
+        self.linear, self.head = nn.Linear(8, 8), nn.Linear(8, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_the_report_names_what_was_left_out():
+    model = Experts()
+    report = inject(model, targets=["linear"])
+    assert report.left_out == {
+        "other matrices": {"up_proj": 4 * 64, "attention.in_proj_weight": 3 * 64},
+        "convolutions": {"conv.weight": 3 * 64},
+        "linear layers": {"attention.out_proj.weight": 64},
+    }
+    share = 100 * (4 + 3) * 64 / report.total
+    assert f"left out: 2 other matrices ({share:.1f} % of the parameters), e.g. up_proj" in str(report)
