@@ -62,6 +62,7 @@ def _on_rank_0_alone(rank: int):
     return _shared(rank, False)[0] if rank == 0 else []
 
 
+@pytest.mark.slow
 def test_opting_out_needs_no_other_rank(group):
     first, second = group.run(_on_rank_0_alone)
     assert len(first) == 6 and second == []

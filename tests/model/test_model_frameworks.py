@@ -52,6 +52,7 @@ def test_whole_model_keeps_little_more_than_the_frozen_one():
     assert kept(model, leaf=True) <= kept(base, leaf=True) + allowed
 
 
+@pytest.mark.slow
 def test_compile_fullgraph():
     torch._dynamo.reset()
     model = adapt(Stack())

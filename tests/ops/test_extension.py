@@ -142,7 +142,7 @@ def test_batch_is_not_a_batched_lu(ops, threads):
 
 
 @pytest.mark.parametrize("B", [1, 3, 8])
-@pytest.mark.parametrize("k", [16, 65, 384])
+@pytest.mark.parametrize("k", [16, 65, pytest.param(384, marks=pytest.mark.slow)])
 def test_thread_counts_agree(ops, threads, k, B):
     case = batch_of(k, B)
     theta, grad, rounded = (case[name].float() for name in ("theta", "grad", "rounded"))

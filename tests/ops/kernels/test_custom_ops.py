@@ -189,6 +189,7 @@ def test_bfloat16_is_composed_where_kernels_do_it_and_many_tokens_pay_for_it():
     assert choose(BF16, 4096, False) == choose(F16, 4096, True) == "factored"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "dtype"), [("composed", BF16), ("composed", F32), ("factored", BF16)])
 def test_compiled_graphs_call_the_kernels(mode, dtype):
     torch._dynamo.reset()
