@@ -89,7 +89,7 @@ CORE_GRAD = {
 # Batches of k x k matrices in float32, by the precision of their products (see cayley.py).
 CAYLEY = {
     "bf16x3": (TileConfig(32, 32, 32, 4, 2), TileConfig(64, 64, 32, 4, 3), TileConfig(128, 128, 32, 8, 2)),
-    "bf16x6": (TileConfig(32, 32, 32, 4, 2), TileConfig(64, 64, 32, 4, 3), TileConfig(64, 128, 32, 8, 3)),
+    "bf16x6": (TileConfig(32, 32, 32, 4, 2), TileConfig(64, 64, 32, 4, 3), TileConfig(128, 64, 32, 8, 3)),
 }
 CAYLEY_LEAF = TileConfig(64, 64, 0, 8, 1)  # the block that one program inverts by itself
 CAYLEY_PACK = TileConfig(32, 32, 0, 4, 1)
