@@ -50,11 +50,12 @@ def save_adapter(
     it has. Otherwise nothing is sent, and whoever calls it writes; under DDP that may be the first process alone.
     """
     path, present = Path(path), require_layers(model)
-    _warn_of_others(model, present)
     sharded = any(layer.sharded for layer in present.values())
     writes = not sharded or dist.get_rank() == 0
     if writes and not path.parent.is_dir():
         raise FileNotFoundError(f"`path` must be in an existing folder, got {str(path)!r}")
+    if writes:
+        _warn_of_others(model, present)
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
     unsafe = []

@@ -69,7 +69,7 @@ def share_hooks(source: nn.Module, target: nn.Module) -> None:
 def move_hooks(source: nn.Module, target: nn.Module) -> None:
     """`share_hooks`, of which `source`, which `target` calls, keeps none."""
     share_hooks(source, target)
-    share_hooks(nn.Identity(), source)
+    share_hooks(nn.Identity(), source)  # a new module's: none
 
 
 def base_weight(linear: nn.Linear, name: str = "linear") -> Tensor:

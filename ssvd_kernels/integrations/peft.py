@@ -10,7 +10,7 @@ adapter_config.json say so.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,11 +162,12 @@ class SSVDPeftModel(BaseTuner):
                 if not layer.ssvd_adapter:
                     self._replace({layer: layer.base_layer})
 
-    def _replace(self, replacements: dict[SSVDPeftLinear, nn.Module]) -> None:
+    def _replace(self, replacements: Mapping[Any, nn.Module]) -> None:
+        """With their hooks, except at quantised layers, which call their base with its hooks."""
         replace_modules(self.model, replacements)
-        for layer, replacement in replacements.items():
-            if not layer.quantized:
-                move_hooks(layer, replacement)
+        for old, new in replacements.items():
+            if not any(isinstance(module, SSVDPeftQuantizedLinear) for module in (old, new)):
+                move_hooks(old, new)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         targets = peft_config.target_modules
@@ -192,9 +193,7 @@ class SSVDPeftModel(BaseTuner):
         layer = target if isinstance(target, SSVDPeftLinear) else self._new_layer(target, current_key)
         layer.update_layer(adapter_name, peft_config.ssvd(), peft_config.inference_mode)
         if layer is not target:
-            replace_modules(
-                self.model, {target: layer}
-            )  # on its device already, or on "meta" until the adapter is loaded
+            self._replace({target: layer})  # on its device already, or on "meta" until the adapter is loaded
         self._progress.update()
 
     def _new_layer(self, target: nn.Module, name: str) -> SSVDPeftLinear:

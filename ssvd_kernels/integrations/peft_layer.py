@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters.file_format import FORMAT_VERSION, AdapterError
 from ..basis.factorize import BASIS, SAFE_GAP, SKETCH_ROWS, Factorization, factorize, match_signs
-from ..basis.linears import base_weight, check_adaptable, move_hooks
+from ..basis.linears import base_weight, check_adaptable
 from ..config import SSVDConfig
 from ..layers.merging import merged_weight
 from ..layers.running import structure
@@ -39,8 +39,6 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         check_adaptable(base_layer, name)
         self.training = base_layer.training
         self.base_layer: nn.Linear = base_layer  # type: ignore[assignment]
-        if not self.quantized:  # whose base layer is called with its hooks
-            move_hooks(base_layer, self)
         self.name = name
         self.in_features, self.out_features = self.base_layer.in_features, self.base_layer.out_features
         self.ssvd_adapter = nn.ModuleDict()

@@ -23,6 +23,8 @@ from .planner import RankPlan
 from .rotations import watch_forwards
 from .targets import find_targets
 
+KINDS = {nn.Linear: "linear layers", _ConvNd: "convolutions", nn.Module: "other matrices"}  # the first that fits
+
 
 @dataclass
 class InjectReport:
@@ -126,10 +128,12 @@ def _left_out(model: nn.Module) -> dict[str, dict[str, int]]:
     seen = {id(parameter) for module in within for parameter in module._parameters.values()}
     found: dict[str, dict[str, int]] = {}
     for path, module in module_paths(model):
-        linear = isinstance(module, nn.Linear)
-        kind = "linear layers" if linear else "convolutions" if isinstance(module, _ConvNd) else "other matrices"
+        kind = next(kind for cls, kind in KINDS.items() if isinstance(module, cls))
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.ndim > 1 and id(parameter) not in seen:
                 seen.add(id(parameter))
-                found.setdefault(kind, {})[f"{path}.{name}".lstrip(".")] = parameter.numel()
+                size = parameter.numel()
+                if isinstance(module, nn.Linear):
+                    size = module.out_features * module.in_features  # not as packed
+                found.setdefault(kind, {})[f"{path}.{name}".lstrip(".")] = size
     return found

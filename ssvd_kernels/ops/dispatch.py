@@ -100,7 +100,10 @@ def composed_from(
 def linear_call(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], k: int, mode: str, backward: bool, forced: str
 ) -> tuple[str, float]:
-    """Backend of a call of the linear op, and the elements of x from which it is composed; see `composed_from`."""
+    """Backend of a call of the linear op, and the elements of x from which it is composed; see `composed_from`.
+
+    forced: the present one, by which results are cached, too.
+    """
     backend = backend_for("linear", device, dtype)
     return backend, composed_from(dtype, shape, k, mode, backward, backend) * shape[1]
 

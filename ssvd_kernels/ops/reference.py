@@ -201,7 +201,7 @@ def ssvd_linear_fwd(
     if y.ndim == 2:
         total = torch.addmm(y, q, U.mT)
     else:
-        total = torch.addmm(y.view(-1, y.shape[-1]), q.view(-1, q.shape[-1]), U.mT).view_as(y)
+        total = torch.addmm(y.reshape(-1, y.shape[-1]), q.reshape(-1, q.shape[-1]), U.mT).view_as(y)
     return total, z if need_z else None, None
 
 

@@ -149,3 +149,16 @@ def test_a_linear_layer_that_is_compiled_by_itself_is_refused():
     model = nn.Sequential(torch.compile(nn.Linear(8, 8), backend="eager"))
     with pytest.raises(ValueError, match="adapt it before compiling"):
         inject(model)
+
+
+def test_peft_leaves_hooks_where_they_were_if_it_refuses():
+    peft = pytest.importorskip("peft")
+    from ssvd_kernels.integrations.peft import SSVDPeftConfig
+
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), torch.randn(3, 8)
+    for layer in model:
+        layer.register_forward_hook(lambda module, args, output: output + 1)
+    hooked = model(x)
+    with pytest.raises(ValueError, match="rank"):
+        peft.get_peft_model(model, SSVDPeftConfig(rank=4, target_modules=["0", "1"]))
+    assert all(type(layer) is nn.Linear for layer in model) and torch.equal(model(x), hooked)
