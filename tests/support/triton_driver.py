@@ -6,7 +6,6 @@ CPU, as nothing reads them. Only for processes of `compiling()`: in the tests' o
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import re
 import subprocess
@@ -19,14 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from kernel_cases import Case
 from processes import update_environment
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
 
-SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KB that a block may use, by compute capability
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that a block may use, by compute capability
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 UNLAUNCHED = ("empty", "new_empty", "_unsafe_view")  # operations of PyTorch without work for a GPU, besides views
 
@@ -80,7 +77,7 @@ class Driver:
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         ptx = Path(get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx")).read_text()
-        tensor_cores = "mma.sync" in ptx or "wgmma" in ptx
+        tensor_cores = any(instruction in ptx for instruction in ("mma.sync", "wgmma", "tcgen05.mma"))
 
         def launch(x: int, y: int, z: int, stream: int, spilled: int, *rest: Any) -> None:
             self.launches.append(Launch(metadata.name, (x, y, z), metadata.shared, spilled, tensor_cores))
@@ -116,32 +113,3 @@ def compiling(processes: int = 1) -> ProcessPoolExecutor:
     """Processes whose Triton compiles."""
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(processes, spawn, update_environment, ({"TRITON_INTERPRET": "0"},))
-
-
-def source(case: Case) -> ASTSource:
-    """What the launcher's arguments look like to the compiler."""
-    module, name = case.kernel.split(":")
-    kernel = getattr(importlib.import_module(f"ssvd_kernels.ops.kernels.{module}"), name)
-    signature, constants, attributes = {}, {}, {}
-    for position, arg in enumerate(kernel.arg_names):
-        if arg in case.constants or arg in case.unit:
-            signature[arg] = "constexpr"
-            constants[(position,)] = case.constants.get(arg, 1)
-            continue
-        number = "fp32" if arg in ("alpha", "beta") else "i32"
-        signature[arg] = "*" + case.pointers.get(arg, case.dtype) if arg.endswith("_ptr") else number
-        odd = case.odd or number == "fp32" or arg in ("T", "chunk")
-        if arg.endswith("_ptr") or not odd:
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes)
-
-
-def inspect(case: Case, arch: int) -> dict[str, object]:
-    """Registers, stack, shared memory and the instructions that matter, from the cubin."""
-    options = {"num_warps": case.config.warps, "num_stages": case.config.stages}
-    compiled = triton.compile(source(case), target=GPUTarget("cuda", arch, 32), options=options)
-    text = disassembled(compiled.asm["cubin"], "--dump-resource-usage", "-sass")
-    used = {name.lower(): number for name, number in resources(text).items()}
-    count = {op: len(re.findall(rf"\b{op}\b", text)) for op in ("HGMMA", "HMMA", "STL", "LDL")}
-    row = {"label": case.label, "arch": arch, "tensor_cores": case.tensor_cores, "shared": compiled.metadata.shared}
-    return {**row, **used, **count}

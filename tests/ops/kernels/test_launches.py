@@ -1,10 +1,11 @@
 """What the launchers launch, and that it fits, on GPUs that need not be here; see triton_driver.
 
-The GPU of the fast tests is the one with the least shared memory; all of them are slow tests.
+The GPU of the fast tests is one with the least shared memory; all of them, and every tile, are slow tests.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from unittest.mock import patch
@@ -18,14 +19,15 @@ from triton.runtime.errors import OutOfResources
 from triton_driver import SHARED, Launch, compiling, gpu
 
 from ssvd_kernels.ops.autograd import apply_linear
-from ssvd_kernels.ops.kernels import cayley, tile_sizes
-from ssvd_kernels.ops.kernels.tile_sizes import TileConfig
+from ssvd_kernels.ops.kernels import cayley, split_k, tile_sizes
+from ssvd_kernels.ops.kernels.tile_sizes import ONE_PASS_MAX_T, TileConfig
 from ssvd_kernels.ops.triton_linear import operand
 
 pytestmark = pytest.mark.xdist_group("launches")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 ADA, HOPPER = 89, 90
-D = 256
+MODULES = ("cayley", "compose", "linear_and_projection", "split_k", "ssvd_linear")
+NO_PRODUCT = ("_skew_kernel", "_unskew_kernel", "_cayley_leaf_kernel")
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +40,18 @@ def compiler() -> Iterator[ProcessPoolExecutor]:
 
 
 def linear(
-    capability: int, dtype: torch.dtype, T: int, k: int, weight: torch.dtype | None = None, mode: str = "factored"
+    capability: int,
+    dtype: torch.dtype,
+    T: int,
+    k: int,
+    weight: torch.dtype | None = None,
+    d: int = 256,
+    mode: str = "factored",
 ) -> list[Launch]:
     """Of the op forward and backward, with the operands that a layer caches."""
-    W, b = torch.zeros(D, D, dtype=weight or dtype), torch.zeros(D, dtype=weight or dtype)
-    U, V = (operand(torch.zeros(D, k), dtype) for _ in range(2))
-    x, core, dy = torch.zeros(T, D, dtype=dtype), torch.zeros(k, k), torch.zeros(T, D, dtype=dtype)
+    W, b = torch.zeros(d, d, dtype=weight or dtype), torch.zeros(d, dtype=weight or dtype)
+    U, V = (operand(torch.zeros(d, k), dtype) for _ in range(2))
+    x, core, dy = torch.zeros(T, d, dtype=dtype), torch.zeros(k, k), torch.zeros(T, d, dtype=dtype)
     leaves = x.requires_grad_(), core.requires_grad_()
     with gpu(capability) as launches:
         y = apply_linear(x, W, U, V, core, b, mode, dtype, "triton", True)
@@ -65,11 +73,57 @@ def rotations(capability: int, k: int, batch: int) -> list[Launch]:
     return launches
 
 
+def core_gradient(capability: int, dtype: torch.dtype, k: int) -> list[Launch]:
+    a = torch.zeros(16, k, dtype=dtype)
+    with gpu(capability) as launches:
+        split_k.core_grad(a, a)
+    return launches
+
+
+def with_tile(capability: int, table: str, key: str, rank: int, tile: TileConfig) -> list[Launch]:
+    """Of all that takes `tile` from its table where it is the only one there; float16 needs what bfloat16 needs."""
+    kind, odd = key.removesuffix("_odd"), key.endswith("_odd")
+    weights = {"half": [BF16], "mixed": [F32], "float32": [F32, BF16]}.get(kind, [])
+    cases = [(F32 if kind == "float32" else BF16, weight, 63 if odd else 64) for weight in weights]
+    if table == "COMPOSE" and odd and kind != "float32":  # but for these products
+        cases += [(F16, F16 if kind == "half" else F32, d) for d in (63, 64)]
+    found: list[Launch] = []
+    with patch.dict(getattr(tile_sizes, table), {key: {rank: (tile,)} if rank else (tile,)}):
+        if table == "CAYLEY":
+            torch.set_float32_matmul_precision("highest" if key == "bf16x6" else "high")
+            return rotations(capability, 128, 2)
+        for dtype, weight, d in cases:
+            if table == "CORE_GRAD":
+                found += core_gradient(capability, dtype, d)
+            elif table == "ONE_PASS":
+                for k in (rank - 3, rank):
+                    found += linear(capability, dtype, 1, k, weight, d)
+            else:
+                for mode in ("composed", "factored") if table == "LINEAR" else ("composed",):
+                    found += linear(capability, dtype, ONE_PASS_MAX_T + 1, 16, weight, d, mode)
+    return found
+
+
 # -- tests --------------------------------------------------------------------------------------------------------
 
 
+def faults(launches: list[Launch], exact: bool = False) -> list[Launch]:
+    """Kernels of ours that spill registers, or multiply without tensor cores unless `exact`."""
+    return [
+        launch
+        for launch in launches
+        if launch.grid and (launch.spilled or not (exact or launch.tensor_cores or launch.name in NO_PRODUCT))
+    ]
+
+
 def assert_fit(launches: list[Launch]) -> None:
-    assert not [launch for launch in launches if launch.spilled]
+    assert not faults(launches)
+
+
+def test_faults():
+    good = Launch("kernel", (1, 1, 1), tensor_cores=True)
+    assert not faults([good, Launch("mm"), good._replace(name="_skew_kernel", tensor_cores=False)])
+    assert faults([good._replace(spilled=8)]) and faults([good._replace(tensor_cores=False)])
 
 
 @pytest.mark.parametrize(("dtype", "T", "k"), [(BF16, 1, 8), (BF16, 256, 64), (BF16, 16, 100)])
@@ -93,15 +147,6 @@ def test_the_linear_op_on_every_gpu(compiler, capability, dtype, weight):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", SHARED)
-def test_the_composed_op_of_a_small_layer(compiler, capability):
-    """Its largest tiles."""
-    launches = compiler.submit(linear, capability, BF16, 32768, 100, None, "composed").result()
-    assert [launch.name for launch in launches].count("_ssvd_linear_concat_kernel") == 2
-    assert_fit(launches)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("k", "launched"), [(16, 6), (64, 6), (100, 13), (256, 27)])
 def test_the_cayley_transform(compiler, k, launched):
     launches = compiler.submit(rotations, HOPPER, k, 64).result()
@@ -113,3 +158,33 @@ def test_a_tile_that_needs_too_much_shared_memory_is_refused(compiler):
     with pytest.raises(OutOfResources, match="135168"):
         compiler.submit(linear_with_four_stages, ADA).result()
     assert len(compiler.submit(linear_with_four_stages, HOPPER).result()) == 3
+
+
+def every_tile() -> Iterator[tuple[str, str, int, TileConfig]]:
+    """(table, key, padded rank where the table goes by it, tile)"""
+    for table in ("LINEAR", "COMPOSE", "CORE_GRAD", "CAYLEY"):
+        for key, tiles in getattr(tile_sizes, table).items():
+            yield from ((table, key, 0, tile) for tile in tiles)
+    for key in tile_sizes.ONE_PASS:
+        for rank in (16, 32, 64, 128):
+            yield from (("ONE_PASS", key, rank, tile) for tile in tile_sizes.one_pass_tiles(key, rank))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED)
+def test_every_tile(capability):
+    """All fit, and together they are those of all kernels."""
+    bad, launched = [], set[str]()
+    with compiling(2) as processes:
+        jobs = {tile: processes.submit(with_tile, capability, *tile) for tile in every_tile()}
+        for tile, job in jobs.items():
+            try:
+                launches = job.result()
+            except OutOfResources as error:
+                bad.append((tile, error))
+                continue
+            launched |= {launch.name for launch in launches}
+            bad += [(tile, fault) for fault in faults(launches, exact=tile[1].startswith("float32"))]
+    assert not bad, "\n".join(map(str, bad))
+    modules = [importlib.import_module(f"{tile_sizes.__package__}.{name}") for name in MODULES]
+    assert launched >= {name for module in modules for name in vars(module) if name.endswith("_kernel")}
