@@ -170,10 +170,6 @@ class Adapter(nn.Module, ABC):
         with unseen_by_checkpoints():
             return compose(self.base_weight, *self.update_factors())
 
-    def operands(self, U: Tensor, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """U and V as the Triton kernels read them in `dtype`; cached, unless FSDP2 gathers them for each use."""
-        return (LayerCache() if self.sharded else self.cache).operands(U, V, dtype)
-
     def forget(self) -> None:
         """Drops what is cached between calls."""
         self.cache.forget()

@@ -52,7 +52,7 @@ class LayerCache:
 
     def __init__(self) -> None:
         self.made: Made | None = None
-        self._operands: dict[torch.dtype, tuple[tuple[Tensor, int], tuple[Tensor, int], tuple[Tensor, Tensor]]] = {}
+        self._operands: dict[tuple[str, torch.dtype], tuple[Tensor, int, Tensor]] = {}  # source, its version, operand
         self._in_graphs: list[object] = []  # what captured CUDA graphs read; `forget` leaves it
 
     def holds(self, adapter: Adapter) -> bool:
@@ -117,16 +117,16 @@ class LayerCache:
                 made.hold(weight)
         return weight
 
-    def operands(self, U: Tensor, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """U and V as the Triton kernels read them in `dtype`."""
-        found = self._operands.get(dtype)
-        sources = (U, U._version), (V, V._version)
-        if found is None or any(now is not old or n != m for (now, n), (old, m) in zip(sources, found)):
-            made = triton_linear.operand(U.detach(), dtype), triton_linear.operand(V.detach(), dtype)
-            if not capturing(made[0]):
-                self._operands[dtype] = *sources, made
+    def operand(self, name: str, source: Tensor, dtype: torch.dtype) -> Tensor:
+        """U, V or the core, whose `name` it is, as the Triton kernels read it in `dtype`."""
+        found = self._operands.get((name, dtype))
+        if found is None or found[0] is not source or found[1] != source._version:
+            make = triton_linear.core_operand if name == "core" else triton_linear.operand
+            made = make(source.detach(), dtype)
+            if not capturing(made):
+                self._operands[name, dtype] = source, source._version, made
             return made
-        if capturing(found[2][0]):
+        if capturing(found[2]):
             self._in_graphs.append(found)
         return found[2]
 

@@ -9,19 +9,27 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from ..ops.triton_linear import ALIGNMENT, core_operand
 
 if TYPE_CHECKING:
     from .ssvd import SSVDAdapter
 
 
+Cores: TypeAlias = "dict[SSVDAdapter, Tensor]"
+Batch: TypeAlias = "tuple[list[SSVDAdapter], Tensor]"  # layers and their cores (B, K, K), zero beyond a layer's rank
+
+
 class Forward(NamedTuple):
     """A root's forward that is running in this thread."""
 
-    cores: dict[SSVDAdapter, Tensor]
+    cores: Cores
+    batches: list[Batch]  # of the same cores
+    narrow: dict[tuple[SSVDAdapter, torch.dtype], Tensor]
     values: Values | None  # of the cores, where they have gradients
     caller: FrameType | None  # of the root's hooks; None while torch.compile traces
     outer: Forward | None
@@ -65,12 +73,12 @@ thread, structure = _Thread(), _Structure()
 _finished: list[weakref.ref[Values]] = []  # of all forwards that may still have a backward, the newest last
 
 
-def enter(cores: dict[SSVDAdapter, Tensor], values: Values | None, caller: FrameType | None) -> None:
+def enter(cores: Cores, batches: list[Batch], values: Values | None, caller: FrameType | None) -> None:
     """At the start of a root's forward, called with the frame that calls its hooks."""
     outer = thread.forward
     while outer is not None and outer.caller is not None and not outer.is_running():
         outer = outer.outer
-    thread.forward = Forward(cores, values, caller, outer)
+    thread.forward = Forward(cores, batches, {}, values, caller, outer)
     if values is not None:
         _finished[:] = [*(ref for ref in _finished if ref() is not None), weakref.ref(values)]
 
@@ -79,6 +87,20 @@ def leave() -> None:
     """At the end of a root's forward."""
     if thread.forward is not None:
         thread.forward = thread.forward.outer
+
+
+def narrow(layer: SSVDAdapter, core: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """`core` as the Triton kernels read it in `dtype`, if the root made it: then all of its batch are, at once."""
+    forward = thread.forward
+    if forward is None or forward.cores.get(layer) is not core:
+        return None
+    if (layer, dtype) not in forward.narrow:
+        layers, batch = next(each for each in forward.batches if layer in each[0])
+        made = core_operand(batch.detach(), dtype)
+        for place, each in enumerate(layers):
+            n = each.k + -each.k % ALIGNMENT
+            forward.narrow[each, dtype] = made[place, :n, :n]
+    return forward.narrow[layer, dtype]
 
 
 def recomputed(layer: SSVDAdapter) -> Tensor | None:

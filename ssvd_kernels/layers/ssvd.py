@@ -13,6 +13,7 @@ from ..ops.functional import Kind, core_of, flip_theta, linear, theta_length
 from . import running
 from .adapter import Adapter, Factors
 from .base import AdaptedLinear
+from .caching import LayerCache
 from .inactive import TRAINED
 
 
@@ -63,6 +64,15 @@ class SSVDAdapter(Adapter):
     def adapted(self, x: Tensor) -> Tensor:
         W, U, V, bias = self.frozen()
         return linear(x, W, U, V, self.core_for_call(), bias, self.mode, self)
+
+    def operands(self, core: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """U, V and, unless it would be made for one call alone, `core` as the Triton kernels read them in `dtype`."""
+        cache, (_, U, V, _) = LayerCache() if self.sharded else self.cache, self.frozen()  # FSDP2 gathers them anew
+        if cache.made is not None and core is cache.made.factors[-1]:
+            narrow: Tensor | None = cache.operand("core", core, dtype)
+        else:
+            narrow = None if core is None else running.narrow(self, core, dtype)
+        return cache.operand("U", U, dtype), cache.operand("V", V, dtype), narrow
 
     def update(self, x: Tensor) -> Tensor:
         """((x V) core^T) U^T (..., d_out), in x's dtype or autocast's."""

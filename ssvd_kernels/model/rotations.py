@@ -64,15 +64,17 @@ def watched_roots(model: nn.Module) -> Iterator[nn.Module]:
 def _begin_forward(root: nn.Module, args: Any) -> None:
     """Forward pre-hook of the root. A layer that runs outside of its forward makes a core of its own."""
     compiling = torch.compiler.is_compiling()
-    cores: dict[SSVDAdapter, Tensor] = {}
+    cores: running.Cores = {}
+    batches: list[running.Batch] = []
     values = running.Values() if torch.is_grad_enabled() and not compiling else None
     for batch in _batches(root):
         made = batch.cores()
         some = dict(zip(batch.layers, made.unbind() if batch.even else _Split.apply(made, batch.ranks)))
         cores |= some
+        batches.append((batch.layers, made))
         if values is not None:
             values.add(some, made)
-    running.enter(cores, values, None if compiling else sys._getframe(1))
+    running.enter(cores, batches, values, None if compiling else sys._getframe(1))
 
 
 def _end_forward(root: nn.Module, args: Any, output: Any) -> None:

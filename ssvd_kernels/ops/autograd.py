@@ -38,7 +38,7 @@ class SSVDLinearFunction(torch.autograd.Function):
     """(x, weight, U, V, core, bias) -> y = x (weight + U core V^T)^T + b in `dtype`; without `weight` the update alone.
 
     Gradients reach x, core and bias; weight, U and V are frozen. Of x it saves z = x V (T, k) alone, and in composed
-    mode W', which is freed with the graph.
+    mode W', which is freed with the graph. `narrow` is the core as the products read it, where that is made already.
     """
 
     @staticmethod
@@ -54,7 +54,10 @@ class SSVDLinearFunction(torch.autograd.Function):
         dtype: torch.dtype,
         backend: str,
         need_z: bool,
+        narrow: Tensor | None = None,
     ) -> Tensor:
+        ctx.k, ctx.core_dtype = core.shape[0], core.dtype
+        core = core if narrow is None else narrow
         x = x if x.dtype == dtype else x.to(dtype)
         if mode == "composed" and dtype.itemsize == 2:
             with reference.without_autocast(x):
@@ -85,8 +88,10 @@ class SSVDLinearFunction(torch.autograd.Function):
             dx, dcore = OPS[ctx.backend].ssvd_linear_bwd(*arguments)
         if dx is not None and dy.ndim != 2:
             dx = dx.view(*dy.shape[:-1], dx.shape[1])
+        if dcore is not None and (ctx.backend == "triton" or dcore.dtype != ctx.core_dtype):
+            dcore = dcore[: ctx.k, : ctx.k].to(ctx.core_dtype)
         dbias = rows.sum(0).to(ctx.bias_dtype) if needed[5] else None
-        return dx, None, None, None, dcore, dbias, None, None, None, None
+        return dx, None, None, None, dcore, dbias, None, None, None, None, None
 
 
 class ProductFunction(torch.autograd.Function):

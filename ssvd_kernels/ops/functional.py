@@ -138,7 +138,7 @@ def ssvd_linear(
 
 
 class Operands(Protocol):
-    def operands(self, U: Tensor, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]: ...
+    def operands(self, core: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
 
 def linear(
@@ -153,9 +153,9 @@ def linear(
 ) -> Tensor:
     """`ssvd_linear` of operands that fit; without `weight` the update ((x V) core^T) U^T alone.
 
-    operands: caches U and V as the Triton kernels read them.
+    operands: has U, V and maybe the core as the Triton kernels read them.
     """
-    compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
+    compiling, grad, narrow = torch.compiler.is_compiling(), torch.is_grad_enabled(), None
     dtype, need_z, backend, chosen = x.dtype, grad and core.requires_grad, "reference", "factored"
     if compiling or torch._C._is_any_autocast_enabled():
         dtype = compute_dtype(x)
@@ -174,8 +174,8 @@ def linear(
     if compiling:
         return SSVDLinearFunction.apply(x, weight, U, V, core, bias, chosen, dtype, backend, need_z)
     if backend == "triton" and operands is not None:
-        U, V = operands.operands(U, V, dtype)
-    return apply_linear(x, weight, U, V, core, bias, chosen, dtype, backend, need_z)
+        U, V, narrow = operands.operands(core if chosen == "factored" else None, dtype)
+    return apply_linear(x, weight, U, V, core, bias, chosen, dtype, backend, need_z, narrow)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -216,9 +216,9 @@ def ssvd_linear_bwd(
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx = dy W' if `need_dx`, and dcore = U^T dy^T z = (dy U)^T (x V) if z is given: dy (T, d_out), z (T, k)."""
-    dtype, wide = dy.dtype, core.dtype
+    dtype = dy.dtype
     dx = dcore = None
-    if not dtype == U.dtype == wide:
+    if not dtype == U.dtype == core.dtype:
         U, V, core = U.to(dtype), V.to(dtype), core.to(dtype)
     if composed is not None:
         if need_dx:
@@ -236,4 +236,4 @@ def ssvd_linear_bwd(
                 torch.addmm(dx, dq, V.mT, out=dx)
         if z is not None:
             dcore = dyU.mT @ z
-    return dx, dcore if dcore is None or dtype == wide else dcore.to(wide)
+    return dx, dcore

@@ -38,8 +38,8 @@ def ssvd_linear_bwd(
     composed: Tensor | None,
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As `reference.ssvd_linear_bwd`."""
-    k, U = core.shape[0], operand(U, dy.dtype)
+    """As `reference.ssvd_linear_bwd`; dcore may have rows and columns of zeros beyond the core's."""
+    U = operand(U, dy.dtype)
     if composed is None:
         V = operand(V, dy.dtype)
         dx, dcore = kernels().ssvd_linear_bwd(dy, z, weight, U, V, core, need_dx)
@@ -48,22 +48,28 @@ def ssvd_linear_bwd(
         dcore = kernels().core_grad(dyU, z)
     else:
         dx = dy @ composed if need_dx else None
-        dcore = None if z is None else kernels().core_gradient(dy, z, U)
-    return dx, None if dcore is None else dcore[:k, :k].to(core.dtype)
+        if z is None:
+            dcore = None
+        elif len(dy) < len(U):  # the three factors in the cheaper order
+            dcore = kernels().core_grad(dy @ U, z)
+        else:
+            dcore = U.to(torch.float32).mT @ kernels().core_grad(dy, z)
+    return dx, dcore
 
 
 def operand(basis: Tensor, dtype: torch.dtype) -> Tensor:
-    """U or V (d, k) as the kernels read it."""
-    return padded(basis.to(dtype))
+    """U or V (d, k) as the kernels read it: with columns of zeros up to a multiple of ALIGNMENT.
 
-
-def padded(matrix: Tensor) -> Tensor:
-    """`matrix` with columns of zeros up to a multiple of ALIGNMENT, which changes no product.
-
-    Rows of 409 half-precision elements, say, cannot be read in wide loads.
+    Zeros change no product, but rows of 409 half-precision elements, say, cannot be read in wide loads.
     """
-    extra = -matrix.shape[1] % ALIGNMENT
-    return F.pad(matrix, (0, extra)) if extra else matrix
+    extra = -basis.shape[1] % ALIGNMENT
+    return F.pad(basis.to(dtype), (0, extra)) if extra else basis.to(dtype)
+
+
+def core_operand(core: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cores (..., k, k) as the kernels read them, padded as U and V."""
+    extra = -core.shape[-1] % ALIGNMENT
+    return F.pad(core.to(dtype), (0, extra, 0, extra)) if extra else core.to(dtype)
 
 
 def kernels() -> Any:

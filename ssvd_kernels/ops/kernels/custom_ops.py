@@ -69,9 +69,6 @@ concat = _operator(
     "concat", launchers.concat, lambda x, composed, V, bias: (_lead(x, composed.shape[0]), _lead(x, V.shape[1]))
 )
 core_grad = _operator("core_grad", launchers.core_grad, lambda a, b: _float32(a, a.shape[1], b.shape[1]))
-core_gradient = _operator(
-    "core_gradient", launchers.core_gradient, lambda dy, z, U: _float32(dy, U.shape[1], z.shape[-1])
-)
 _linear_fwd = _operator(
     "linear_fwd",
     _forward,

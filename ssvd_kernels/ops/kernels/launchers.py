@@ -4,7 +4,7 @@ from .cayley import cayley_delta, cayley_delta_backward
 from .compose import compose
 from .linear_and_projection import concat
 from .split_k import core_grad
-from .ssvd_linear import core_gradient, ssvd_linear_bwd, ssvd_linear_fwd
+from .ssvd_linear import ssvd_linear_bwd, ssvd_linear_fwd
 
 __all__ = [
     "cayley_delta",
@@ -12,7 +12,6 @@ __all__ = [
     "compose",
     "concat",
     "core_grad",
-    "core_gradient",
     "ssvd_linear_bwd",
     "ssvd_linear_fwd",
 ]

@@ -161,15 +161,10 @@ def _ssvd_linear_one_pass_kernel(
     tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=mask_t[:, None] & mask_n[None, :])
 
 
-def _products(x: Tensor, weight: Tensor, q: Tensor | None, U: Tensor | None, bias: Tensor | None) -> Tensor:
+def _products(x: Tensor, weight: Tensor, q: Tensor, U: Tensor, bias: Tensor | None) -> Tensor:
     """[x | q] [weight | U]^T + bias in x's dtype: x (T, d_in), weight (d_out, d_in), q (T, k), U (d_out, k)."""
-    (T, d_in), d_out = x.shape, weight.shape[0]
+    (T, d_in), d_out, k = x.shape, weight.shape[0], q.shape[1]
     y = torch.empty((T, d_out), dtype=x.dtype, device=x.device)
-    k = 0
-    if q is None or U is None:
-        q, U = x, weight  # never read
-    else:
-        k = q.shape[1]
     key = table_key(x.dtype, (weight.dtype, U.dtype), aligned(x, weight, q, U))
 
     config = linear_config(key, T, d_out)
@@ -202,11 +197,6 @@ def _one_pass(
     return y, z
 
 
-def _project(x: Tensor, V: Tensor) -> Tensor:
-    """z = x V: the library's product, or ours where V would have to be copied into x's dtype first."""
-    return x @ V if V.dtype == x.dtype else _products(x, V.mT, None, None, None)
-
-
 def _apply(
     x: Tensor, weight: Tensor, V: Tensor, core: Tensor, U: Tensor, bias: Tensor | None, need_z: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -218,7 +208,7 @@ def _apply(
     config = one_pass_config(key, T, d_out, k)
     if config is not None:
         return _one_pass(x, weight, V, core, U, bias, need_z, config)
-    z = _project(x, V)
+    z = x @ V
     return _products(x, weight, z @ padded_core(core, k, x.dtype).mT, U, bias), z if need_z else None
 
 
@@ -228,8 +218,8 @@ def ssvd_linear_fwd(
     """y = x W^T + ((x V) core^T) U^T + b (..., d_out), and z = x V (..., k) if `need_z`, in x's dtype.
 
     x (..., d_in), weight (d_out, d_in), U (d_out, k), V (d_in, k), bias (d_out), core (k, k) or smaller where the last
-    columns of U and V are zero; any strides; the parameters may be float32 where x is half: their tiles are cast in the
-    kernel.
+    columns of U and V are zero; any strides. U and V have x's dtype; weight, bias and core may be float32 where x is
+    half: their tiles are cast in the kernel.
     """
     y, z = _apply(x.reshape(-1, x.shape[-1]), weight, V, core, U, bias, need_z)
     lead = x.shape[:-1]
@@ -248,13 +238,4 @@ def ssvd_linear_bwd(
         dx, dyU = _apply(dy, weight.mT, U, core.mT, V, None, z is not None)
     if z is None:
         return dx, None
-    if dyU is None:
-        dyU = _project(dy, U) if dy.shape[0] else dy.new_empty((0, U.shape[1]))
-    return dx, core_grad(dyU, z)
-
-
-def core_gradient(dy: Tensor, z: Tensor, U: Tensor) -> Tensor:
-    """dcore = U^T dy^T z (k, k) in float32, in the cheaper order: dy (T, d_out), z (T, k), U (d_out, k)."""
-    if 0 < len(dy) < len(U):
-        return core_grad(_project(dy, U), z)
-    return U.to(torch.float32).mT @ core_grad(dy, z)
+    return dx, core_grad(dy @ U if dyU is None else dyU, z)

@@ -9,17 +9,18 @@ pytest.importorskip("triton")
 import torch
 from bounds import DRAWS, assert_within, twice_of_draws
 from cases import linear_inputs, naive_linear, relative_error
-from models import assert_all_within, assert_right, passes, trained_layer
+from models import assert_all_within, assert_right, trained_layer
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
+from ssvd_kernels.layers import running
 from ssvd_kernels.ops import dispatch, reference
 from ssvd_kernels.ops.kernels import custom_ops
 from ssvd_kernels.ops.kernels.compose import compose
 from ssvd_kernels.ops.kernels.linear_and_projection import concat
-from ssvd_kernels.ops.kernels.ssvd_linear import core_gradient
+from ssvd_kernels.ops.kernels.split_k import core_grad
 from ssvd_kernels.ops.kernels.tile_sizes import LINEAR
-from ssvd_kernels.ops.triton_linear import padded
+from ssvd_kernels.ops.triton_linear import core_operand, operand
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -107,14 +108,40 @@ def test_the_padded_operands_are_made_once_and_dropped_with_the_rest():
     layer = trained_layer(D, 64, "factored", device=DEVICE, rank=K)
     x = torch.randn(5, D, device=DEVICE)
     layer(x)
-    first = layer.operands(layer.U, layer.V, F32)
+    first = layer.operands(None, F32)[:2]
     assert [tensor.shape[1] for tensor in first] == [32, 32]
     layer(x)
-    assert all(a is b for a, b in zip(layer.operands(layer.U, layer.V, F32), first))
+    assert all(a is b for a, b in zip(layer.operands(None, F32), first))
     layer.flip_basis(torch.full((K,), -1.0))
     assert layer.cache._operands == {}
-    _, V = layer.operands(layer.U, layer.V, F32)
+    _, V, _ = layer.operands(None, F32)
     assert torch.equal(V[:, :K], layer.V) and not V[:, K:].any()
+
+
+def test_the_cores_of_a_model_are_cast_and_padded_at_once(monkeypatch):
+    """Two ranks share a batch; a layer that is called outside of the model's forward casts its own core."""
+    sizes = [(D, 96), (96, 80), (80, 64)]
+    net = nn.Sequential(*(nn.Linear(*size) for size in sizes)).to(DEVICE, BF16)
+    sk.inject(net, sk.SSVDConfig(ratio=0.25))
+    for layer in net:
+        layer.mode = "factored"
+    net[0].theta.data.normal_(std=0.1)
+    net[1].delta_sigma.data.normal_(std=0.1)
+    calls: list[tuple[int, ...]] = []
+    make = running.core_operand
+    monkeypatch.setattr(running, "core_operand", lambda core, dtype: calls.append(core.shape) or make(core, dtype))
+    x = torch.randn(5, D, device=DEVICE, dtype=BF16, requires_grad=True)
+
+    def results(y: Tensor) -> list[Tensor]:
+        return [y, *torch.autograd.grad(y, [x, *(p for p in net.parameters() if p.requires_grad)], torch.ones_like(y))]
+
+    of_model = results(net(x))
+    assert calls == [(2, 24, 24), (1, 16, 16)] and [layer.k for layer in net] == [24, 20, 16]
+    alone = results(net[2](net[1](net[0](x))))
+    assert len(calls) == 2 and all(torch.equal(a, b) for a, b in zip(of_model, alone, strict=True))
+    with torch.no_grad():
+        first = net.eval()(x)
+        assert torch.equal(first, net(x)) and torch.equal(first, of_model[0]) and len(calls) == 2
 
 
 def test_padding_changes_no_shape_that_a_user_sees():
@@ -166,16 +193,20 @@ def test_large_layers_are_left_to_the_library(monkeypatch):
     monkeypatch.setattr("ssvd_kernels.ops.triton_linear.CONCAT_MAX_D", 64)
     calls = []
     monkeypatch.setattr(
-        "ssvd_kernels.ops.kernels.launchers.core_gradient", lambda *args: calls.append(1) or core_gradient(*args)
+        "ssvd_kernels.ops.kernels.launchers.core_grad", lambda *args: calls.append(args[0].shape) or core_grad(*args)
     )
+    monkeypatch.delattr("ssvd_kernels.ops.kernels.launchers.concat")
     layer = trained_layer(D, 64, "composed", BF16, DEVICE, rank=K)
-    passes(nn.Sequential(layer), torch.randn(5, D, device=DEVICE).to(BF16), torch.ones(5, 64, device=DEVICE).to(BF16))
-    assert calls == [1]
+    for T in (5, 70):  # the three factors of dcore in the cheaper order
+        assert_right(layer, Autocast, tokens=T, dtype=BF16)
+    assert set(calls) == {(5, 32), (70, 64)}
 
 
-def test_padded():
-    assert padded(torch.ones(5, 32)).shape == (5, 32)
-    assert padded(torch.ones(5, 33)).shape == (5, 48) and padded(torch.ones(5, 33)).sum() == 5 * 33
+def test_operands():
+    assert operand(torch.ones(5, 32), BF16).shape == (5, 32)
+    assert operand(torch.ones(33, 33), BF16).shape == (33, 48) and operand(torch.ones(5, 33), BF16).sum() == 5 * 33
+    assert core_operand(torch.ones(2, 33, 33), BF16).shape == (2, 48, 48)
+    assert core_operand(torch.ones(33, 33), BF16).sum() == 33 * 33
 
 
 def test_bfloat16_is_composed_where_kernels_do_it_and_many_tokens_pay_for_it():
@@ -202,7 +233,7 @@ def test_compiled_graphs_call_the_kernels(mode, dtype):
     if mode == "factored":
         assert called == expected | {"linear_fwd", "linear_bwd"}
     else:
-        assert called == expected | {"compose", *(("concat", "core_grad") if dtype == BF16 else ("core_gradient",))}
+        assert called == expected | {"compose", "core_grad"} | ({"concat"} if dtype == BF16 else set())
 
 
 def test_the_operators_are_well_formed():
@@ -217,4 +248,3 @@ def test_the_operators_are_well_formed():
     torch.library.opcheck(custom_ops.compose, (*params, F32), test_utils=checks)
     torch.library.opcheck(custom_ops.concat, (case["x"], case["weight"], case["V"], case["bias"]), test_utils=checks)
     torch.library.opcheck(custom_ops.core_grad, (z, z), test_utils=checks)
-    torch.library.opcheck(custom_ops.core_gradient, (case["dy"], z, case["U"]), test_utils=checks)

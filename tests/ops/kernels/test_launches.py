@@ -6,6 +6,7 @@ The GPU of the fast tests is one with the least shared memory; all of them, and 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from unittest.mock import patch
@@ -18,6 +19,8 @@ import torch
 from triton.runtime.errors import OutOfResources
 from triton_driver import SHARED, Launch, compiling, gpu
 
+import ssvd_kernels as sk
+from ssvd_kernels.ops import dispatch
 from ssvd_kernels.ops.autograd import apply_linear
 from ssvd_kernels.ops.kernels import cayley, split_k, tile_sizes
 from ssvd_kernels.ops.kernels.tile_sizes import ONE_PASS_MAX_T, TileConfig
@@ -56,6 +59,20 @@ def linear(
     with gpu(capability) as launches:
         y = apply_linear(x, W, U, V, core, b, mode, dtype, "triton", True)
         torch.autograd.grad(y, leaves, dy)
+    return launches
+
+
+def layers(capability: int, number: int, k: int) -> list[Launch]:
+    """Of a training step of a model of linear layers, factored; the rotations are computed by operations of PyTorch."""
+    d = 256
+    model = torch.nn.Sequential(*(torch.nn.Linear(d, d, dtype=BF16) for _ in range(number)))
+    sk.inject(model, sk.SSVDConfig(rank=k))
+    x = torch.zeros(16, d, dtype=BF16, requires_grad=True)
+    with patch.object(dispatch, "linear_call", lambda *arguments: ("triton", math.inf)), gpu(capability) as launches:
+        for _ in range(2):  # the first also makes operands of U and V
+            launches.clear()
+            model.zero_grad()
+            model(x).backward(x)
     return launches
 
 
@@ -144,6 +161,14 @@ def test_the_linear_op_on_every_gpu(compiler, capability, dtype, weight):
             launches = compiler.submit(linear, capability, dtype, T, k, weight).result()
             assert len(launches) <= launched, launches
             assert_fit(launches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [192, 200])
+def test_a_training_step(compiler, k):
+    """Launches of a further layer, whose core is cast and padded with those of the others."""
+    few, many = (compiler.submit(layers, ADA, number, k).result() for number in (2, 4))
+    assert len(many) - len(few) <= 2 * 7, [launch.name for launch in many]
 
 
 @pytest.mark.slow
