@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.quantized import plain_like
+from ..ops.functional import add_update
 from .peft_layer import SSVDPeftLinear
 
 
@@ -22,9 +23,8 @@ class SSVDPeftQuantizedLinear(SSVDPeftLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
-        for adapter in self.running:
-            y = y + adapter.update(x).to(y.dtype)
-        return y
+        updates = [adapter.update(x) for adapter in self.running]
+        return add_update(y, sum(updates[1:], updates[0])) if updates else y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raises ValueError if there is something to merge."""

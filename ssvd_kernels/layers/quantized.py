@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..basis.factorize import Factorization
 from ..basis.linears import base_weight, is_bitsandbytes, is_quantized, share_hooks
 from ..config import Config, SpectralFTConfig
+from ..ops.functional import add_update
 from .base import AdaptedLinear
 from .base_layer import OTHER_WEIGHT, REMEDY, BaseLayer
 from .spectralft import SpectralFTLinear
@@ -142,7 +143,7 @@ class SSVDQuantizedLinear(SSVDLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        return y if self.idle else y + self.update(x).to(y.dtype)
+        return y if self.idle else add_update(y, self.update(x))
 
     def frozen(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         own: dict[str, Any] = self._parameters

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..basis.factorize import Factorization
 from ..config import SpectralFTConfig
 from ..ops import reference
-from ..ops.functional import compute_dtype, product
+from ..ops.functional import add_update, compute_dtype, product
 from .adapter import Factors
 from .base import AdaptedLinear
 
@@ -80,7 +80,7 @@ class SpectralFTLinear(AdaptedLinear):
             raise ValueError(f"`mode` must be 'auto' or 'factored' for a SpectralFT layer, got {self.mode!r}")
         P, Q = self.cache.factors(self)[:2] if self.cache.serves(self) else self._low_rank()
         dtype = compute_dtype(x)
-        return F.linear(x, self.base_weight, self.bias) + F.linear(x @ Q.to(dtype), P.to(dtype))
+        return add_update(F.linear(x, self.base_weight, self.bias), F.linear(x @ Q.to(dtype), P.to(dtype)))
 
     # -- adapters ----------------------------------------------------------------------------------------------
 

@@ -94,6 +94,19 @@ class SSVDLinearFunction(torch.autograd.Function):
         return dx, None, None, None, dcore, dbias, None, None, None, None, None
 
 
+class AddUpdateFunction(torch.autograd.Function):
+    """`reference.add_update`, through which both gradients pass."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, update: Tensor) -> Tensor:
+        ctx.dtype = update.dtype
+        return reference.add_update(y, update)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return dy, dy.to(ctx.dtype)
+
+
 class ProductFunction(torch.autograd.Function):
     """a @ b of matrices or equal batches of them; the gradients are in their dtype, also under autocast."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..config import check_choice
 from . import dispatch, reference
 from .autograd import (
+    AddUpdateFunction,
     CayleyDeltaFunction,
     ComposeFunction,
     ProductFunction,
@@ -88,6 +89,11 @@ def core_of(kind: Kind, theta: Tensor, theta_out: Tensor | None, delta: Tensor, 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b whose gradients autocast does not round."""
     return a @ b if dispatch.transforming() else ProductFunction.apply(a, b)
+
+
+def add_update(y: Tensor, update: Tensor) -> Tensor:
+    """`reference.add_update`, differentiable."""
+    return y + update.to(y.dtype) if dispatch.transforming() else AddUpdateFunction.apply(y, update)
 
 
 def compose(weight: Tensor, U: Tensor, V: Tensor, core: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LATTICE = 49471, 37345  # 2^16 over the plastic number and over its square
+
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """No autocast on the tensor's device, which need not have any ("meta")."""
@@ -155,12 +157,27 @@ def compose_operand_ref(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtyp
 
 
 def round_stochastically(values: Tensor) -> Tensor:
-    """float32 (rows, cols) to bfloat16; the random bits are a fixed hash of an element's index, the same everywhere."""
-    h = torch.arange(values.numel(), device=values.device).view(values.shape)  # int64 arithmetic modulo 2^32
-    h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    bits = values.contiguous().view(torch.int32) + ((h ^ (h >> 16)) & 0xFFFF).to(torch.int32)
-    return (bits & -0x10000).view(torch.float32).to(torch.bfloat16)
+    """float32 (rows, cols) to bfloat16, up or down with probabilities that make it unbiased; Inf and NaN stay.
+
+    The noise (i LATTICE[0] + j LATTICE[1]) mod 2^16 of element (i, j) is the same everywhere, and even along every row
+    and column: the R2 sequence (Roberts, 2018), in units of the last of the 16 bits that are cut off.
+    """
+    rows, cols = (((torch.arange(n, device=values.device) * a) & 0xFFFF).int() for n, a in zip(values.shape, LATTICE))
+    noise = (rows.unsqueeze(1) + cols).bitwise_and_(0xFFFF)
+    bits = noise.add_(values.contiguous().view(torch.int32)).bitwise_and_(-0x10000)
+    return torch.where(values.isnan(), values, bits.view(torch.float32)).to(torch.bfloat16)
+
+
+def add_update(y: Tensor, update: Tensor) -> Tensor:
+    """y + update (..., d_out) in y's dtype; a sum in bfloat16 is rounded stochastically, which keeps small updates.
+
+    To nearest, 5 % of an update would arrive in the sum at ||K|| = 1e-4, and half of it at 1e-3. y itself is returned
+    bit for bit where the update is zero. Not differentiable.
+    """
+    if y.dtype != torch.bfloat16:
+        return y + update.to(y.dtype)
+    rows = y.reshape(-1, y.shape[-1])
+    return round_stochastically(rows.float() + update.reshape(rows.shape)).view(y.shape)
 
 
 def ssvd_linear_ref(
@@ -198,7 +215,9 @@ def ssvd_linear_fwd(
         return F.linear(q, U), z if need_z else None, None
     y = F.linear(x, weight if weight.dtype == dtype else weight.to(dtype), bias)
     # not in place: a selective checkpoint may have cached the first product
-    if y.ndim == 2:
+    if dtype == torch.bfloat16:
+        total = add_update(y, F.linear(q, U))
+    elif y.ndim == 2:
         total = torch.addmm(y, q, U.mT)
     else:
         total = torch.addmm(y.reshape(-1, y.shape[-1]), q.reshape(-1, q.shape[-1]), U.mT).view_as(y)

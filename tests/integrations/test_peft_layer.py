@@ -8,6 +8,7 @@ import pytest
 import torch
 from bounds import assert_within, unit_roundoff
 from cases import relative_error
+from gain import GAIN, output_gain, train
 from models import RANK, Stack, assert_all_within, counted, inject, loss_of, redrawn, references, train_randomly
 from peft_models import MODELS, adapted, base_model, config, gradients, inputs, layers, loss_gradients, peft, run
 from plain import effective
@@ -53,6 +54,21 @@ def test_outputs_and_gradients_are_those_of_this_package_s_own_injection(name, o
     ours, expected = (list(loss_gradients(network).values()) for network in (model, twin))
     assert ours and all(map(torch.equal, ours, expected)) and len(ours) == len(expected)
     assert all(grad.abs().max() > 0 for grad in ours)
+
+
+@pytest.mark.parametrize("names", [["default"], ["default", "b"]], ids=len)
+@pytest.mark.parametrize("kappa", [1e-4, 1e-2])
+def test_a_bf16_update_arrives_at_the_output(kappa, names):
+    base = nn.Linear(64, 96, dtype=torch.bfloat16)
+    model = peft.get_peft_model(nn.Sequential(copy.deepcopy(base)), config(rank=26, target_modules=["0"]))
+    model.add_adapter("b", config(rank=20, side="output", target_modules=["0"]))
+    model.base_model.set_adapter(names)
+    layer, update = model.base_model.model[0], torch.zeros(96, 64, dtype=torch.float64)
+    for seed, adapter in enumerate(layer.running):
+        train(adapter, kappa, seed)
+        U, V, core = (factor.detach().double() for factor in adapter.update_factors())
+        update += U @ core @ V.mT
+    assert len(layer.running) == len(names) and abs(output_gain(model, base, update, kappa) - 1) <= GAIN
 
 
 def test_wavlm_reads_the_weight_and_its_gradients_reach_theta():

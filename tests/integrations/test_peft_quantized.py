@@ -12,6 +12,7 @@ import pytest
 import torch
 from bounds import DRAWS, assert_within, twice_of_draws
 from cases import relative_error
+from gain import GAIN, output_gain, train
 from models import RANK, assert_all_within, assert_equal_gradients, loss_of, references, train_randomly
 from peft_models import base_model, config, gradients, in_new_process, inputs, layers, loss_gradients, peft
 from peft_models import run as run_with_gradients
@@ -77,6 +78,19 @@ def test_before_training_the_output_is_the_quantised_models(load, kind, name, dt
         model.train(training)
         assert torch.equal(run_with_gradients(model), run_with_gradients(base))
         assert torch.equal(run(model), run(base))
+
+
+@kinds
+def test_a_bf16_update_of_two_active_adapters_arrives_at_the_output(load, kind):
+    model = peft.get_peft_model(load(dtype=torch.bfloat16), config(target_modules=["up_proj"]))
+    model.add_adapter("b", config(rank=3, side="output", target_modules=["up_proj"]))
+    model.base_model.set_adapter(["default", "b"])
+    layer, update = next(iter(layers(model).values())), 0
+    for seed, adapter in enumerate(layer.running):
+        train(adapter, 1e-3, seed)
+        U, V, core = (factor.detach().double() for factor in adapter.update_factors())
+        update = update + U @ core @ V.mT
+    assert abs(output_gain(layer, layer.base_layer, update, 1e-3) - 1) <= GAIN
 
 
 def in_plain_pytorch(layer: nn.Module, x: Tensor, dy: Tensor, base: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from bounds import assert_within
 from cases import relative_error
+from gain import GAIN, output_gain, train
 from models import Encoder, assert_all_within, assert_right, passes, references
 from plain import effective
 from roundtrip import Net, assert_computes, assert_equal_state, assert_same_outputs, example, flipped, loaded, outputs
@@ -115,6 +116,17 @@ def test_output_and_gradients_against_float64(name, mode, shape, dtype):
     layer = layer_of(name, shape, dtype)
     layer.mode = mode
     assert_right(layer)
+
+
+@pytest.mark.parametrize("kappa", [1e-4, 1e-2])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_bf16_update_arrives_at_the_output(name, kappa):
+    linear = nn.Linear(64, 96, dtype=torch.bfloat16)
+    layer = adapt(copy.deepcopy(linear), METHODS[name].config)
+    before = [factor.detach().double() for factor in layer.update_factors()]
+    train(layer, kappa)
+    U, V, core = (factor.detach().double() for factor in layer.update_factors())
+    assert abs(output_gain(layer, linear, U @ core @ V.mT - before[0] @ before[2] @ before[1].mT, kappa) - 1) <= GAIN
 
 
 @pytest.mark.skipif(

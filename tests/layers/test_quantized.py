@@ -11,6 +11,7 @@ import pytest
 import torch
 from bounds import assert_within, twice
 from cases import relative_error, solved_delta
+from gain import GAIN, output_gain, train
 from models import adapt, assert_all_within, assert_equal_gradients, gradients, inject, references, train_randomly
 from plain import effective
 from quantized_nets import BITSANDBYTES, KINDS, K, X, adapted, net_of, nf4, numbers
@@ -22,6 +23,15 @@ import ssvd_kernels as sk
 from ssvd_kernels.basis.linears import base_weight, is_adaptable, is_quantized
 
 # -- the product -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kappa", [1e-4, 1e-2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bf16_update_arrives_at_the_output(kind, kappa):
+    layer = adapted(kind, torch.bfloat16).up
+    train(layer, kappa)
+    U, V, core = (factor.detach().double() for factor in layer.update_factors())
+    assert abs(output_gain(layer, layer.base, U @ core @ V.mT, kappa) - 1) <= GAIN
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

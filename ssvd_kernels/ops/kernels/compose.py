@@ -54,7 +54,7 @@ def _compose_kernel(
     dtype = out_ptr.dtype.element_ty
     if dtype == tl.bfloat16:
         acc += cast(w, dtype).to(tl.float32)
-        out = round_stochastically(acc, row_n * d_in + row_d)
+        out = round_stochastically(acc, row_n, row_d)
     else:
         acc += w.to(tl.float32)
         out = cast(acc, dtype)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssvd_kernels.ops.reference import LATTICE
+
 # Triton's interpreter multiplies bfloat16 tiles as integers and truncates casts to bfloat16: `cast` and `product` do
 # both right there, and cost nothing where the kernels are compiled.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+ROW_STEP, COL_STEP = tl.constexpr(LATTICE[0]), tl.constexpr(LATTICE[1])
 
 
 @triton.jit
@@ -21,13 +24,12 @@ def cast(tile, dtype: tl.constexpr):
 
 
 @triton.jit
-def round_stochastically(tile, place):
-    """float32 tile to bfloat16 as `reference.round_stochastically` does it; `place` is each element's index."""
-    h = place.to(tl.uint32)
-    h = (h ^ (h >> 16)) * 0x7FEB352D
-    h = (h ^ (h >> 15)) * 0x846CA68B
-    bits = tile.to(tl.uint32, bitcast=True) + ((h ^ (h >> 16)) & 0xFFFF)
-    return ((bits >> 16) << 16).to(tl.float32, bitcast=True).to(tl.bfloat16)
+def round_stochastically(tile, row, col):
+    """float32 tile to bfloat16 as `reference.round_stochastically` does it; (row, col) is each element's place."""
+    noise = (row.to(tl.uint32) * ROW_STEP + col.to(tl.uint32) * COL_STEP) & 0xFFFF
+    bits = tile.to(tl.uint32, bitcast=True) + noise
+    rounded = ((bits >> 16) << 16).to(tl.float32, bitcast=True)
+    return tl.where(tile == tile, rounded, tile).to(tl.bfloat16)
 
 
 @triton.jit
