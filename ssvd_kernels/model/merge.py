@@ -17,8 +17,8 @@ def merge(model: nn.Module, unload: bool = False, *, rounding: str = "nearest") 
 
     unload=True leaves plain nn.Linear layers that hold W' instead (their base weights are gone); in place of quantised
     ones in the dtype of the rest of the model, which transformers then saves as a plain one.
-    rounding="stochastic" rounds a bfloat16 W' as the composed mode of the Triton kernels does, up or down by a fixed
-    hash: no small update is lost (its projection on the true one is 1.00 +- 0.02 from ||K|| = 1e-4 on), but rounding
+    rounding="stochastic" rounds a bfloat16 W' as the composed mode of the Triton kernels does, up or down by fixed
+    noise: no small update is lost (its projection on the true one is 1.00 +- 0.02 from ||K|| = 1e-4 on), but rounding
     costs up to 2.3e-3 of ||W|| instead of 1.7e-3. It affects no other dtype, and no layer that is merged already.
     (Autocast rounds a merged float32 W' to nearest in every call, like any weight: unmerged, small updates survive.)
     Raises ValueError, with nothing changed, if there is no SSVD layer, FSDP2 has sharded one, a W' would not be finite,
