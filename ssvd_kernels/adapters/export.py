@@ -131,7 +131,7 @@ def export_merged(
     if files_from is not None and not Path(files_from).is_dir():
         raise FileNotFoundError(f"`files_from` must be an existing folder, got {str(files_from)!r}")
     with new_folder(folder) as temporary:
-        model.save_pretrained(temporary, state_dict=_merged_state(model))
+        type(model).save_pretrained(model, temporary, state_dict=_merged_state(model))
         if files_from is not None:
             _copy_companions(Path(files_from), temporary)
 

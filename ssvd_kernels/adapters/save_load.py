@@ -220,7 +220,7 @@ def _plan(file: AdapterFile, model: nn.Module) -> Plan:
             config.triplets(linear.in_features, linear.out_features)
         except (TypeError, ValueError) as error:
             raise error if isinstance(error, AdapterError) else AdapterError(f"{file.path}: {name}: {error}") from None
-        _check_precision(file, name, torch.promote_types(linear.weight.dtype, torch.float32))
+        _check_precision(file, name, file.trained(name), torch.promote_types(linear.weight.dtype, torch.float32))
         plan[name] = (linear, config)
     return plan
 
@@ -292,7 +292,7 @@ def _check_same_layers(
         theirs = {key: file.layers[name].get(key) for key in mine}
         if mine != theirs:
             raise AdapterError(f"{file.path} was saved for {name} as {theirs}, but the model has {mine}")
-        _check_precision(file, name, layer.first_trained.dtype)
+        _check_precision(file, name, file.trained(name), layer.first_trained.dtype)
         if file.basis(name) is None:
             _check_fingerprint(file, name, layer.basis.fingerprint)
         else:
@@ -312,21 +312,17 @@ def _check_same_saved(file: AdapterFile, saved: Mapping[str, Mapping[str, Tensor
         if mine != theirs:
             raise AdapterError(f"{file.path} was saved for {name} with {theirs}, but the model has {mine}")
         for key, tensor in tensors.items():
-            _check_wide(file, f"{name}.{key}", file.saved[name][key], tensor.dtype)
+            _check_precision(file, name, {key: file.saved[name][key]}, tensor.dtype)
 
 
-def _check_precision(file: AdapterFile, name: str, dtype: torch.dtype) -> None:
-    for key, value in file.trained(name).items():
-        _check_wide(file, f"{name}.{key}", value, dtype)
-
-
-def _check_wide(file: AdapterFile, name: str, value: Tensor, dtype: torch.dtype) -> None:
-    """Refuses to round what was trained: a value in the file may not be wider than the model's."""
-    if torch.promote_types(value.dtype, dtype) != dtype:
-        raise AdapterError(
-            f"{file.path}: {name} is {value.dtype} and the model's is {dtype}, which would lose precision: "
-            f"load the adapter before casting the model, or cast the model to {value.dtype}"
-        )
+def _check_precision(file: AdapterFile, name: str, values: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Refuses to round what was trained: theta in the file may not be wider than the layer's."""
+    for key, value in values.items():
+        if torch.promote_types(value.dtype, dtype) != dtype:
+            raise AdapterError(
+                f"{file.path}: {name}.{key} is {value.dtype} and the model's is {dtype}, which would lose precision: "
+                f"load the adapter before casting the model, or cast the model to {value.dtype}"
+            )
 
 
 def _check_fingerprint(file: AdapterFile, name: str, found: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -17,12 +18,12 @@ from ..basis.linears import base_weight, check_adaptable, parameter_count
 from ..config import Config
 from ..layers.adapter import Adapter
 from ..layers.base import AdaptedLinear, check_not_adapted, module_paths
-from ..layers.inactive import InactiveAdapters
 from ..layers.quantized import adapt, check_method
 from ..layers.saved import SavedModule
 from .lookup import check_not_ddp, replace_modules
 from .planner import RankPlan
 from .rotations import watch_forwards
+from .saving import guard_saving, warn_of_adapter_beside
 from .targets import find_saved, find_targets
 
 KINDS = {nn.Linear: "linear layers", _ConvNd: "convolutions", nn.Module: "other matrices"}  # the first that fits
@@ -53,8 +54,7 @@ class InjectReport:
         )
         if self.modules_to_save:
             names, count = list(self.modules_to_save), sum(self.modules_to_save.values())
-            more = ", ..." if len(names) > 5 else ""
-            rows.append(f"  trained whole: {len(names)} modules ({count:,} parameters): {', '.join(names[:5])}{more}")
+            rows.append(f"  trained whole: {len(names)} modules ({count:,} parameters), e.g. {names[0]}")
         for kind, sizes in self.left_out.items():
             share = 100 * sum(sizes.values()) / self.total
             rows.append(f"  left out: {len(sizes)} {kind} ({share:.1f} % of the parameters), e.g. {next(iter(sizes))}")
@@ -88,6 +88,7 @@ def inject(
         raise TypeError(f"`config` must be an SSVDConfig, a SpectralFTConfig or a RankPlan, got {config!r}")
     check_not_ddp(model)
     check_not_adapted(model)
+    warn_of_adapter_beside(model)
     if isinstance(model, nn.Linear):
         raise ValueError(
             "`model` is itself a linear layer, which cannot be replaced in place: use SSVDLinear.from_linear"
@@ -114,7 +115,7 @@ def install(
     plan: Plan,
     found: Mapping[str, Factorization],
     make: Callable[[nn.Linear, Any, Factorization], AdaptedLinear] = adapt,
-    saved: Mapping[str, nn.Module] | None = None,
+    saved: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> InjectReport:
     """The part of `inject` that changes the model, given the factorisations; `make` makes each layer; `saved` train."""
     linears = {linear for linear, _ in plan.values()}
@@ -127,25 +128,21 @@ def install(
     layers = {name: make(linear, config, found[name]) for name, (linear, config) in plan.items()}
     replace_modules(model, {plan[name][0]: layer for name, layer in layers.items()})
     whole = {}
-    for name, module in (saved or {}).items():
+    for name, module in saved.items():
         SavedModule.train_whole(module)
         whole[name] = sum(parameter.numel() for parameter in module._parameters.values() if parameter is not None)
     watch_forwards(model, trainable_before)
+    guard_saving(model)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total += trainable - sum(whole.values())
-    return InjectReport(list(layers), trainable, total, whole, _left_out(model), list(layers.values()))
+    left_out = _left_out(model, set(saved.values()))
+    return InjectReport(list(layers), trainable, total, whole, left_out, list(layers.values()))
 
 
-def _left_out(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Kind -> name -> size of every matrix that does not train, but for embeddings."""
-    within = (
-        part
-        for layer in model.modules()
-        if isinstance(layer, (Adapter, nn.Embedding, InactiveAdapters))
-        for part in layer.modules()
-    )
-    seen = {id(parameter) for module in within for parameter in module._parameters.values()}
-    seen |= {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+def _left_out(model: nn.Module, saved: Collection[nn.Module]) -> dict[str, dict[str, int]]:
+    """Kind -> name -> size of every matrix that neither an adapted layer nor one of `saved` holds."""
+    others = (layer for layer in model.modules() if isinstance(layer, (Adapter, nn.Embedding)) or layer in saved)
+    seen = {id(parameter) for other in others for part in other.modules() for parameter in part._parameters.values()}
     found: dict[str, dict[str, int]] = {}
     for path, module in module_paths(model):
         kind = next(kind for cls, kind in KINDS.items() if isinstance(module, cls))

@@ -11,6 +11,7 @@ from ..layers.inactive import BASE
 from ..layers.quantized import SSVDQuantizedLinear, forget_quantization
 from .lookup import replace_modules, require_layers, saved_modules, unsharded_layers
 from .rotations import unwatch_forwards, watched_roots
+from .saving import unguard_saving
 
 
 def merge(model: nn.Module, unload: bool = False, *, rounding: str = "nearest") -> None:
@@ -58,6 +59,7 @@ def remove(model: nn.Module) -> None:
 
 def _take_out(model: nn.Module, replacements: Mapping[AdaptedLinear, nn.Linear]) -> None:
     replace_modules(model, replacements)
+    unguard_saving(model)
     for saved in saved_modules(model).values():
         saved.end()
     for module in list(watched_roots(model)):

@@ -31,7 +31,7 @@ def test_modules_train_whole_and_start_as_the_base(config):
     assert {name for name in trained if not name.startswith(("up", "down"))} == whole
     rotations = report.trainable - sum(sizes.values())
     assert report.total == sum(p.numel() for p in base.parameters()) + rotations
-    assert f"trained whole: 4 modules ({sum(sizes.values()):,} parameters): {', '.join(PARTS)}" in str(report)
+    assert f"trained whole: 4 modules ({sum(sizes.values()):,} parameters), e.g. norm" in str(report)
     assert not report.left_out
     for mode in (True, False):
         assert torch.equal(net.train(mode)(x()), base.train(mode)(x()))
