@@ -17,8 +17,9 @@ class InactiveAdapter(nn.ParameterDict):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__({key: tensor for key, tensor in tensors.items() if isinstance(tensor, nn.Parameter)})
-        for key in tensors.keys() - self.keys():
-            self.register_buffer(key, tensors[key])
+        for key, tensor in tensors.items():
+            if key not in self:
+                self.register_buffer(key, tensor)
         self.trainable = tuple(key for key, tensor in tensors.items() if tensor.requires_grad)
         self.requires_grad_(False)
 

@@ -33,6 +33,8 @@ def test_modules_train_whole_and_start_as_the_base(config):
     assert report.total == sum(p.numel() for p in base.parameters()) + rotations
     assert f"trained whole: 4 modules ({sum(sizes.values()):,} parameters), e.g. norm" in str(report)
     assert not report.left_out
+    parked = net.norm.parked["__base__"].named_buffers()  # in one order in every process, for DDP sends buffers by it
+    assert [name for name, _ in parked] == [name for name, _ in base.norm.named_buffers()]
     for mode in (True, False):
         assert torch.equal(net.train(mode)(x()), base.train(mode)(x()))
     before = values(net)
