@@ -43,14 +43,17 @@ def check_rank(argument: str, rank: int, d_in: int, d_out: int) -> int:
 
 
 class _Configuration:
-    """What the configurations of all methods share: `targets`, `exclude`, and conversion to plain values."""
+    """What the configurations of all methods share: which modules they concern, and conversion to plain values."""
 
     targets: str | Sequence[str]
     exclude: str | Sequence[str]
+    modules_to_save: Sequence[str]
 
     def _check_targets(self) -> None:
-        for argument in ("targets", "exclude"):
+        for argument in ("targets", "exclude", "modules_to_save"):
             object.__setattr__(self, argument, check_names(argument, getattr(self, argument)))
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"`modules_to_save` must be a list of module-name suffixes, got {self.modules_to_save!r}")
         if not self.targets:
             raise ValueError(
                 "`targets` must not be empty: pass 'all-linear', a preset, module-name suffixes or a regular "
@@ -79,6 +82,8 @@ class SSVDConfig(_Configuration):
                      | list of module-name suffixes | regular expression matched against the full module name.
     exclude          modules to leave alone: list of suffixes or a regular expression.
     band             0 <= band < k, for rotation="banded" alone, which requires it; ratio=1.0 is the paper's SVFT.
+    modules_to_save  suffixes of modules that train whole beside the adapted layers, such as a new head or norms: part
+                     of the adapter wherever it is saved, loaded, switched or disabled. Targets leave them out.
 
     Raises ValueError or TypeError naming the argument, its value and what is allowed.
     """
@@ -94,6 +99,7 @@ class SSVDConfig(_Configuration):
     rank_out: int | None = None
     ratio_out: float | None = None
     band: int | None = None
+    modules_to_save: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.ratio is None):
@@ -157,7 +163,7 @@ class SpectralFTConfig(_Configuration):
 
     top                how many of the largest singular triplets change, p <= min(d_in, d_out).
     rank               rank r <= p of the change of their left and of their right vectors.
-    targets, exclude   as in `SSVDConfig`.
+    targets, exclude, modules_to_save   as in `SSVDConfig`.
 
     Raises ValueError or TypeError naming the argument, its value and what is allowed.
     """
@@ -168,6 +174,7 @@ class SpectralFTConfig(_Configuration):
     rank: int = 16
     targets: str | Sequence[str] = "all-linear"
     exclude: str | Sequence[str] = ()
+    modules_to_save: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for argument in ("top", "rank"):

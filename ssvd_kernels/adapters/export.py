@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from ..config import check_integer
 from ..layers.adapter import Adapter
 from ..layers.base import AdaptedLinear, module_paths
-from ..model.lookup import unsharded_layers, unwrapped
+from ..model.lookup import saved_modules, unsharded_layers, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ def to_lora(
 
     rank=None writes the exact update (r = k in each layer, of SpectralFT twice its rank; error about 1e-7: float32
     rounding); rank=r its best approximation of rank min(r, k), optimal because U and V are orthonormal. The scaling is
-    1; ranks that differ go into rank_pattern and alpha_pattern. base_model_name_or_path defaults to the name that the
-    model was loaded by.
+    1; ranks that differ go into rank_pattern and alpha_pattern; `modules_to_save` are PEFT's. base_model_name_or_path
+    defaults to the name that the model was loaded by.
     Of several adapters the one in use is written, even while it is disabled. Merged and
     unmerged models give the same adapter, which belongs to the base model as it was before `inject`.
     WavLM's attention bypasses PEFT's layers: call merge_and_unload() there, or the adapter has no effect.
@@ -80,15 +80,21 @@ def to_lora(
         check_integer("rank", rank, 1, ", or None for the exact update")
     check_new(folder)
     model = unwrapped(model)
-    bar = tqdm(unsharded_layers(model).items(), desc="LoRA factors", unit="layer", disable=not progress)
+    layers = unsharded_layers(model)
+    bar = tqdm(layers.items(), desc="LoRA factors", unit="layer", disable=not progress)
     pairs = {name: _lora_pair(name, layer, rank) for name, layer in bar}
     tensors = {}
     for name, pair in pairs.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = pair.A
         tensors[f"base_model.model.{name}.lora_B.weight"] = pair.B
+    saved, in_use = saved_modules(model), next(iter(layers.values())).active_adapter
+    for name, module in saved.items():
+        for key, tensor in module.adapter(in_use).items():
+            tensors[f"base_model.model.{name}.{key}"] = tensor.detach().cpu().contiguous()
     ranks = {name: pair.A.shape[0] for name, pair in pairs.items()}
     base = base_model_name_or_path or getattr(model, "name_or_path", None) or None
-    config = _lora_config(ranks, [name for name, _ in module_paths(model)], base)
+    outermost = [name for name in saved if not name.startswith(tuple(f"{other}." for other in saved))]
+    config = _lora_config(ranks, [name for name, _ in module_paths(model)], base, outermost)
     with new_folder(folder) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -125,7 +131,7 @@ def export_merged(
     if files_from is not None and not Path(files_from).is_dir():
         raise FileNotFoundError(f"`files_from` must be an existing folder, got {str(files_from)!r}")
     with new_folder(folder) as temporary:
-        model.save_pretrained(temporary, state_dict=_merged_state(model))
+        type(model).save_pretrained(model, temporary, state_dict=_merged_state(model))
         if files_from is not None:
             _copy_companions(Path(files_from), temporary)
 
@@ -192,7 +198,9 @@ def _ratio(error: float, norm: float) -> float:
     return error / norm if norm > 0 else error
 
 
-def _lora_config(ranks: dict[str, int], modules: Iterable[str], base: str | None) -> dict[str, object]:
+def _lora_config(
+    ranks: dict[str, int], modules: Iterable[str], base: str | None, saved: list[str]
+) -> dict[str, object]:
     """PEFT's adapter_config.json. Its patterns are regular expressions that match the end of a name unless anchored."""
     (usual, _), *_ = Counter(ranks.values()).most_common(1)
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
@@ -206,6 +214,7 @@ def _lora_config(ranks: dict[str, int], modules: Iterable[str], base: str | None
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
         "target_modules": _target_modules(list(ranks), modules),
+        "modules_to_save": saved or None,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -225,7 +234,7 @@ def _target_modules(names: list[str], modules: Iterable[str]) -> list[str] | str
 def _merged_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the base model with W' in place of each adapted W."""
     layers = unsharded_layers(model)
-    prefixes = tuple(f"{name}." for name in layers)
+    prefixes = (*(f"{name}." for name in layers), *(f"{name}.parked." for name in saved_modules(model)))
     base = {f"{name}.{key}" for name in layers for key in ("weight", "bias")}
     state = {key: value for key, value in model.state_dict().items() if key in base or not key.startswith(prefixes)}
     for name, layer in layers.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from ..config import ROTATIONS, SIDES, Config, SpectralFTConfig, SSVDConfig
 from ..ops.functional import theta_length
 from ..utils.safetensors_io import digest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no modules_to_save; a reader refuses entries that it does not know
 
 
 class AdapterError(ValueError):
@@ -27,8 +27,10 @@ class AdapterFile(NamedTuple):
     """An adapter file that was read and found complete and unaltered."""
 
     path: Path
+    version: int
     layers: dict[str, dict[str, Any]]  # name -> description
     tensors: dict[str, Tensor]
+    saved: dict[str, dict[str, Tensor]]  # of a module that trains whole, by the names of its Parameters and buffers
 
     def trained(self, name: str) -> dict[str, Tensor]:
         """What was trained of the layer `name`, by the names of its Parameters."""
@@ -45,7 +47,7 @@ class AdapterFile(NamedTuple):
 
 
 def read_adapter(path: Path) -> AdapterFile:
-    """The file at `path`; AdapterError unless it is complete, unaltered and of this version."""
+    """The file at `path`; AdapterError unless it is complete, unaltered and of a version that is known."""
     if not path.is_file():
         raise FileNotFoundError(f"`path` must be an existing adapter file, got {str(path)!r}")
     try:
@@ -59,10 +61,15 @@ def read_adapter(path: Path) -> AdapterFile:
     try:
         header = json.loads(metadata["ssvd_kernels"])
         version = header["version"]
-        if version != FORMAT_VERSION:
-            raise AdapterError(f"{path} must have format version {FORMAT_VERSION}, got version {version!r}")
+        if version not in (1, FORMAT_VERSION):
+            raise AdapterError(
+                f"{path} must have format version 1 or {FORMAT_VERSION}, got version {version!r}: a newer ssvd_kernels "
+                "reads newer ones"
+            )
         saved_digest = header.pop("digest")
+        _check_known(path, "header", header, {"version", "layers", "modules_to_save"})
         layers = header["layers"]
+        saved: dict[str, dict[str, Tensor]] = {name: {} for name in header.get("modules_to_save", [])}
         if not isinstance(layers, dict):
             raise AdapterError(f"{path} has a damaged header: `layers` must be a mapping, got {layers!r}")
         for name, layer in layers.items():
@@ -78,13 +85,24 @@ def read_adapter(path: Path) -> AdapterFile:
             found = tuple(tensors[key].shape) if key in tensors else "no such tensor"
             raise AdapterError(f"{path}: {key} must have shape {shape}, got {found}")
     for key, value in tensors.items():
-        if key not in expected:
+        name, _, own = key.rpartition(".")
+        if name in saved and name not in layers:
+            saved[name][own] = value
+        elif key not in expected:
             raise AdapterError(f"{path} contains {key!r}, which none of its layers has")
-        if not value.is_floating_point():
+        elif not value.is_floating_point():
             raise AdapterError(f"{path}: {key} must have a floating-point dtype, got {value.dtype}")
         if not bool(torch.isfinite(value).all()):
             raise AdapterError(f"{path}: {key} contains NaN or infinity")
-    return AdapterFile(path, layers, tensors)
+    return AdapterFile(path, version, layers, tensors, saved)
+
+
+def _check_known(path: Path, what: str, found: dict[str, Any], known: Collection[str]) -> None:
+    unknown = sorted(found.keys() - known)
+    if unknown:
+        raise AdapterError(
+            f"{path}: its {what} has entries that this version of ssvd_kernels does not know: {', '.join(unknown)}"
+        )
 
 
 def _check_description(path: Path, name: str, layer: dict[str, Any]) -> None:
@@ -105,6 +123,7 @@ def _check_description(path: Path, name: str, layer: dict[str, Any]) -> None:
         }
     if layer.get("rotation") == "banded":
         allowed["band"] = lambda value: type(value) is int and value >= 0
+    _check_known(path, f"description of {name}", layer, allowed)
     for key, check in allowed.items():
         if key not in layer:
             raise AdapterError(f"{path}: its description of {name} has no {key!r}: {layer!r}")

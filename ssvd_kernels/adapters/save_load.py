@@ -1,10 +1,10 @@
 """Adapters on disk: what was trained, and what identifies the basis that it refers to.
 
 One safetensors file. Per layer: theta, delta_sigma (theta_out; of SpectralFT, A and B), and a sketch (6, k) of U and V;
-U, sigma and V themselves only where they cannot be recomputed safely, or on request. Metadata: format version, each
-layer's ranks, choices, shape and base-weight fingerprint, and a digest over everything. Loading factorises the base
-weight again, compares with the sketch, repairs signs, and refuses anything that does not match, before it changes
-anything.
+U, sigma and V themselves only where they cannot be recomputed safely, or on request. All tensors of `modules_to_save`.
+Metadata: format version, names of those modules, each layer's ranks, choices, shape and base-weight fingerprint, and a
+digest over everything. Loading factorises the base weight again, compares with the sketch, repairs signs, and refuses
+anything that does not match, before it changes anything.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +24,12 @@ from ..basis.batch import Plan, factorize_all
 from ..basis.factorize import BASIS, SAFE_GAP, Factorization, basis_error, fingerprint, match_signs
 from ..basis.linears import base_weight, check_adaptable
 from ..layers.base import AdaptedLinear, module_paths, own_layers
+from ..layers.inactive import own_tensors
 from ..layers.quantized import check_method
+from ..layers.saved import SavedModule
 from ..model.inject import install
-from ..model.lookup import check_not_ddp, require_layers, unwrapped
+from ..model.lookup import check_not_ddp, require_layers, saved_modules, unwrapped
+from ..model.targets import check_saved
 from ..utils.fsdp import assign, gathered, is_sharded
 from ..utils.safetensors_io import digest, write_atomically
 from .file_format import FORMAT_VERSION, AdapterError, AdapterFile, config_of, read_adapter
@@ -37,7 +40,7 @@ logger = logging.getLogger(__name__)
 def save_adapter(
     model: nn.Module, path: str | os.PathLike[str], save_bases: bool = False, *, adapter: str | None = None
 ) -> None:
-    """Writes every SSVD layer of `model` to one safetensors file, atomically.
+    """Writes every SSVD layer of `model`, and its `modules_to_save`, to one safetensors file, atomically.
 
     adapter: of several adapters (see `add_adapter`) the one to save; by default the one in use.
 
@@ -49,13 +52,14 @@ def save_adapter(
     A model that FSDP2 has sharded is gathered: every process must call this, the first one writes, and all return when
     it has. Otherwise nothing is sent, and whoever calls it writes; under DDP that may be the first process alone.
     """
-    path, present = Path(path), require_layers(model)
+    path, present, modules = Path(path), require_layers(model), saved_modules(model)
     sharded = any(layer.sharded for layer in present.values())
     writes = not sharded or dist.get_rank() == 0
     if writes and not path.parent.is_dir():
         raise FileNotFoundError(f"`path` must be in an existing folder, got {str(path)!r}")
     if writes:
-        _warn_of_others(model, present)
+        own = [layer.adapter() for layer in present.values()] + [own_tensors(m.module) for m in modules.values()]
+        _warn_of_others(model, {id(parameter) for tensors in own for parameter in tensors.values()})
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
     unsafe = []
@@ -67,13 +71,11 @@ def save_adapter(
             unsafe.append(name)
         saved: dict[str, Tensor] = dict(layer.adapter(adapter))
         saved |= {key: getattr(layer, key) for key in BASIS} if save_bases or close else {}
-        for key, tensor in saved.items():
-            value = gathered(tensor).detach().cpu().contiguous()
-            if not bool(torch.isfinite(value).all()):
-                raise ValueError(f"{name}.{key} contains NaN or infinity: nothing was saved")
-            tensors[f"{name}.{key}"] = value
+        tensors |= _finite(name, saved)
         tensors[f"{name}.sketch"] = layer.basis.sketch
         layers[name] = {**layer.description(), "fingerprint": layer.basis.fingerprint}
+    for name, module in modules.items():
+        tensors |= _finite(name, module.adapter(adapter or layer.active_adapter))
     if unsafe:
         logger.warning(
             "%d of %d layers have singular values too close to recompute their bases; stored U and V of %s",
@@ -81,7 +83,7 @@ def save_adapter(
             len(layers),
             ", ".join(unsafe[:3]) + (", ..." if len(unsafe) > 3 else ""),
         )
-    header = {"version": FORMAT_VERSION, "layers": layers}
+    header = {"version": FORMAT_VERSION, "layers": layers, "modules_to_save": list(modules)}
     header["digest"] = digest(header, tensors)
     try:
         if writes:
@@ -92,8 +94,16 @@ def save_adapter(
             dist.barrier()
 
 
-def _warn_of_others(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
-    saved = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+def _finite(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of the module `name`, as they are written."""
+    values = {f"{name}.{key}": gathered(tensor).detach().cpu().contiguous() for key, tensor in tensors.items()}
+    for key, value in values.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{key} contains NaN or infinity: nothing was saved")
+    return values
+
+
+def _warn_of_others(model: nn.Module, saved: Container[int]) -> None:
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
     if others:
         logger.warning(
@@ -115,27 +125,32 @@ def load_adapter(
     """Loads an adapter into `model` and returns the names of its layers. cache_dir and share are as in `inject`.
 
     A model without SSVD layers is injected as the file says (other parameters are frozen). A model with SSVD layers
-    must have the same ones; of several adapters the active one is replaced. Raises FileNotFoundError, or AdapterError
-    for a file that is damaged, altered, of another version, for another base model, whose basis cannot be matched, or
-    whose precision would be lost; the model is then unchanged.
+    must have the same ones, and the same `modules_to_save`; of several adapters the active one is replaced. Raises
+    FileNotFoundError, or AdapterError for a file that is damaged, altered, of another version, for another base model,
+    whose basis cannot be matched, or whose precision would be lost; the model is then unchanged.
     """
     file = read_adapter(Path(path))
     inner = unwrapped(model)
     layers = own_layers(inner)
     if not layers:
         check_not_ddp(model)
-        plan = _plan(file, inner)
+        plan, parts = _plan(file, inner), _parts(file, inner)
         found = _factorizations(file, plan, progress, cache_dir, share)
         changes = {name: _change(file, name, found[name].sketch) for name in plan}
-        install(inner, plan, found)
+        install(inner, plan, found, saved=parts)
         layers = own_layers(inner)
     elif any(layer.inactive for layer in layers.values()):  # their bases belong to other adapters, too
-        changes = {name: _Change(values) for name, values in adapter_values(layers, file).items()}
+        values = adapter_values(layers, saved_modules(inner), file)
+        changes = {name: _Change(values[name]) for name in layers}
     else:
-        _check_same_layers(file, layers)
+        _check_same_layers(file, layers, saved_modules(inner))
         changes = {name: _change(file, name, layer.basis.sketch, file.basis(name)) for name, layer in layers.items()}
     for name, change in changes.items():
         change.apply(layers[name])
+    with torch.no_grad():
+        for name, module in saved_modules(inner).items():
+            for key, tensor in module.adapter(next(iter(layers.values())).active_adapter).items():
+                tensor.copy_(file.saved[name][key])
     return list(file.layers)
 
 
@@ -157,18 +172,21 @@ class _Change(NamedTuple):
         layer.forget()
 
 
-def adapter_values(layers: Mapping[str, AdaptedLinear], file: AdapterFile) -> dict[str, dict[str, Tensor]]:
-    """Layer name -> trained values of the file, expressed in the bases that `layers` hold.
+def adapter_values(
+    layers: Mapping[str, AdaptedLinear], saved: Mapping[str, SavedModule], file: AdapterFile
+) -> dict[str, dict[str, Tensor]]:
+    """Name -> trained values of the file, those of layers expressed in the bases that `layers` hold.
 
     Where the file means another sign of a singular pair, these values change instead of the basis.
     Raises as `load_adapter` does, and AdapterError where the file's basis is another one altogether.
     """
-    _check_same_layers(file, layers)
+    _check_same_layers(file, layers, saved)
     remedy = "the adapters of one model share its bases, so load this one into a model of its own"
-    return {
+    values = {
         name: layer.flipped(file.trained(name), _matched_signs(file, name, layer.basis.sketch, remedy))
         for name, layer in layers.items()
     }
+    return values | file.saved
 
 
 def _change(file: AdapterFile, name: str, sketch: Tensor, basis: tuple[Tensor, ...] | None = None) -> _Change:
@@ -202,9 +220,20 @@ def _plan(file: AdapterFile, model: nn.Module) -> Plan:
             config.triplets(linear.in_features, linear.out_features)
         except (TypeError, ValueError) as error:
             raise error if isinstance(error, AdapterError) else AdapterError(f"{file.path}: {name}: {error}") from None
-        _check_precision(file, name, torch.promote_types(linear.weight.dtype, torch.float32))
+        _check_precision(file, name, file.trained(name), torch.promote_types(linear.weight.dtype, torch.float32))
         plan[name] = (linear, config)
     return plan
+
+
+def _parts(file: AdapterFile, model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a base model that train whole, which fit the file."""
+    modules = {name: module for name, module in module_paths(model, remove_duplicate=False) if name in file.saved}
+    try:
+        parts = check_saved(model, modules)
+    except ValueError as error:
+        raise AdapterError(f"{file.path}: {error}") from None
+    _check_same_saved(file, {name: own_tensors(part) for name, part in parts.items()})
+    return parts
 
 
 def _factorizations(
@@ -239,7 +268,9 @@ def _matched_signs(file: AdapterFile, name: str, sketch: Tensor, remedy: str) ->
     return signs
 
 
-def _check_same_layers(file: AdapterFile, layers: Mapping[str, AdaptedLinear]) -> None:
+def _check_same_layers(
+    file: AdapterFile, layers: Mapping[str, AdaptedLinear], saved: Mapping[str, SavedModule]
+) -> None:
     if set(layers) != set(file.layers):
         differing = sorted(set(layers) ^ set(file.layers))
         raise AdapterError(
@@ -255,20 +286,38 @@ def _check_same_layers(file: AdapterFile, layers: Mapping[str, AdaptedLinear]) -
             raise AdapterError(
                 f"FSDP2 left {name} unsharded after a forward: call reshard() before loading {file.path}"
             )
+        if layer.sharded and saved:
+            raise AdapterError(f"{name} is sharded by FSDP2: load modules_to_save, as {file.path} has, before sharding")
         mine = layer.description()
         theirs = {key: file.layers[name].get(key) for key in mine}
         if mine != theirs:
             raise AdapterError(f"{file.path} was saved for {name} as {theirs}, but the model has {mine}")
-        _check_precision(file, name, layer.first_trained.dtype)
+        _check_precision(file, name, file.trained(name), layer.first_trained.dtype)
         if file.basis(name) is None:
             _check_fingerprint(file, name, layer.basis.fingerprint)
         else:
             _check_rounding(file, name, gathered(layer.base_weight))
+    _check_same_saved(file, {name: module.adapter(layer.active_adapter) for name, module in saved.items()})
 
 
-def _check_precision(file: AdapterFile, name: str, dtype: torch.dtype) -> None:
+def _check_same_saved(file: AdapterFile, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """For a model whose modules of these names train whole and hold these tensors."""
+    if saved.keys() != file.saved.keys():
+        raise AdapterError(
+            f"{file.path} has modules_to_save={list(file.saved)}, and the model {list(saved)}: inject the model as for "
+            "the adapter, or load into a base model that has them"
+        )
+    for name, tensors in saved.items():
+        mine, theirs = ({key: list(t.shape) for key, t in of.items()} for of in (tensors, file.saved[name]))
+        if mine != theirs:
+            raise AdapterError(f"{file.path} was saved for {name} with {theirs}, but the model has {mine}")
+        for key, tensor in tensors.items():
+            _check_precision(file, name, {key: file.saved[name][key]}, tensor.dtype)
+
+
+def _check_precision(file: AdapterFile, name: str, values: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Refuses to round what was trained: theta in the file may not be wider than the layer's."""
-    for key, value in file.trained(name).items():
+    for key, value in values.items():
         if torch.promote_types(value.dtype, dtype) != dtype:
             raise AdapterError(
                 f"{file.path}: {name}.{key} is {value.dtype} and the model's is {dtype}, which would lose precision: "

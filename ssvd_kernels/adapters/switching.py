@@ -2,8 +2,8 @@
 
 The adapter that `inject` creates is called "default". All adapters of a model share its layers, ranks, side and
 rotation: the bases U, sigma and V belong to the base model, and an adapter is only theta and delta_sigma (for
-SpectralFT, A and B). The active adapter is `layer.theta` and so on; inactive adapters are frozen and stored under
-"parked.NAME." in the state dict.
+SpectralFT, A and B), with tensors of its own for `modules_to_save`. The active adapter is `layer.theta` and so on;
+inactive adapters are frozen and stored under "parked.NAME." in the state dict.
 
     sk.add_adapter(model, "child", "child.safetensors")
     sk.set_adapter(model, "child")
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.base import AdaptedLinear
-from ..layers.inactive import InactiveAdapter, InactiveAdapters
+from ..layers.inactive import BASE, InactiveAdapter, park
+from ..layers.saved import SavedModule
 from ..layers.ssvd import SSVDLinear
-from ..model.lookup import check_not_ddp, require_layers
+from ..model.lookup import check_not_ddp, require_layers, saved_modules
 from .file_format import read_adapter
 from .save_load import adapter_values
 
@@ -51,7 +52,7 @@ def add_adapter(model: nn.Module, name: str, path: str | os.PathLike[str] | None
     the file means other signs of singular vectors than the model has, its theta is changed to mean the same.
     """
     check_not_ddp(model)
-    layers = _ready(model)
+    layers, saved = _ready(model), saved_modules(model)
     taken = sorted({present for layer in layers.values() for present in layer.adapter_names()})
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
         raise ValueError(
@@ -62,13 +63,15 @@ def add_adapter(model: nn.Module, name: str, path: str | os.PathLike[str] | None
         raise ValueError(
             f"`name` must not be taken, got {name!r}: the model has the adapters {', '.join(map(repr, taken))}"
         )
-    values = {} if path is None else adapter_values(layers, read_adapter(Path(path)))
+    values = {} if path is None else adapter_values(layers, saved, read_adapter(Path(path)))
     for layer_name, layer in layers.items():
         present = layer.adapter()
         new = {key: nn.Parameter(made.detach().to(present[key])) for key, made in layer.new_adapter().items()}
         for key, value in values.get(layer_name, {}).items():
             new[key].data.copy_(value)
         _park(layer, {**layer.inactive, name: InactiveAdapter(new)})
+    for module_name, module in saved.items():
+        module.add(name, values.get(module_name, {}))
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
@@ -81,7 +84,8 @@ def set_adapter(model: nn.Module, name: str) -> None:
     merged, sharded, or in DistributedDataParallel already (to evaluate another adapter there, give it `ddp.module`).
     """
     check_not_ddp(model)
-    for layer in _ready(model, name).values():
+    layers = _ready(model, name)
+    for layer in layers.values():
         if name != layer.active_adapter:
             parked = layer.inactive
             entering = parked.pop(name)
@@ -89,6 +93,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
             layer._parameters.update(entering.released())
             layer.active_adapter = name
             _park(layer, parked)
+    _use_saved(model, layers)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -98,28 +103,32 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         raise ValueError(f"`name` must not be the active adapter, got {name!r}: first call set_adapter with another")
     for layer in layers.values():
         _park(layer, {other: adapter for other, adapter in layer.inactive.items() if other != name})
+    for module in saved_modules(model).values():
+        module.delete(name)
 
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Within the block the model computes what its base model did, bit for bit. Raises ValueError if it is merged."""
-    layers = _ready(model).values()
-    before = [layer.disabled for layer in layers]
-    for layer in layers:
+    layers = _ready(model)
+    before = [layer.disabled for layer in layers.values()]
+    for layer in layers.values():
         layer.disabled = True
+    _use_saved(model, layers)
     try:
         yield
     finally:
-        for layer, disabled in zip(layers, before):
+        for layer, disabled in zip(layers.values(), before):
             layer.disabled = disabled
+        _use_saved(model, layers)
 
 
 @torch.no_grad()
 def average_adapters(model: nn.Module, weights: Mapping[str, float], into: str) -> None:
     """Makes `into`, a new adapter or one that is overwritten, the weighted mean of the adapters named in `weights`.
 
-    theta = sum_a w_a theta_a / sum_a w_a, and so for delta_sigma. With rotation="cayley" this averages K in the Lie
-    algebra, so that G = cayley(K) stays orthogonal, which a mean of the G would not be.
+    theta = sum_a w_a theta_a / sum_a w_a, and so for delta_sigma and `modules_to_save`. With rotation="cayley" this
+    averages K in the Lie algebra, so that G = cayley(K) stays orthogonal, which a mean of the G would not be.
     weights: name -> number >= 0, not all zero. Raises ValueError for others, unknown names and merged models, and for
     SpectralFT: its update is a product of what trains, and the mean of factors is not the factor of a mean.
     """
@@ -132,15 +141,14 @@ def average_adapters(model: nn.Module, weights: Mapping[str, float], into: str) 
                 f"only SSVD adapters, whose average has the same rank, can be averaged, but {name} is adapted by "
                 f"{layer.config_type.method}, whose update is a product of its trainable parameters"
             )
-    means = {
-        name: {key: _mean([(w / total, layer.adapter(a)[key]) for a, w in weights.items()]) for key in layer.adapter()}
-        for name, layer in layers.items()
-    }
     if not all(into in layer.adapter_names() for layer in layers.values()):
         add_adapter(model, into)
-    for name, layer in layers.items():
-        for key, parameter in layer.adapter(into).items():
-            parameter.copy_(means[name][key])
+    modules: list[AdaptedLinear | SavedModule] = [*layers.values(), *saved_modules(model).values()]
+    for module in modules:
+        terms = [(w / total, module.adapter(name)) for name, w in weights.items()]
+        for key, tensor in module.adapter(into).items():
+            tensor.copy_(_mean([(share, tensors[key]) for share, tensors in terms]))
+    for layer in layers.values():
         layer.forget()
 
 
@@ -157,16 +165,21 @@ def _ready(model: nn.Module, *names: str) -> dict[str, AdaptedLinear]:
     for layer_name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{layer_name} is merged: unmerge it before changing or disabling its adapters")
-        if type(layer.first_trained) is not nn.Parameter:
-            kind = type(layer.first_trained).__name__
+        if layer.sharded or type(layer.first_trained) is not nn.Parameter:
+            kind = "one of FSDP2" if layer.sharded else type(layer.first_trained).__name__
             raise ValueError(f"{layer_name}.{layer.trained_names[0]} must be an unsharded Parameter, got {kind}")
         for name in names:
             layer.adapter(name)
     return layers
 
 
+def _use_saved(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
+    """Puts in place, in modules that train whole, the tensors of what the layers use."""
+    layer = next(iter(layers.values()))
+    for module in saved_modules(model).values():
+        module.use(BASE if layer.disabled else layer.active_adapter)
+
+
 def _park(layer: AdaptedLinear, adapters: Mapping[str, InactiveAdapter]) -> None:
-    layer._modules.pop("parked", None)
-    if adapters:
-        layer.add_module("parked", InactiveAdapters(layer.active_adapter, adapters).train(layer.training))
+    park(layer, layer.active_adapter, adapters)
     layer.forget()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from safetensors import SafetensorError
 from . import UsageError
 
 
-def load_base(folder: Path, float32: bool = False) -> Any:
+def load_base(folder: Path, float32: bool = False, given: Collection[str] = ()) -> Any:
     """The transformers model in `folder`, of the class that it was saved from; in float32 or as it is stored.
+
+    given: what an adapter brings, such as a new head, and the folder may lack.
 
     Raises UsageError if there is none or transformers is not installed, ValueError if it is damaged or incomplete.
     """
@@ -38,7 +41,7 @@ def load_base(folder: Path, float32: bool = False) -> Any:
         )
     except SafetensorError as error:
         raise ValueError(f"the weights in {folder} are damaged: {error}") from None
-    missing = sorted(found["missing_keys"])
+    missing = sorted(set(found["missing_keys"]) - set(given))
     if missing:
         raise ValueError(f"{folder} has no weights for {len(missing)} parameters of {name}, e.g. {missing[0]}")
     return model.eval()

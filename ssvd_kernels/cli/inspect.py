@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.file_format import FORMAT_VERSION, AdapterFile, read_adapter
+from ..adapters.file_format import AdapterFile, read_adapter
 from ..adapters.save_load import load_adapter
 from ..layers.base import adapted_layers
 from ..layers.ssvd import SSVDLinear
@@ -39,13 +39,16 @@ COLUMNS = {  # key of a layer's description -> heading
 
 
 def run(args: argparse.Namespace) -> int:
-    found = describe(read_adapter(args.adapter))
+    file = read_adapter(args.adapter)
+    found = describe(file)
     if args.base is not None:
-        model = load_base(args.base)
+        model = load_base(args.base, given=file.tensors)
         load_adapter(model, args.adapter, progress=sys.stderr.isatty())
         _add_base(found, model)
-    summary = {"file": str(args.adapter), "bytes": args.adapter.stat().st_size, "format": FORMAT_VERSION,
-               "fits": None if args.base is None else str(args.base)}  # fmt: skip
+    summary = {"file": str(args.adapter), "bytes": args.adapter.stat().st_size, "format": file.version,
+               "fits": None if args.base is None else str(args.base),
+               "modules_to_save": {name: sum(map(Tensor.numel, own.values())) for name, own in file.saved.items()},
+    }  # fmt: skip
     if args.json:
         print(json.dumps({**summary, "layers": found}, indent=1))
     else:
@@ -88,6 +91,9 @@ def as_text(summary: dict[str, Any], layers: list[dict[str, Any]]) -> str:
         f"{summary['file']}: {summary['bytes'] / 1e6:.2f} MB, format {summary['format']}",
         f"{len(layers)} layers, {trained:,} trained parameters in {dtypes}, bases of {stored} layers stored",
     ]
+    if summary["modules_to_save"]:
+        sizes = (f"{name} ({size:,} parameters)" for name, size in summary["modules_to_save"].items())
+        lines.append(f"trained whole: {', '.join(sizes)}")
     if summary["fits"] is not None:
         lines.append(f"fits the base model {summary['fits']}")
     rows = [list(COLUMNS.values()), *([_cell(layer, key) for key in COLUMNS] for layer in layers)]

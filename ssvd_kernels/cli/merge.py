@@ -22,8 +22,8 @@ def run(args: argparse.Namespace) -> int:
     if args.quantization is not None and not args.ctranslate2:
         raise UsageError(f"--quantization requires --ctranslate2, got --quantization {args.quantization}")
     check_new(args.output)
-    read_adapter(args.adapter)  # a damaged file is found before the work
-    model = load_base(args.base, args.float32)
+    file = read_adapter(args.adapter)  # a damaged file is found before the work
+    model = load_base(args.base, args.float32, given=file.tensors)
     progress = sys.stderr.isatty()
     load_adapter(model, args.adapter, progress=progress)
     if args.lora:

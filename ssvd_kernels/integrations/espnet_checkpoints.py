@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..adapters.file_format import read_adapter
 from ..adapters.save_load import load_adapter, save_adapter
 from ..basis.factorize import MATCH_TOLERANCE, Factorization, fingerprint, sketch
 from ..config import SSVDConfig, check_choice
@@ -135,7 +136,8 @@ def to_espnet(
 
     gate is 0 and s twice delta_sigma. ESPnet's configuration needs the adapter's rotation_map and rank, which are
     logged. Raises what `load_adapter` raises if the adapter does not fit the base, and ConversionError for what ESPnet
-    does not have: SVFT, SpectralFT, rotation="free", side="both", a rotation of the larger side, or several rotations.
+    does not have: SVFT, SpectralFT, rotation="free", side="both", a rotation of the larger side, several rotations,
+    or `modules_to_save`.
     """
     _check_folder("path", path)
     state = _read(base, "base")
@@ -144,6 +146,9 @@ def to_espnet(
         if key.endswith(".weight") and isinstance(weight, Tensor) and weight.ndim == 2:
             name = key.removesuffix(".weight")
             _place(model, name, plain_linear(weight, state.get(f"{name}.bias")))
+    whole = read_adapter(Path(adapter)).saved
+    if whole:
+        raise ConversionError(f"ESPnet's adapter has no modules that train whole, but this one has {list(whole)}")
     load_adapter(model, adapter, progress=progress)
     layers = {name: _exportable(name, layer) for name, layer in adapted_layers(model).items()}
     rotations = sorted({layer.rotation for layer in layers.values()})

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..adapters.file_format import FORMAT_VERSION, AdapterError
+from ..adapters.file_format import AdapterError
 from ..basis.factorize import BASIS, SAFE_GAP, SKETCH_ROWS, Factorization, factorize, match_signs
 from ..basis.linears import base_weight, check_adaptable
 from ..config import SSVDConfig
@@ -18,6 +18,7 @@ from ..layers.running import structure
 from ..layers.ssvd import SSVDAdapter
 from ..ops.functional import compose, ssvd_linear
 
+_FORMAT_VERSION = 1
 _FINGERPRINT_BYTES = 16
 
 
@@ -227,7 +228,7 @@ class PeftAdapter(SSVDAdapter):
 
     def get_extra_state(self) -> Tensor:
         """The identity of the basis as one vector in the basis' dtype."""
-        parts = [torch.tensor([FORMAT_VERSION, *bytes.fromhex(self.basis.fingerprint)]), self.basis.sketch.flatten()]
+        parts = [torch.tensor([_FORMAT_VERSION, *bytes.fromhex(self.basis.fingerprint)]), self.basis.sketch.flatten()]
         if self.basis.gap < SAFE_GAP:
             parts += [getattr(self, name).detach().flatten().cpu() for name in BASIS]
         return torch.cat([part.to(self.U.dtype) for part in parts])
@@ -244,8 +245,10 @@ class PeftAdapter(SSVDAdapter):
         version, digest, flat_sketch, *basis = (
             state.detach().cpu().split(sizes if len(state) == sum(sizes) else sizes[:3])
         )
-        if int(version) != FORMAT_VERSION:
-            raise AdapterError(f"the adapter must have format version {FORMAT_VERSION}, got version {version.item():g}")
+        if int(version) != _FORMAT_VERSION:
+            raise AdapterError(
+                f"the adapter must have format version {_FORMAT_VERSION}, got version {version.item():g}"
+            )
         if bytes(digest.to(torch.uint8).tolist()).hex() != self.basis.fingerprint:
             raise AdapterError(
                 f"the adapter was trained on another base model: the weight of {name} differs. If this model is a "

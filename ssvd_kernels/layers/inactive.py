@@ -1,4 +1,4 @@
-"""The inactive adapters of a layer (see adapters/switching.py)."""
+"""The inactive adapters of a layer, or of a module that trains whole (see adapters/switching.py)."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ import torch
 from torch import Tensor, nn
 
 TRAINED = ("theta", "theta_out", "delta_sigma")  # an adapter's Parameters, by their names in an SSVDLinear
+BASE = "__base__"  # no adapter can have this name
 
 
 class InactiveAdapter(nn.ParameterDict):
-    """One adapter's Parameters, frozen for now; `trainable` names those that required a gradient."""
+    """One adapter's Parameters and buffers, frozen for now; `trainable` names those that required a gradient."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        super().__init__(dict(parameters))
-        self.trainable = tuple(key for key, parameter in parameters.items() if parameter.requires_grad)
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__({key: tensor for key, tensor in tensors.items() if isinstance(tensor, nn.Parameter)})
+        for key, tensor in tensors.items():
+            if key not in self:
+                self.register_buffer(key, tensor)
+        self.trainable = tuple(key for key, tensor in tensors.items() if tensor.requires_grad)
         self.requires_grad_(False)
 
-    def released(self) -> dict[str, nn.Parameter]:
-        """The Parameters, requiring gradients as before."""
-        return {key: parameter.requires_grad_(key in self.trainable) for key, parameter in self.items()}
+    def released(self) -> dict[str, Any]:
+        """The tensors, requiring gradients as before."""
+        return {key: tensor.requires_grad_(key in self.trainable) for key, tensor in own_tensors(self).items()}
 
 
 class InactiveAdapters(nn.ModuleDict):
@@ -34,12 +38,31 @@ class InactiveAdapters(nn.ModuleDict):
         super().__init__(dict(sorted(adapters.items())))
         self.in_use = in_use
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self.in_use == BASE:
+            raise RuntimeError("a model with `modules_to_save` cannot be copied or saved within disable_adapter")
+        return self.__dict__
+
     def get_extra_state(self) -> Tensor:
         """All names, that of the adapter in use first, as UTF-8 bytes in a tensor, which every format can store."""
+        self.__getstate__()
         return torch.tensor(list("\n".join([self.in_use, *self]).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing to do: `other_adapters` compares the names before any tensor is loaded."""
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Key -> Parameter or persistent buffer that `module` itself holds."""
+    buffers = {key: b for key, b in module._buffers.items() if key not in module._non_persistent_buffers_set}
+    return {key: tensor for key, tensor in {**module._parameters, **buffers}.items() if tensor is not None}
+
+
+def park(module: nn.Module, in_use: str, adapters: Mapping[str, InactiveAdapter]) -> None:
+    """Makes `adapters` the inactive ones of `module`."""
+    module._modules.pop("parked", None)
+    if adapters:
+        module.add_module("parked", InactiveAdapters(in_use, adapters).train(module.training))
 
 
 def other_adapters(state_dict: Mapping[str, Any], prefix: str, mine: Sequence[str], first: str) -> str | None:

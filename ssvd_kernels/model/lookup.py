@@ -8,7 +8,10 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..layers.base import AdaptedLinear, adapted_layers, own_layers
+from ..layers.adapter import Adapter
+from ..layers.base import AdaptedLinear, adapted_layers, module_paths, own_layers
+from ..layers.inactive import InactiveAdapters
+from ..layers.saved import SavedModule
 from ..layers.ssvd import SSVDAdapter
 
 
@@ -23,6 +26,15 @@ def require_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     if not layers:
         raise ValueError(f"`model` ({type(model).__name__}) has no SSVD layer: call inject() first")
     return layers
+
+
+def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
+    """Name -> view of every module of the model within wrappers that trains whole, see `SSVDConfig.modules_to_save`."""
+    return {
+        name: SavedModule(module)
+        for name, module in module_paths(unwrapped(model))
+        if isinstance(module._modules.get("parked"), InactiveAdapters) and not isinstance(module, Adapter)
+    }
 
 
 def unsharded_layers(model: nn.Module) -> dict[str, AdaptedLinear]:

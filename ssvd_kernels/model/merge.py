@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..layers.base import AdaptedLinear
+from ..layers.inactive import BASE
 from ..layers.quantized import SSVDQuantizedLinear, forget_quantization
-from .lookup import replace_modules, require_layers, unsharded_layers
+from .lookup import replace_modules, require_layers, saved_modules, unsharded_layers
 from .rotations import unwatch_forwards, watched_roots
+from .saving import unguard_saving
 
 
 def merge(model: nn.Module, unload: bool = False, *, rounding: str = "nearest") -> None:
-    """Fixes W' = W + U core V^T in every SSVD layer. W is kept, so that `unmerge` is exact.
+    """Fixes W' = W + U core V^T in every SSVD layer. W is kept, so that `unmerge` is exact. `modules_to_save` stay as
+    they were trained.
 
     unload=True leaves plain nn.Linear layers that hold W' instead (their base weights are gone); in place of quantised
     ones in the dtype of the rest of the model, which transformers then saves as a plain one.
@@ -46,12 +49,19 @@ def unmerge(model: nn.Module) -> None:
 
 
 def remove(model: nn.Module) -> None:
-    """Puts the original nn.Linear modules back, weights bit for bit, and makes trainable what was so before inject."""
-    _take_out(model, {layer: layer.original() for layer in unsharded_layers(model).values()})
+    """Puts back the original nn.Linear modules, weights bit for bit, and what `modules_to_save` held, and makes
+    trainable what was so before inject."""
+    layers = unsharded_layers(model).values()
+    for module in saved_modules(model).values():
+        module.use(BASE)
+    _take_out(model, {layer: layer.original() for layer in layers})
 
 
 def _take_out(model: nn.Module, replacements: Mapping[AdaptedLinear, nn.Linear]) -> None:
     replace_modules(model, replacements)
+    unguard_saving(model)
+    for saved in saved_modules(model).values():
+        saved.end()
     for module in list(watched_roots(model)):
         parameters = dict(module.named_parameters())
         for name in unwatch_forwards(module):

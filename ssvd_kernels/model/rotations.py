@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..layers import running
 from ..layers.adapter import Adapter
-from ..layers.inactive import TRAINED
+from ..layers.inactive import TRAINED, InactiveAdapters
 from ..layers.quantized import prevent_repacking
 from ..layers.ssvd import SSVDAdapter
 from ..ops.functional import core_of
@@ -181,12 +181,12 @@ def _grouped(layers: list[SSVDAdapter]) -> list[list[SSVDAdapter]]:
 
 
 def _walk(module: nn.Module, seen: set[nn.Module]) -> Iterator[Adapter]:
-    """Adapted layers below `module`, not entered: a compiled forward would be bound to the adapters parked there."""
+    """Adapted layers below `module`. A compiled forward would be bound to parked adapters, if these were entered."""
     if module in seen:
         return
     seen.add(module)
     if isinstance(module, Adapter):
         yield module
-        return
-    for child in module.children():
-        yield from _walk(child, seen)
+    elif not isinstance(module, InactiveAdapters):
+        for child in module.children():
+            yield from _walk(child, seen)

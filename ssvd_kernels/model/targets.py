@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -12,15 +12,16 @@ from ..basis.linears import check_adaptable, is_adaptable
 from ..config import PRESETS, Config
 from ..layers.adapter import Adapter
 from ..layers.base import module_paths
+from ..layers.inactive import own_tensors
 
 
 def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
     """Name -> nn.Linear for every module that `config` targets, in the model's order.
 
     Weights that are tied (shared with another module, such as Whisper's proj_out with its token embedding) and the
-    model's output embeddings are left alone, unless a list of suffixes names them: a tied one then raises.
-    Raises ValueError if nothing matches, if a listed suffix or `exclude` matches nothing, for an unknown preset, and
-    TypeError if a listed suffix matches a module that is not a linear layer.
+    model's output embeddings are left alone, unless a list of suffixes names them: a tied one then raises. So does one
+    of `modules_to_save`. Raises ValueError if nothing matches, if a listed suffix or `exclude` matches nothing, for an
+    unknown preset, and TypeError if a listed suffix matches a module that is not a linear layer.
     """
     matched, listed = _match(model, config.targets)
     wanted = set(matched.values())
@@ -28,6 +29,7 @@ def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
     excluded = {matched[name] for name in _excluded(names, config.exclude)}
     holders = weight_holders(model)
     output_embeddings = _output_embeddings(model)
+    whole = set(find_saved(model, config).values())
     targets: dict[str, nn.Linear] = {}
     for name, module in module_paths(model):  # each once, under its first path
         if module not in wanted or module in excluded:
@@ -44,8 +46,12 @@ def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
                     f"`targets` names {name!r}, whose weight is tied to {tied!r}: adapting it would change both"
                 )
             continue
-        if not listed and module is output_embeddings:
+        if not listed and (module is output_embeddings or module in whole):
             continue
+        if module in whole:
+            raise ValueError(
+                f"{name!r} is named in `targets` and in `modules_to_save`: a layer is either adapted or trains whole"
+            )
         targets[name] = module
     if not targets:
         linears = [name for name, module in module_paths(model) if is_adaptable(module)]
@@ -55,6 +61,37 @@ def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
             f"{', '.join(linears[:4]) or 'none'}"
         )
     return targets
+
+
+def find_saved(model: nn.Module, config: Config) -> dict[str, nn.Module]:
+    """Name -> module for every module with tensors of its own among `config.modules_to_save` and their submodules.
+
+    Raises ValueError for a name that matches nothing, and as `check_saved`.
+    """
+    modules = dict(module_paths(model, remove_duplicate=False))
+    return check_saved(model, _listed("modules_to_save", model, modules, config.modules_to_save))
+
+
+def check_saved(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Name -> module for every module with tensors of its own within `modules`.
+
+    Raises ValueError if one of `modules` has no Parameters, or one that cannot train or that is tied.
+    """
+    for name, module in modules.items():
+        if next(module.parameters(), None) is None:
+            raise ValueError(f"`modules_to_save` names {name!r}, a {type(module).__name__} without Parameters")
+    within = {part for module in modules.values() for part in module.modules()}
+    parts = {name: part for name, part in module_paths(model) if part in within and own_tensors(part)}
+    holders = weight_holders(model) if parts else {}
+    for name, part in parts.items():
+        for key, parameter in part.named_parameters(recurse=False):
+            if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
+                kind = f"{type(parameter).__name__} of {parameter.dtype}"
+                raise ValueError(f"`modules_to_save` names {name!r}, whose {key} is a {kind} and cannot train")
+            for other in holders[_storage(parameter)]:
+                if other != f"{name}.{key}":
+                    raise ValueError(f"`modules_to_save` names {name!r}, whose {key} is tied to {other!r}")
+    return parts
 
 
 def _match(model: nn.Module, targets: str | Sequence[str]) -> tuple[dict[str, nn.Module], bool]:
@@ -75,10 +112,16 @@ def _match(model: nn.Module, targets: str | Sequence[str]) -> tuple[dict[str, nn
                 f"expression that matches complete module names, got {targets!r}"
             )
         return {name: modules[name] for name in _match_names(list(modules), targets)}, False
-    for suffix in targets:
+    return _listed("targets", model, modules, targets), True
+
+
+def _listed(
+    argument: str, model: nn.Module, modules: Mapping[str, nn.Module], suffixes: Sequence[str]
+) -> dict[str, nn.Module]:
+    for suffix in suffixes:
         if not _match_names(list(modules), [suffix]):
-            raise ValueError(f"`targets` contains {suffix!r}, which matches no module of {type(model).__name__}")
-    return {name: modules[name] for name in _match_names(list(modules), targets)}, True
+            raise ValueError(f"`{argument}` contains {suffix!r}, which matches no module of {type(model).__name__}")
+    return {name: modules[name] for name in _match_names(list(modules), suffixes)}
 
 
 def _excluded(names: Sequence[str], exclude: str | Sequence[str]) -> set[str]:

@@ -201,10 +201,15 @@ CHANGED = "changed or damaged"
         (lambda h, t: t["down.delta_sigma"].fill_(float("nan")), r"down\.delta_sigma.*NaN or infinity"),
         (lambda h, t: t["down.sketch"].fill_(float("inf")), r"down\.sketch.*NaN or infinity"),
         (lambda h, t: t.update({"up.other": t["up.theta"].clone()}), r"'up\.other'.*none of its layers"),
-        (lambda h, t: h.update(version=0), "must have format version 1, got version 0"),
-        (lambda h, t: h.update(version=2), "must have format version 1, got version 2"),
-        (lambda h, t: h.update(version="1"), "must have format version 1, got version '1'"),
-        (lambda h, t: h.update(version=None), "must have format version 1, got version None"),
+        (lambda h, t: h.update(version=0), "must have format version 1 or 2, got version 0"),
+        (lambda h, t: h.update(version=3), "must have format version 1 or 2, got version 3: a newer ssvd_kernels"),
+        (lambda h, t: h.update(version="1"), "must have format version 1 or 2, got version '1'"),
+        (lambda h, t: h.update(version=None), "must have format version 1 or 2, got version None"),
+        (
+            lambda h, t: h.update(strength=0.5, a=1),
+            "header has entries that this version .* does not know: a, strength",
+        ),
+        (lambda h, t: h["layers"]["up"].update(form=1), "description of up has entries that .* does not know: form"),
         (lambda h, t: h["layers"]["up"].update(rotation="expm"), "rotation='expm'"),
         (lambda h, t: h["layers"]["up"].update(side="left"), "side='left'"),
         (lambda h, t: h["layers"]["up"].pop("shape"), "shape"),
@@ -212,7 +217,7 @@ CHANGED = "changed or damaged"
         (lambda h, t: h.update(layers=[]), r"`layers` must be a mapping, got \[\]"),
         (lambda h, t: h["layers"]["up"].update(k="3"), "up|k="),
     ],
-    ids=range(19),
+    ids=range(21),
 )
 def test_altered_adapter(adapter, change, match):
     """With a right digest, as another program may write it: an AdapterError, too, and no traceback from within."""

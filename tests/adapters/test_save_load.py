@@ -157,5 +157,6 @@ def test_parameters_that_train_beside_the_adapter_are_named(tmp_path, caplog):
         sk.save_adapter(model, tmp_path / "adapter.safetensors")
         assert not caplog.text
         model[1].requires_grad_(True)
+        model[0].bias.requires_grad_(True)
         sk.save_adapter(model, tmp_path / "adapter.safetensors")
-    assert "2 other parameters train and are not saved with the adapter: 1.weight, 1.bias." in caplog.text
+    assert "3 other parameters train and are not saved with the adapter: 0.bias, 1.weight, 1.bias." in caplog.text

@@ -266,6 +266,10 @@ def test_another_base_is_refused(tmp_path):
         ({"side": "output"}, "must have side='input', the smaller side, for ESPnet, got 'output'"),
         ({"side": "input"}, r"wide of shape \(16, 24\) must have side='output', .*got 'input'"),
         (sk.SpectralFTConfig(top=3, rank=1), "must be adapted by SSVD for ESPnet, got SpectralFT"),
+        (
+            {"side": "smaller", "targets": ["tall"], "modules_to_save": ["wide"]},
+            r"modules that train whole, but .*'encod",
+        ),
     ],
 )
 def test_adapters_that_espnet_has_not_are_refused(tmp_path, config, match):
