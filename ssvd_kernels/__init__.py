@@ -33,6 +33,7 @@ _HOMES = {
         "delete_adapter",
         "disable_adapter",
         "set_adapter",
+        "set_strength",
     ],
     "model.planner": ["RankPlan", "plan"],
     "model.check_training": ["TrainingReport", "check_training"],
@@ -72,6 +73,7 @@ __all__ = [
     "remove",
     "save_adapter",
     "set_adapter",
+    "set_strength",
     "ssvd_layers",
     "ssvd_linear",
     "to_espnet",
@@ -91,6 +93,7 @@ if TYPE_CHECKING:
         delete_adapter,
         disable_adapter,
         set_adapter,
+        set_strength,
     )
     from .config import SpectralFTConfig, SSVDConfig
     from .integrations.espnet_checkpoints import ConversionError, from_espnet, to_espnet

@@ -42,6 +42,13 @@ def check_rank(argument: str, rank: int, d_in: int, d_out: int) -> int:
     return rank
 
 
+def check_strength(strength: float) -> float:
+    """Returns `strength`. Raises ValueError unless it is a number between 0 and 1.5."""
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1.5:
+        raise ValueError(f"`strength` must be a number between 0 and 1.5, got {strength!r}")
+    return float(strength)
+
+
 class _Configuration:
     """What the configurations of all methods share: which modules they concern, and conversion to plain values."""
 

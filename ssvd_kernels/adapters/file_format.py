@@ -12,11 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..basis.factorize import BASIS, SKETCH_ROWS
-from ..config import ROTATIONS, SIDES, Config, SpectralFTConfig, SSVDConfig
+from ..config import ROTATIONS, SIDES, Config, SpectralFTConfig, SSVDConfig, check_strength
 from ..ops.functional import theta_length
 from ..utils.safetensors_io import digest
 
-FORMAT_VERSION = 2  # 1 had no modules_to_save; a reader refuses entries that it does not know
+FORMAT_VERSION = 2  # 1 had no modules_to_save and no strength; a reader refuses entries that it does not know
 
 
 class AdapterError(ValueError):
@@ -30,6 +30,7 @@ class AdapterFile(NamedTuple):
     version: int
     layers: dict[str, dict[str, Any]]  # name -> description
     tensors: dict[str, Tensor]
+    strength: float
     saved: dict[str, dict[str, Tensor]]  # of a module that trains whole, by the names of its Parameters and buffers
 
     def trained(self, name: str) -> dict[str, Tensor]:
@@ -67,8 +68,8 @@ def read_adapter(path: Path) -> AdapterFile:
                 "reads newer ones"
             )
         saved_digest = header.pop("digest")
-        _check_known(path, "header", header, {"version", "layers", "modules_to_save"})
-        layers = header["layers"]
+        _check_known(path, "header", header, {"version", "layers", "modules_to_save", "strength"})
+        layers, strength = header["layers"], _strength(path, header)
         saved: dict[str, dict[str, Tensor]] = {name: {} for name in header.get("modules_to_save", [])}
         if not isinstance(layers, dict):
             raise AdapterError(f"{path} has a damaged header: `layers` must be a mapping, got {layers!r}")
@@ -94,7 +95,14 @@ def read_adapter(path: Path) -> AdapterFile:
             raise AdapterError(f"{path}: {key} must have a floating-point dtype, got {value.dtype}")
         if not bool(torch.isfinite(value).all()):
             raise AdapterError(f"{path}: {key} contains NaN or infinity")
-    return AdapterFile(path, version, layers, tensors, saved)
+    return AdapterFile(path, version, layers, tensors, strength, saved)
+
+
+def _strength(path: Path, header: dict[str, Any]) -> float:
+    try:
+        return check_strength(header.get("strength", 1.0))
+    except ValueError as error:
+        raise AdapterError(f"{path} has a damaged header: {error}") from None
 
 
 def _check_known(path: Path, what: str, found: dict[str, Any], known: Collection[str]) -> None:

@@ -26,6 +26,7 @@ from ..basis.linears import base_weight, check_adaptable
 from ..layers.base import AdaptedLinear, module_paths, own_layers
 from ..layers.inactive import own_tensors
 from ..layers.quantized import check_method
+from ..layers.running import structure
 from ..layers.saved import SavedModule
 from ..model.inject import install
 from ..model.lookup import check_not_ddp, require_layers, saved_modules, unwrapped
@@ -83,7 +84,8 @@ def save_adapter(
             len(layers),
             ", ".join(unsafe[:3]) + (", ..." if len(unsafe) > 3 else ""),
         )
-    header = {"version": FORMAT_VERSION, "layers": layers, "modules_to_save": list(modules)}
+    strength = next(iter(present.values())).strength_of(adapter)
+    header = {"version": FORMAT_VERSION, "layers": layers, "modules_to_save": list(modules), "strength": strength}
     header["digest"] = digest(header, tensors)
     try:
         if writes:
@@ -147,6 +149,8 @@ def load_adapter(
         changes = {name: _change(file, name, layer.basis.sketch, file.basis(name)) for name, layer in layers.items()}
     for name, change in changes.items():
         change.apply(layers[name])
+        layers[name].strength = file.strength
+    structure.changed()  # roots batch their layers by strength
     with torch.no_grad():
         for name, module in saved_modules(inner).items():
             for key, tensor in module.adapter(next(iter(layers.values())).active_adapter).items():

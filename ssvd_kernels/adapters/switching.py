@@ -1,4 +1,4 @@
-"""Several named adapters on one injected model: add, set, delete, disable, average.
+"""Several named adapters on one injected model: add, set, delete, disable, average; and the strength of each.
 
 The adapter that `inject` creates is called "default". All adapters of a model share its layers, ranks, side and
 rotation: the bases U, sigma and V belong to the base model, and an adapter is only theta and delta_sigma (for
@@ -22,8 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..config import check_strength
 from ..layers.base import AdaptedLinear
 from ..layers.inactive import BASE, InactiveAdapter, park
+from ..layers.running import structure
 from ..layers.saved import SavedModule
 from ..layers.ssvd import SSVDLinear
 from ..model.lookup import check_not_ddp, require_layers, saved_modules
@@ -63,13 +65,15 @@ def add_adapter(model: nn.Module, name: str, path: str | os.PathLike[str] | None
         raise ValueError(
             f"`name` must not be taken, got {name!r}: the model has the adapters {', '.join(map(repr, taken))}"
         )
-    values = {} if path is None else adapter_values(layers, saved, read_adapter(Path(path)))
+    file = None if path is None else read_adapter(Path(path))
+    values = {} if file is None else adapter_values(layers, saved, file)
+    strength = 1.0 if file is None else file.strength
     for layer_name, layer in layers.items():
         present = layer.adapter()
         new = {key: nn.Parameter(made.detach().to(present[key])) for key, made in layer.new_adapter().items()}
         for key, value in values.get(layer_name, {}).items():
             new[key].data.copy_(value)
-        _park(layer, {**layer.inactive, name: InactiveAdapter(new)})
+        _park(layer, {**layer.inactive, name: InactiveAdapter(new, strength)})
     for module_name, module in saved.items():
         module.add(name, values.get(module_name, {}))
 
@@ -89,8 +93,9 @@ def set_adapter(model: nn.Module, name: str) -> None:
         if name != layer.active_adapter:
             parked = layer.inactive
             entering = parked.pop(name)
-            parked[layer.active_adapter] = InactiveAdapter(layer.adapter())
+            parked[layer.active_adapter] = InactiveAdapter(layer.adapter(), layer.strength)
             layer._parameters.update(entering.released())
+            layer.strength = entering.strength
             layer.active_adapter = name
             _park(layer, parked)
     _use_saved(model, layers)
@@ -123,11 +128,33 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         _use_saved(model, layers)
 
 
+def set_strength(model: nn.Module, strength: float, adapter: str | None = None) -> None:
+    """Scales an adapter, by default the one in use: 0 is the base model bit for bit, 1 what was trained.
+
+    theta and delta_sigma count `strength` times: G = cayley(strength K) stays orthogonal, on the way from I to the
+    trained rotation. Of SpectralFT the update W' - W counts. It acts in training, eval, merging, saving and export; not
+    on `modules_to_save`. Between 0 and 1 it averages an adapted model with its base, which forgets less (weight
+    averaging: arXiv 2210.15282 for speech recognition, WiSE-FT, arXiv 2109.01903).
+    strength: 0 to 1.5. Raises ValueError for others, unknown adapters and merged models. PEFT's layers have
+    `set_scale`, `scale_layer` and `unscale_layer`.
+    """
+    strength = check_strength(strength)
+    layers = _ready(model, *([] if adapter is None else [adapter]))
+    for layer in layers.values():
+        if adapter in (None, layer.active_adapter):
+            layer.strength = strength
+            layer.forget()
+        else:
+            layer.inactive[adapter].strength = strength
+    structure.changed()
+
+
 @torch.no_grad()
 def average_adapters(model: nn.Module, weights: Mapping[str, float], into: str) -> None:
     """Makes `into`, a new adapter or one that is overwritten, the weighted mean of the adapters named in `weights`.
 
-    theta = sum_a w_a theta_a / sum_a w_a, and so for delta_sigma and `modules_to_save`. With rotation="cayley" this
+    theta = sum_a w_a s_a theta_a / sum_a w_a of adapters with strengths s_a, and so for delta_sigma; of
+    `modules_to_save` the plain mean. `into` has strength 1. With rotation="cayley" this
     averages K in the Lie algebra, so that G = cayley(K) stays orthogonal, which a mean of the G would not be.
     weights: name -> number >= 0, not all zero. Raises ValueError for others, unknown names and merged models, and for
     SpectralFT: its update is a product of what trains, and the mean of factors is not the factor of a mean.
@@ -145,11 +172,10 @@ def average_adapters(model: nn.Module, weights: Mapping[str, float], into: str) 
         add_adapter(model, into)
     modules: list[AdaptedLinear | SavedModule] = [*layers.values(), *saved_modules(model).values()]
     for module in modules:
-        terms = [(w / total, module.adapter(name)) for name, w in weights.items()]
+        terms = [(w / total * module.strength_of(name), module.adapter(name)) for name, w in weights.items()]
         for key, tensor in module.adapter(into).items():
             tensor.copy_(_mean([(share, tensors[key]) for share, tensors in terms]))
-    for layer in layers.values():
-        layer.forget()
+    set_strength(model, 1.0, into)
 
 
 def _mean(terms: list[tuple[float, Tensor]]) -> Tensor:

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         model = load_base(args.base, given=file.tensors)
         load_adapter(model, args.adapter, progress=sys.stderr.isatty())
         _add_base(found, model)
-    summary = {"file": str(args.adapter), "bytes": args.adapter.stat().st_size, "format": file.version,
+    summary = {"file": str(args.adapter), "bytes": args.adapter.stat().st_size, "format": file.version, "strength": file.strength,
                "fits": None if args.base is None else str(args.base),
                "modules_to_save": {name: sum(map(Tensor.numel, own.values())) for name, own in file.saved.items()},
     }  # fmt: skip
@@ -62,8 +62,10 @@ def describe(file: AdapterFile) -> list[dict[str, Any]]:
     for name, layer in file.layers.items():
         trained = file.trained(name)
         thetas = {key: layer[k] for key, k in (("theta", "k"), ("theta_out", "k_out")) if key in trained}
-        turns = [_turn(trained[key], k, layer["rotation"], layer.get("band")) for key, k in thetas.items()]
-        shift = trained.get("delta_sigma")
+        turns = [
+            _turn(file.strength * trained[key], k, layer["rotation"], layer.get("band")) for key, k in thetas.items()
+        ]
+        shift = file.strength * trained["delta_sigma"] if "delta_sigma" in trained else None
         sigma = file.tensors.get(f"{name}.sigma")
         found.append(
             {
@@ -91,6 +93,8 @@ def as_text(summary: dict[str, Any], layers: list[dict[str, Any]]) -> str:
         f"{summary['file']}: {summary['bytes'] / 1e6:.2f} MB, format {summary['format']}",
         f"{len(layers)} layers, {trained:,} trained parameters in {dtypes}, bases of {stored} layers stored",
     ]
+    if summary["strength"] != 1:
+        lines.append(f"strength {summary['strength']:g}, by which theta and delta_sigma are multiplied")
     if summary["modules_to_save"]:
         sizes = (f"{name} ({size:,} parameters)" for name, size in summary["modules_to_save"].items())
         lines.append(f"trained whole: {', '.join(sizes)}")

@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..basis.linears import is_quantized, move_hooks
-from ..config import PRESETS, Rotation, Side, SSVDConfig, check_names
+from ..config import PRESETS, Rotation, Side, SSVDConfig, check_names, check_strength
 from ..layers.base import AdaptedLinear
 from ..layers.quantized import forget_quantization
 from ..model.lookup import replace_modules
@@ -66,6 +66,7 @@ class SSVDPeftConfig(PeftConfig):
     """SSVD (arXiv 2509.02830) for `peft.get_peft_model`, `model.add_adapter` and the like.
 
     rank, ratio, side, rotation, rank_out, ratio_out, band   as in `ssvd_kernels.SSVDConfig`; rank or ratio is needed
+    strength             see `ssvd_kernels.set_strength`; later as LoRA's scaling, by set_scale and scale_layer of layers
     target_modules       a list of module-name suffixes, a regular expression, "all-linear", a preset ("whisper",
                          "wav2vec2", "hubert", "wavlm"), or None: the preset of the model's type, else "all-linear"
     exclude_modules, modules_to_save, layers_to_transform, layers_pattern   as in PEFT's other methods
@@ -82,6 +83,7 @@ class SSVDPeftConfig(PeftConfig):
     rank_out: int | None = None
     ratio_out: float | None = None
     band: int | None = None
+    strength: float = 1.0
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -93,6 +95,7 @@ class SSVDPeftConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = SSVD
         self.ssvd()  # validates
+        self.strength = check_strength(self.strength)
         for argument in ("target_modules", "exclude_modules"):
             value = getattr(self, argument)
             if value is not None:
@@ -191,7 +194,7 @@ class SSVDPeftModel(BaseTuner):
         if isinstance(parent, AdaptedLinear):
             raise TypeError(f"{current_key!r} belongs to an SSVD layer created by inject: call remove(model) first")
         layer = target if isinstance(target, SSVDPeftLinear) else self._new_layer(target, current_key)
-        layer.update_layer(adapter_name, peft_config.ssvd(), peft_config.inference_mode)
+        layer.update_layer(adapter_name, peft_config.ssvd(), peft_config.strength, peft_config.inference_mode)
         if layer is not target:
             self._replace({target: layer})  # on its device already, or on "meta" until the adapter is loaded
         self._progress.update()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..adapters.file_format import AdapterError
 from ..basis.factorize import BASIS, SAFE_GAP, SKETCH_ROWS, Factorization, factorize, match_signs
 from ..basis.linears import base_weight, check_adaptable
-from ..config import SSVDConfig
+from ..config import SSVDConfig, check_strength
 from ..layers.merging import merged_weight
 from ..layers.running import structure
 from ..layers.ssvd import SSVDAdapter
@@ -47,13 +47,15 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         self.running: list[PeftAdapter] = []  # what the forward applies: active, not disabled, not merged
         self._unmerged: Tensor | None = None  # W, while the base layer's weight is W'
 
-    def update_layer(self, adapter_name: str, config: SSVDConfig, inference_mode: bool = False) -> None:
+    def update_layer(
+        self, adapter_name: str, config: SSVDConfig, strength: float = 1.0, inference_mode: bool = False
+    ) -> None:
         """Adds an adapter that changes nothing yet. Raises ValueError if its rank does not fit."""
         try:
             k = config.triplets(self.in_features, self.out_features)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
-        self.ssvd_adapter[adapter_name] = PeftAdapter(self, config, self._factorization(k))
+        self.ssvd_adapter[adapter_name] = PeftAdapter(self, config, self._factorization(k), strength)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _factorization(self, k: int) -> Factorization:
@@ -68,8 +70,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
     def _choose(self) -> None:
         """After any change of what is active, disabled or merged."""
         off = self.disable_adapters or self.merged
-        names = [] if off else [name for name in self.active_adapters if name in self.ssvd_adapter]
-        self.running = [self.ssvd_adapter[name] for name in names]  # type: ignore[misc]
+        self.running = [] if off else self._active()
         for adapter in self._adapters():
             adapter.idle = not any(adapter is each for each in self.running)
             if adapter.idle:
@@ -114,6 +115,25 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         structure.changed()
         self._choose()
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """The adapter counts `scale` times its configuration's strength, see `ssvd_kernels.set_strength`."""
+        if adapter in self.ssvd_adapter:
+            found: PeftAdapter = self.ssvd_adapter[adapter]  # type: ignore[assignment]
+            found.set_strength(scale * found.configured_strength)
+
+    def scale_layer(self, scale: float) -> None:
+        """The active adapters count `scale` times as much as before."""
+        for adapter in self._active():
+            adapter.set_strength(scale * adapter.strength)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undoes `scale_layer(scale)`, or all changes of the active adapters' strengths."""
+        for adapter in self._active():
+            adapter.set_strength(adapter.configured_strength if scale is None else adapter.strength / scale)
+
+    def _active(self) -> list[PeftAdapter]:
+        return [self.ssvd_adapter[name] for name in self.active_adapters if name in self.ssvd_adapter]  # type: ignore[misc]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         names = self._to_merge(adapter_names)
@@ -183,10 +203,16 @@ class PeftAdapter(SSVDAdapter):
     layer: SSVDPeftLinear
     managed_by = "PEFT"
 
-    def __init__(self, layer: SSVDPeftLinear, config: SSVDConfig, found: Factorization) -> None:
+    def __init__(self, layer: SSVDPeftLinear, config: SSVDConfig, found: Factorization, strength: float = 1.0) -> None:
         super().__init__(layer.base_weight, config, found)
+        self.strength = self.configured_strength = strength
         self.__dict__["layer"] = layer  # not a submodule, but the other way round
         self.training = layer.training
+
+    def set_strength(self, strength: float) -> None:
+        self.strength = check_strength(strength)
+        self.forget()
+        structure.changed()
 
     def hold_basis(self, found: Factorization) -> None:
         self.__dict__.update(U=found.U, sigma=found.sigma, V=found.V)

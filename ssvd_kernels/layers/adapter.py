@@ -45,6 +45,7 @@ class Adapter(nn.Module, ABC):
         self.out_features, self.in_features = weight.shape
         self.k = config.triplets(self.in_features, self.out_features)
         self.mode = "auto"
+        self.strength = 1.0  # see `set_strength`
         found = factorization or factorize(weight, self.k)
         self.basis = BasisIdentity(found.fingerprint, found.gap, found.sketch)
         self.cache = LayerCache()

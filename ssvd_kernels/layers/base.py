@@ -92,6 +92,10 @@ class AdaptedLinear(Adapter):
         parked = self.inactive[name]
         return {key: parked[key] for key in self.trained_names if key in parked}
 
+    def strength_of(self, name: str | None = None) -> float:
+        """The strength of the adapter `name`, or of the one in use."""
+        return self.strength if name in (None, self.active_adapter) else self.inactive[name].strength
+
     # -- merging -----------------------------------------------------------------------------------------------
 
     @property

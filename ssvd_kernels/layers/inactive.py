@@ -15,12 +15,13 @@ BASE = "__base__"  # no adapter can have this name
 class InactiveAdapter(nn.ParameterDict):
     """One adapter's Parameters and buffers, frozen for now; `trainable` names those that required a gradient."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], strength: float = 1.0) -> None:
         super().__init__({key: tensor for key, tensor in tensors.items() if isinstance(tensor, nn.Parameter)})
         for key, tensor in tensors.items():
             if key not in self:
                 self.register_buffer(key, tensor)
         self.trainable = tuple(key for key, tensor in tensors.items() if tensor.requires_grad)
+        self.strength = strength
         self.requires_grad_(False)
 
     def released(self) -> dict[str, Any]:

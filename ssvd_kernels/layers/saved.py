@@ -33,6 +33,10 @@ class SavedModule:
         """Key -> Parameter or buffer of an adapter, or of BASE."""
         return own_tensors(self.module if name == self.in_use else self.others[name])
 
+    def strength_of(self, name: str) -> float:
+        """These tensors count once, whatever the adapter's strength."""
+        return 1.0
+
     def use(self, name: str) -> None:
         """Puts the tensors of an adapter, or of BASE, in their place."""
         if name != self.in_use:

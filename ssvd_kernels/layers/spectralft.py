@@ -65,6 +65,7 @@ class SpectralFTLinear(AdaptedLinear):
         with reference.without_autocast(U):
             inner, outer = sigma.unsqueeze(1) * B_in.mT, sigma.unsqueeze(1) * B_out.mT
             P = torch.cat([product(U, inner) + product(A_out, product(B_out, inner)), A_out], dim=1)
+            P = P if self.strength == 1 else self.strength * P
             return P, torch.cat([A_in, product(V, outer)], dim=1)
 
     @torch.no_grad()

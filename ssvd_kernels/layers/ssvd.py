@@ -35,7 +35,11 @@ class SSVDAdapter(Adapter):
         made = self.new_adapter()
         for name in TRAINED:
             self.register_parameter(name, made.get(name))
-        self.kind = Kind(self.k, self.k_in, self.k_out, self.side, self.rotation, self.band)
+
+    @property
+    def kind(self) -> Kind:
+        """What, with the Parameters, makes the core."""
+        return Kind(self.k, self.k_in, self.k_out, self.side, self.rotation, self.band, self.strength)
 
     def core(self) -> Tensor:
         """M (k, k) with W' = W + U M V^T, in float32 at least; exactly zero before training.

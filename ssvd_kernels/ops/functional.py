@@ -72,10 +72,14 @@ class Kind(NamedTuple):
     side: str
     rotation: str
     band: int | None
+    strength: float = 1.0  # by which theta, theta_out and delta are multiplied
 
 
 def core_of(kind: Kind, theta: Tensor, theta_out: Tensor | None, delta: Tensor, sigma: Tensor) -> Tensor:
     """core M (..., k, k) of theta (..., m), theta_out, delta and sigma (..., k), in float32 at least."""
+    if kind.strength != 1:
+        theta, delta = kind.strength * theta, kind.strength * delta
+        theta_out = None if theta_out is None else kind.strength * theta_out
     E, E_out = rotation_delta(theta, kind.k_in, kind.rotation, kind.band), None
     if theta_out is not None:
         assert kind.k_out is not None
