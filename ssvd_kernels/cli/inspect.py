@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
         model = load_base(args.base, given=file.tensors)
         load_adapter(model, args.adapter, progress=sys.stderr.isatty())
         _add_base(found, model)
-    summary = {"file": str(args.adapter), "bytes": args.adapter.stat().st_size, "format": file.version, "strength": file.strength,
+    summary = {"file": str(args.adapter), "bytes": args.adapter.stat().st_size, "format": file.version,
+               "strength": file.strength,
                "fits": None if args.base is None else str(args.base),
                "modules_to_save": {name: sum(map(Tensor.numel, own.values())) for name, own in file.saved.items()},
     }  # fmt: skip
@@ -60,12 +61,10 @@ def describe(file: AdapterFile) -> list[dict[str, Any]]:
     """What the file alone tells of each layer; sizes relative to sigma where it stores the basis."""
     found = []
     for name, layer in file.layers.items():
-        trained = file.trained(name)
+        trained = {key: file.strength * value for key, value in file.trained(name).items()}
         thetas = {key: layer[k] for key, k in (("theta", "k"), ("theta_out", "k_out")) if key in trained}
-        turns = [
-            _turn(file.strength * trained[key], k, layer["rotation"], layer.get("band")) for key, k in thetas.items()
-        ]
-        shift = file.strength * trained["delta_sigma"] if "delta_sigma" in trained else None
+        turns = [_turn(trained[key], k, layer["rotation"], layer.get("band")) for key, k in thetas.items()]
+        shift = trained.get("delta_sigma")
         sigma = file.tensors.get(f"{name}.sigma")
         found.append(
             {

@@ -66,7 +66,7 @@ class SSVDPeftConfig(PeftConfig):
     """SSVD (arXiv 2509.02830) for `peft.get_peft_model`, `model.add_adapter` and the like.
 
     rank, ratio, side, rotation, rank_out, ratio_out, band   as in `ssvd_kernels.SSVDConfig`; rank or ratio is needed
-    strength             see `ssvd_kernels.set_strength`; later as LoRA's scaling, by set_scale and scale_layer of layers
+    strength             see `ssvd_kernels.set_strength`; layers have set_scale, scale_layer and unscale_layer as LoRA's
     target_modules       a list of module-name suffixes, a regular expression, "all-linear", a preset ("whisper",
                          "wav2vec2", "hubert", "wavlm"), or None: the preset of the model's type, else "all-linear"
     exclude_modules, modules_to_save, layers_to_transform, layers_pattern   as in PEFT's other methods
