@@ -160,7 +160,8 @@ def round_stochastically(values: Tensor) -> Tensor:
     h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     bits = values.contiguous().view(torch.int32) + ((h ^ (h >> 16)) & 0xFFFF).to(torch.int32)
-    return (bits & -0x10000).view(torch.float32).to(torch.bfloat16)
+    rounded = (bits & -0x10000).view(torch.float32)
+    return torch.where(values.isnan(), values, rounded).to(torch.bfloat16)
 
 
 def ssvd_linear_ref(

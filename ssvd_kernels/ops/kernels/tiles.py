@@ -27,7 +27,8 @@ def round_stochastically(tile, place):
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
     bits = tile.to(tl.uint32, bitcast=True) + ((h ^ (h >> 16)) & 0xFFFF)
-    return ((bits >> 16) << 16).to(tl.float32, bitcast=True).to(tl.bfloat16)
+    rounded = ((bits >> 16) << 16).to(tl.float32, bitcast=True)
+    return tl.where(tile == tile, rounded, tile).to(tl.bfloat16)
 
 
 @triton.jit
