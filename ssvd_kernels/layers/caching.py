@@ -83,7 +83,8 @@ class LayerCache:
 
     def holds(self, adapter: Adapter) -> bool:
         """Whether something is cached that was made from the present parameters."""
-        return self.made is not None and self.made.holds(adapter)
+        made = self.made
+        return made is not None and made.holds(adapter)
 
     def serves(self, adapter: Adapter) -> bool:
         """Whether a call may use and fill the cache."""
