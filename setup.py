@@ -50,8 +50,8 @@ def extension(kind: str) -> Extension:
     nvcc = shutil.which("nvcc", path=os.path.join(torch_build.CUDA_HOME or "", "bin"))
     if torch.version.cuda is None or nvcc is None:  # that their major versions agree, BuildExtension checks
         raise RuntimeError(f"torch is built for CUDA {torch.version.cuda}, CUDA_HOME is {torch_build.CUDA_HOME}")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    if not (torch.cuda.is_available() or os.environ.get("TORCH_CUDA_ARCH_LIST")):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0+PTX"
     options["define_macros"] = [("SSVD_WITH_CUDA", None)]
     return torch_build.CUDAExtension("ssvd_kernels._C", [*sources, "csrc/cayley_cuda.cu"], **options)
 
@@ -92,7 +92,8 @@ def swap_streams(descriptors: list[int]) -> list[int]:
 def record(folder: str, kind: str, failed: dict[str, str]) -> None:
     info = {"built": kind, "failed": failed, "torch": torch and torch.__version__, "cuda": None}
     if kind == "cuda":
-        info |= {"cuda": torch.version.cuda, "archs": os.environ.get("TORCH_CUDA_ARCH_LIST")}
+        flags = " ".join(torch_build._get_cuda_arch_flags())  # those that BuildExtension gave nvcc
+        info |= {"cuda": torch.version.cuda, "archs": " ".join(re.findall(r",code=(\w+)", flags))}
     Path(folder, "ssvd_kernels", "_build_info.json").write_text(json.dumps(info) + "\n")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,41 @@ from ..ops import dispatch, reference, triton_linear
 if TYPE_CHECKING:
     from .adapter import Adapter, Factors
 
+Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
+
+
+class Kept(Generic[Tensors]):
+    """Tensors that are kept for later calls, on whatever stream of a GPU."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.tensors, stream = tensors, stream_of(tensors[0])
+        self.after = {stream}  # the streams whose work comes after that which fills the tensors
+        self.filled: Any = None if stream is None else torch.cuda.current_stream(tensors[0].device).record_event()
+
+    def read(self) -> Tensors:
+        """The tensors; at its first read a stream is made to wait until they are filled."""
+        first = self.tensors[0]
+        if (number := stream_of(first)) not in self.after and not capturing(first):  # a capture starts when all is done
+            stream = torch.cuda.current_stream(first.device)
+            stream.wait_event(self.filled)
+            for tensor in self.tensors:
+                tensor.record_stream(stream)
+            self.after.add(number)
+        return self.tensors
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Kept, (self.tensors,)  # events cannot be copied
+
 
 class Made:
     """The factors of one adapter, W' where it was composed, and what they were made from."""
 
     def __init__(self, adapter: Adapter, factors: Factors) -> None:
-        self.owner, self.choices, self.factors = adapter._parameters, (adapter.mode, dispatch.forced), factors
+        self.owner, self.choices, self.factors = adapter._parameters, (adapter.mode, dispatch.forced), Kept(factors)
         self.sources = [(place, name, place[name], place[name]._version) for place, name in adapter.places()]
         self.values = [(tensor, tensor.detach().clone()) for tensor in adapter.adapter().values() if tensor.is_cpu]
-        self.weight: Tensor | None = None  # W'
+        self.composed: Kept[tuple[Tensor]] | None = None  # W'
+        self.weight: Tensor | None = None  # its tensor
         self.dtype: torch.dtype | None = None  # of the x that W' serves, whatever its shape
         self.bias: Tensor | None = None
 
@@ -39,7 +65,7 @@ class Made:
 
     def hold(self, weight: Tensor) -> None:
         self.sources.append((self.__dict__, "weight", weight, weight._version))  # callers may write into it
-        self.weight = weight
+        self.composed, self.weight = Kept((weight,)), weight
 
 
 class LayerCache:
@@ -52,12 +78,13 @@ class LayerCache:
 
     def __init__(self) -> None:
         self.made: Made | None = None
-        self._operands: dict[tuple[str, torch.dtype], tuple[Tensor, int, Tensor]] = {}  # source, its version, operand
+        self._operands: dict[tuple[str, torch.dtype], tuple[Tensor, int, Kept[tuple[Tensor]]]] = {}  # source, version
         self._in_graphs: list[object] = []  # what captured CUDA graphs read; `forget` leaves it
 
     def holds(self, adapter: Adapter) -> bool:
         """Whether something is cached that was made from the present parameters."""
-        return self.made is not None and self.made.holds(adapter)
+        made = self.made
+        return made is not None and made.holds(adapter)
 
     def serves(self, adapter: Adapter) -> bool:
         """Whether a call may use and fill the cache."""
@@ -73,7 +100,7 @@ class LayerCache:
 
     def factors(self, adapter: Adapter) -> Factors:
         """Cached `update_factors`."""
-        return self._current(adapter).factors
+        return self._current(adapter).factors.read()
 
     def composed(self, adapter: Adapter) -> Tensor:
         """W' in the base weight's dtype."""
@@ -98,23 +125,23 @@ class LayerCache:
     def _current(self, adapter: Adapter) -> Made:
         made = self.made
         if made is not None and made.holds(adapter):
-            if capturing(made.factors[-1]):
+            if capturing(adapter.first_trained):
                 self._in_graphs.append(made)
             return made
         self.forget()
         with torch.inference_mode(False), torch.no_grad():
             made = Made(adapter, adapter.update_factors())
-        if not capturing(made.factors[-1]):  # else it has its values only after the first replay
+        if not capturing(adapter.first_trained):  # else it has its values only after the first replay
             self.made = made
         return made
 
     def _composed(self, adapter: Adapter, made: Made) -> Tensor:
-        weight = made.weight
-        if weight is None:
-            with torch.inference_mode(False), torch.no_grad():
-                weight = reference.compose_ref(adapter.base_weight, *made.factors)
-            if not capturing(weight):
-                made.hold(weight)
+        if made.composed is not None:
+            return made.composed.read()[0]
+        with torch.inference_mode(False), torch.no_grad():
+            weight = reference.compose_ref(adapter.base_weight, *made.factors.read())
+        if not capturing(weight):
+            made.hold(weight)
         return weight
 
     def operand(self, name: str, source: Tensor, dtype: torch.dtype) -> Tensor:
@@ -123,18 +150,25 @@ class LayerCache:
         if found is None or found[0] is not source or found[1] != source._version:
             make = triton_linear.core_operand if name == "core" else triton_linear.operand
             made = make(source.detach(), dtype)
-            if not capturing(made):
-                self._operands[name, dtype] = source, source._version, made
+            if not capturing(source):
+                self._operands[name, dtype] = source, source._version, Kept((made,))
             return made
-        if capturing(found[2]):
+        if capturing(source):
             self._in_graphs.append(found)
-        return found[2]
+        return found[2].read()[0]
 
     def forget(self) -> None:
         self.made, self._operands = None, {}
 
     def __getstate__(self) -> dict[str, Any]:
         return LayerCache().__dict__
+
+
+def stream_of(tensor: Tensor) -> int | None:
+    """The number of the stream on which work on `tensor` is queued; None on the CPU, and while torch.compile traces."""
+    if not tensor.is_cuda or torch.compiler.is_compiling():
+        return None
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device())
 
 
 def capturing(tensor: Tensor) -> bool:

@@ -43,10 +43,14 @@ class Forward(NamedTuple):
 
 
 class Values:
-    """The detached cores of a forward, whose graph holds this object until its backward has run."""
+    """The detached cores of a forward, whose graph holds this object until its backward has run.
+
+    It is made before the forward reads the parameters: of two, even in different threads, the newer has newer values.
+    """
 
     def __init__(self) -> None:
         self.cores: dict[SSVDAdapter, Tensor] = {}
+        _finished.append(weakref.ref(self, _finished.remove))
 
     def add(self, cores: dict[SSVDAdapter, Tensor], batch: Tensor) -> None:
         """The `cores` of `batch` (B, k, k)."""
@@ -79,8 +83,6 @@ def enter(cores: Cores, batches: list[Batch], values: Values | None, caller: Fra
     while outer is not None and outer.caller is not None and not outer.is_running():
         outer = outer.outer
     thread.forward = Forward(cores, batches, {}, values, caller, outer)
-    if values is not None:
-        _finished[:] = [*(ref for ref in _finished if ref() is not None), weakref.ref(values)]
 
 
 def leave() -> None:
@@ -107,7 +109,7 @@ def recomputed(layer: SSVDAdapter) -> Tensor | None:
     """The core of the newest forward for a checkpoint that recomputes `layer` during the backward; None elsewhere."""
     if torch._C._current_graph_task_id() == -1 or not torch.is_grad_enabled():
         return None
-    for ref in reversed(_finished):
+    for ref in reversed(list(_finished)):
         values = ref()
         if values is not None and layer in values.cores:
             return values.cores[layer].detach().requires_grad_()
@@ -116,7 +118,7 @@ def recomputed(layer: SSVDAdapter) -> Tensor | None:
 
 def forget(layer: SSVDAdapter) -> None:
     """`layer` computes a core of its own, or has run without gradients: a recomputation must do the same."""
-    for ref in _finished:
+    for ref in list(_finished):
         values = ref()
         if values is not None:
             values.cores.pop(layer, None)

@@ -72,7 +72,7 @@ class SSVDAdapter(Adapter):
     def operands(self, core: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """U, V and, unless it would be made for one call alone, `core` as the Triton kernels read them in `dtype`."""
         cache, (_, U, V, _) = LayerCache() if self.sharded else self.cache, self.frozen()  # FSDP2 gathers them anew
-        if cache.made is not None and core is cache.made.factors[-1]:
+        if (made := cache.made) is not None and core is made.factors.tensors[-1]:
             narrow: Tensor | None = cache.operand("core", core, dtype)
         else:
             narrow = None if core is None else running.narrow(self, core, dtype)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..layers import running
 from ..layers.adapter import Adapter
+from ..layers.caching import Kept, capturing
 from ..layers.inactive import TRAINED, InactiveAdapters
 from ..layers.quantized import prevent_repacking
 from ..layers.ssvd import SSVDAdapter
@@ -27,11 +28,12 @@ class _Root:
     """What `inject` remembers on the module that it was given, and the layers found in it."""
 
     trainable_before: list[str]
-    owner: nn.Module | None = None  # a replica of DataParallel shares this object, but not its layers
+    owner: int | None = None  # id of the module: a replica of DataParallel shares this object, but not its layers
     structure: int = -1
     layers: list[SSVDAdapter] = field(default_factory=list)
     active: list[SSVDAdapter] = field(default_factory=list)
     batches: list[_Batch] = field(default_factory=list)
+    in_graphs: list[list[_Batch]] = field(default_factory=list)  # what captured CUDA graphs read
 
 
 def watch_forwards(root: nn.Module, trainable_before: Iterable[str] = ()) -> None:
@@ -113,7 +115,7 @@ class _Batch:
             i, j = torch.triu_indices(k, k, 1, device=device)
             thetas.append(place * (K * (K - 1) // 2) + i * (2 * K - i - 1) // 2 - i - 1 + j)
             diagonals.append(place * K + torch.arange(k, device=device))
-        self.places = torch.cat(thetas), torch.cat(diagonals)
+        self.places = Kept((torch.cat(thetas), torch.cat(diagonals)))
 
     def cores(self) -> Tensor:
         """(B, K, K), zero beyond each layer's rank."""
@@ -128,8 +130,8 @@ class _Batch:
     def _stack(self, tensors: list[Any], size: int, where: int) -> Tensor:
         if self.even:
             return torch.stack(tensors)
-        flat = torch.cat(tensors)
-        return flat.new_zeros(len(tensors) * size).index_copy(0, self.places[where], flat).view(len(tensors), size)
+        flat, places = torch.cat(tensors), self.places.read()[where]
+        return flat.new_zeros(len(tensors) * size).index_copy(0, places, flat).view(len(tensors), size)
 
 
 def _batches(root: nn.Module) -> list[_Batch]:
@@ -137,17 +139,20 @@ def _batches(root: nn.Module) -> list[_Batch]:
     if torch.compiler.is_compiling():  # which would guard on what is cached here
         return [_Batch(layers) for layers in _grouped(_active(_layers(root)))]
     state: _Root = root.__dict__["_ssvd_root"]
-    if state.owner is not root or state.structure != running.structure.number:
-        state = _Root([], root, running.structure.number, _layers(root))
-        if root.__dict__["_ssvd_root"].owner in (None, root):
+    if state.owner != id(root) or state.structure != running.structure.number:
+        state = _Root([], id(root), running.structure.number, _layers(root), in_graphs=state.in_graphs)
+        if root.__dict__["_ssvd_root"].owner in (None, id(root)):
             state.trainable_before = root.__dict__["_ssvd_root"].trainable_before
             root.__dict__["_ssvd_root"] = state
     active = _active(state.layers)
     if not (torch.is_grad_enabled() or root.training) and active and active[0].cache.holds(active[0]):
         return []  # in eval, where the other layers most probably have their cores cached, too
-    if active != state.active:
-        state.active, state.batches = active, [_Batch(layers) for layers in _grouped(active)]
-    return state.batches
+    batches = state.batches if active == state.active else [_Batch(layers) for layers in _grouped(active)]
+    if active and capturing(active[0].theta):
+        state.in_graphs.append(batches)
+    else:
+        state.active, state.batches = active, batches
+    return batches
 
 
 def _layers(root: nn.Module) -> list[SSVDAdapter]:

@@ -9,6 +9,7 @@ import functools
 import importlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ _INFO_PATH = Path(__file__).parents[1] / "_build_info.json"
 
 @functools.cache
 def build_info() -> dict[str, Any]:
-    """What the build recorded: built ("none", "cpu" or "cuda"), failed (kind: why), torch, cuda, archs; {} if none."""
+    """What the build recorded: built ("none", "cpu" or "cuda"), failed (kind: why), torch, cuda, archs ("sm_90
+    compute_90", say); {} if none."""
     try:
         info = json.loads(_INFO_PATH.read_text())
     except (OSError, ValueError):
@@ -50,10 +52,32 @@ def supports(device: torch.device | str) -> str | None:
     module, reason = _load()
     if module is None:
         return reason
-    kind = torch.device(device).type
-    if kind == "cpu" or (kind == "cuda" and module.with_cuda):
+    device = torch.device(device)
+    if device.type == "cuda" and module.with_cuda:
+        return _lack_of_code(device)
+    if device.type == "cpu":
         return None
-    return f"_C was built for {'CPU and CUDA' if module.with_cuda else 'CPU only'}, not for device type {kind!r}"
+    return f"_C was built for {'CPU and CUDA' if module.with_cuda else 'CPU only'}, not for device type {device.type!r}"
+
+
+@functools.cache
+def _lack_of_code(device: torch.device) -> str | None:
+    """Why no code in `_C` runs on this CUDA device, None if some does: sm_80 runs on 8.0 and later 8.x, compute_80
+    (PTX) on all later ones, sm_90a on 9.0 alone."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
+    capability = torch.cuda.get_device_capability(device)
+    built: str = build_info().get("archs") or "unknown architectures"
+    for kind, *number, only in re.findall(r"(sm|compute)_(\d+)(\d)(a?)", built):
+        major, minor = map(int, number)
+        older = (major, minor) <= capability and not only and (kind == "compute" or major == capability[0])
+        if older or (major, minor) == capability:
+            return None
+    major, minor = capability
+    remedy = f"reinstall with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    return f"_C was built for {built}, not for {device} (sm_{major}{minor}); {remedy}"
 
 
 @functools.cache

@@ -261,6 +261,23 @@ def test_a_training_step_in_a_cuda_graph(as_trained):
             torch.testing.assert_close(parameter, eager.get_parameter(name), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_what_one_stream_fills_late_serves_another(as_trained, dtype):
+    model, x = small_model(dtype).eval(), torch.randn(64, 96, device=DEVICE, dtype=dtype)
+    expected = model(x)
+    model.eval()  # forgets what it kept
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(first):
+        torch.cuda._sleep(100_000_000)
+        model(x)
+    with torch.cuda.stream(second):
+        y = model(x)
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)
+
+
 def test_a_training_step_does_not_wait_for_the_device(as_trained, no_sync):
     model, x = small_model(), torch.randn(64, 96, device=DEVICE, dtype=torch.bfloat16)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.3)

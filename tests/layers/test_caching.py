@@ -9,6 +9,7 @@ import pytest
 import torch
 from bounds import assert_within
 from cases import relative_error
+from fake_streams import FakeStreams
 from models import gradients, references, step, trained_layer
 from torch import Tensor, nn
 
@@ -148,6 +149,37 @@ def test_inference_mode_keeps_nothing_and_transforms_are_right():
         assert_within(value, plain_y, exact_y)
     for value in (dtheta, gradient):
         assert_within(value, plain_dtheta, exact_dtheta)
+
+
+# -- streams ------------------------------------------------------------------------------------------------------
+
+
+def by_factors(layer: sk.SSVDLinear) -> Tensor:
+    return layer.adapted(x_of_block())  # as a GPU does in half precision
+
+
+def by_weight(layer: sk.SSVDLinear) -> Tensor:
+    return layer.weight * 1
+
+
+def by_operands(layer: sk.SSVDLinear) -> list[Tensor]:
+    return [tensor * 1 for tensor in layer.operands(layer.core_for_call(), torch.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    ("fill", "read"),
+    [(by_factors, by_factors), (by_factors, by_weight), (by_weight, by_weight), (by_operands, by_operands)],
+)
+@torch.no_grad()
+def test_a_stream_waits_once_for_what_another_one_fills(monkeypatch, fill, read):
+    layer = composed_layer().eval()
+    with FakeStreams(monkeypatch) as gpu:
+        with gpu.on(1) as first:
+            fill(layer)
+        with gpu.on(2) as second:
+            read(layer)
+            read(layer)
+    assert not gpu.faults and (first.waits, second.waits) == (0, 4 if read is by_operands else 1)
 
 
 # -- CUDA graphs --------------------------------------------------------------------------------------------------

@@ -8,12 +8,14 @@ import pytest
 import torch
 from bounds import assert_within
 from cases import relative_error
+from fake_streams import FakeStreams
 from models import assert_equal_gradients, counted, plain_copy, references, step
 from speech_models import adapted, inputs, loss_gradients, loss_of, run
 from torch import nn
 
 import ssvd_kernels as sk
-from ssvd_kernels.model.rotations import _batches
+from ssvd_kernels.model import rotations
+from ssvd_kernels.model.rotations import _Batch, _batches
 
 
 def _fused_step(model: nn.Module) -> None:
@@ -142,17 +144,51 @@ def test_functional_call_uses_the_parameters_it_is_given():
         assert relative_error(unchanged, run(model)) > 1e-3
 
 
-def test_layers_are_batched_anew_where_a_model_is_changed_moved_cast_or_loaded():
+def padded() -> nn.Module:
+    """Two layers of different ranks, which are batched together."""
     model = nn.Sequential(nn.Linear(64, 60), nn.Linear(60, 64))
     sk.inject(model, sk.SSVDConfig(rank=20), progress=False)
     model(torch.ones(3, 64))
     model[1] = sk.SSVDLinear.from_linear(model[1].original(), sk.SSVDConfig(rank=18))
+    return model
+
+
+def test_layers_are_batched_anew_where_a_model_is_changed_moved_cast_or_loaded():
+    model = padded()
     model(torch.ones(3, 64)).sum().backward()
     assert [batch.layers for batch in _batches(model)] == [[model[0], model[1]]]  # both in one, padded
     model[1].double()
     model[1](model[0](torch.ones(3, 64)).double()).sum().backward()
     model.float()(torch.ones(3, 64)).sum().backward()
-    assert all(index.is_meta for batch in _batches(copy.deepcopy(model).to("meta")) for index in batch.places)
+    assert all(index.is_meta for batch in _batches(copy.deepcopy(model).to("meta")) for index in batch.places.tensors)
     trained = {name: parameter.to("meta") for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.load_state_dict(trained, strict=False, assign=True)
-    assert all(index.is_meta for batch in _batches(model) for index in batch.places)
+    assert all(index.is_meta for batch in _batches(model) for index in batch.places.tensors)
+
+
+@torch.no_grad()
+def test_a_batch_serves_other_streams(monkeypatch):
+    model = padded()
+    with FakeStreams(monkeypatch) as gpu:
+        for number in (1, 2, 2):
+            with gpu.on(number) as stream:
+                model(torch.ones(3, 64))
+    assert not gpu.faults and stream.waits == 1
+
+
+@torch.no_grad()
+def test_a_batch_that_a_graph_reads_stays_and_one_that_it_makes_serves_no_eager_call(monkeypatch):
+    model = padded()
+
+    def captured() -> _Batch:
+        with monkeypatch.context() as patch:
+            patch.setattr(rotations, "capturing", lambda tensor: True)
+            model(torch.ones(3, 64))
+        return model.__dict__["_ssvd_root"].in_graphs[-1][0]
+
+    (kept,) = _batches(model)
+    assert captured() is kept
+    padded()  # a change of any model
+    made = captured()
+    assert made is not kept and _batches(model)[0] is not made
+    assert [batch for (batch,) in model.__dict__["_ssvd_root"].in_graphs] == [kept, made]

@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from bounds import DRAWS, ORTHOGONAL, in_float64, twice, twice_of_draws
 from cases import KAPPAS, exact_delta, relative_error, solved_delta, theta_of_norm
 from torch import Tensor
 
-from ssvd_kernels.ops import extension
+from ssvd_kernels.ops import dispatch, extension
 from ssvd_kernels.ops.reference import cayley_delta_backward_ref, skew
 
 RANKS = [1, 2, 3, 16, 63, 64, 65, 97, 128, 153, 255, 256, pytest.param(384, marks=pytest.mark.slow)]
@@ -242,8 +243,43 @@ def test_bad_grad(ops, device, args, error, message):
 def test_supports_says_what_it_refuses():
     assert extension.supports("cpu") is None and extension.supports(torch.device("cpu")) is None
     assert "'meta'" in str(extension.supports("meta"))
-    assert (extension.supports("cuda") is None) == (extension.build_info()["built"] == "cuda")
+    usable = extension.build_info()["built"] == "cuda" and torch.cuda.is_available()
+    assert usable or extension.supports("cuda") is not None
     assert extension.build_info()["torch"] == torch.__version__
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretends that `_C` was built for these architectures and that a GPU of this compute capability is there."""
+
+    def pretend(archs: str | None, capability: tuple[int, int]) -> torch.device:
+        monkeypatch.setattr(extension, "_load", lambda: (SimpleNamespace(with_cuda=True), None))
+        monkeypatch.setattr(extension, "build_info", lambda: {"archs": archs})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        extension._lack_of_code.cache_clear()
+        return torch.device("cuda", 0)
+
+    yield pretend
+    extension._lack_of_code.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("archs", "served", "refused"),
+    [
+        ("sm_80 sm_90 compute_90", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], [(7, 5)]),
+        ("sm_75 sm_86", [(7, 5), (8, 6), (8, 9)], [(7, 0), (8, 0), (9, 0)]),
+        ("sm_80 sm_90a sm_120", [(9, 0), (12, 0), (12, 1)], [(9, 1), (10, 0)]),
+        (None, [], [(8, 0)]),
+    ],
+)
+def test_a_gpu_for_which_there_is_no_code_is_refused(gpu, archs, served, refused):
+    for capability in served:
+        assert extension.supports(gpu(archs, capability)) is None
+    for major, minor in refused:
+        device = gpu(archs, (major, minor))
+        assert f"sm_{major}{minor}" in str(extension.supports(device))
+        assert dispatch.backend_for("cayley", device, torch.float64) == "reference"
 
 
 @pytest.mark.slow

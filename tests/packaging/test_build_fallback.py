@@ -54,6 +54,7 @@ CXX = {
     # What is compiled for CUDA must not go into the C++ extension.
     "lacks CUDA libraries": f"case $* in *-lcudart*) {fail(CUDA_LINKER_SAYS)};; *-DSSVD_WITH_CUDA*) {COMPILE};; esac\n"
     f'exec {COMPILER} "$@"',
+    "works": COMPILE,
     "cannot compile": fail(COMPILER_SAYS),
     "cannot link": f'case " $* " in *" -c "*) {COMPILE};; esac\n'
     f'while [ "$1" != -o ]; do shift; done; echo half-linked >"$2"\n{fail(LINKER_OUTPUT)}',
@@ -118,6 +119,17 @@ def test_without_compiler_it_is_python(tmp_path, cxx, says, ninja):
     assert run(site, "-m", "ssvd_kernels", "info").stdout.count("_C was not built") == 1
     assert not list((tmp_path / "site").rglob("_C*"))  # half-linked
     assert (LINKER_OUTPUT if cxx == "cannot link" else COMPILER_SAYS) in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "archs"), [("", "sm_80 compute_90 sm_90"), ("7.5 9.0a;12.0+PTX", "compute_120 sm_120 sm_75 sm_90a")]
+)
+def test_the_architectures_that_were_built_are_recorded(tmp_path, asked, archs):
+    env = tools(tmp_path / "tools", "works", "works") | {"TORCH_CUDA_ARCH_LIST": asked}
+    done = setup_info(tmp_path / "build", CUDA_TORCH, SSVD_BUILD="cuda", **env)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("build/lib*/ssvd_kernels/_build_info.json")
+    assert json.loads(path.read_text())["archs"] == archs
 
 
 @pytest.mark.parametrize(

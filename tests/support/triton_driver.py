@@ -36,6 +36,7 @@ class Launch(NamedTuple):
     shared: int = 0  # bytes
     spilled: int = 0  # bytes a thread
     tensor_cores: bool = False
+    fused: bool = True  # products and sums
 
 
 def disassembled(cubin: bytes, *flags: str) -> str:
@@ -80,7 +81,8 @@ class Driver:
         tensor_cores = any(instruction in ptx for instruction in ("mma.sync", "wgmma", "tcgen05.mma"))
 
         def launch(x: int, y: int, z: int, stream: int, spilled: int, *rest: Any) -> None:
-            self.launches.append(Launch(metadata.name, (x, y, z), metadata.shared, spilled, tensor_cores))
+            fused = metadata.enable_fp_fusion
+            self.launches.append(Launch(metadata.name, (x, y, z), metadata.shared, spilled, tensor_cores, fused))
 
         return launch
 
@@ -110,6 +112,6 @@ def gpu(capability: int) -> Iterator[list[Launch]]:
 
 
 def compiling(processes: int = 1) -> ProcessPoolExecutor:
-    """Processes whose Triton compiles."""
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(processes, spawn, update_environment, ({"TRITON_INTERPRET": "0"},))
+    """Processes whose Triton compiles, and fuses products and sums only where it is told to."""
+    environment = {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "0"}
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), update_environment, (environment,))

@@ -126,10 +126,7 @@ def cayley_delta(theta: Tensor, k: int) -> Tensor:
         return theta.new_zeros((B, n, n))
     E = theta.new_empty((B, n, n))
     with current_device(theta):
-        _skew_kernel[_block_pairs(B, n)](
-            theta, E, *E.stride()[:2], k, n,
-            BLOCK=CAYLEY_PACK.rows, num_warps=CAYLEY_PACK.warps, num_stages=CAYLEY_PACK.stages,
-        )  # fmt: skip
+        _skew_kernel[_block_pairs(B, n)](theta, E, *E.stride()[:2], k, n, BLOCK=CAYLEY_PACK.rows, **CAYLEY_PACK.options)
         _inverse_delta_(E, torch.empty_like(E), _precision(k))
     return E
 
@@ -144,9 +141,8 @@ def cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
             _multiply_add(X, 1.0, grad, 0.5, grad, E.mT, _precision(k))
             _multiply_add(Z, 1.0, X, 0.5, E.mT, X, _precision(k))
             _unskew_kernel[_block_pairs(B, k)](
-                Z, *Z.stride()[:2], dtheta, k,
-                BLOCK=CAYLEY_PACK.rows, num_warps=CAYLEY_PACK.warps, num_stages=CAYLEY_PACK.stages,
-            )  # fmt: skip
+                Z, *Z.stride()[:2], dtheta, k, BLOCK=CAYLEY_PACK.rows, **CAYLEY_PACK.options
+            )
     return dtheta
 
 
@@ -154,10 +150,7 @@ def _inverse_delta_(N: Tensor, scratch: Tensor, precision: str) -> None:
     """N (B, n, n) becomes 2 [(I + N)^-1 - I]; the off-diagonal blocks of `scratch` hold L and R. See csrc/cayley.h."""
     n = N.shape[-1]
     if n <= LEAF:
-        leaf = CAYLEY_LEAF
-        _cayley_leaf_kernel[(N.shape[0],)](
-            N, *N.stride()[:2], n, BLOCK=leaf.rows, num_warps=leaf.warps, num_stages=leaf.stages
-        )
+        _cayley_leaf_kernel[(N.shape[0],)](N, *N.stride()[:2], n, BLOCK=CAYLEY_LEAF.rows, **CAYLEY_LEAF.options)
         return
     h = LEAF * (triton.cdiv(n, LEAF) // 2)
     N11, N12, N21, N22 = N[:, :h, :h], N[:, :h, h:], N[:, h:, :h], N[:, h:, h:]
@@ -178,8 +171,7 @@ def _multiply_add(out: Tensor, beta: float, C: Tensor, alpha: float, A: Tensor, 
     config = cayley_config(precision, batch, M, N)
     _cayley_product_kernel[(batch * triton.cdiv(M, config.rows) * triton.cdiv(N, config.cols),)](
         out, *out.stride()[:2], C, *C.stride()[:2], A, *A.stride(), B, *B.stride(), beta, alpha, M, N, A.shape[-1],
-        BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth, PRECISION=precision,
-        num_warps=config.warps, num_stages=config.stages,
+        BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth, PRECISION=precision, **config.options,
     )  # fmt: skip
 
 

@@ -78,7 +78,6 @@ def compose(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dty
         _compose_kernel[(triton.cdiv(d_out, config.rows) * triton.cdiv(d_in, config.cols),)](
             weight, *weight.stride(), P, *P.stride(), V, *V.stride(), out, *out.stride(), d_out, d_in, k,
             BLOCK_N=config.rows, BLOCK_D=config.cols, BLOCK_K=config.depth, GROUP_N=GROUP,
-            PRECISION=COMPOSE_PRECISION[dtype],
-            num_warps=config.warps, num_stages=config.stages,
+            PRECISION=COMPOSE_PRECISION[dtype], **config.options,
         )  # fmt: skip
     return out

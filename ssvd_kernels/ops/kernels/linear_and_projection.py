@@ -90,6 +90,6 @@ def concat(x: Tensor, composed: Tensor, V: Tensor, bias: Tensor | None) -> tuple
                 y if bias is None else bias, 0 if bias is None else bias.stride(0), y, *y.stride(), z, *z.stride(),
                 T, d_in, d_out, k,
                 HAS_BIAS=bias is not None, BLOCK_T=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth,
-                GROUP_T=GROUP, PRECISION="ieee", num_warps=config.warps, num_stages=config.stages,
+                GROUP_T=GROUP, PRECISION="ieee", **config.options,
             )  # fmt: skip
     return y.view(*x.shape[:-1], d_out), z.view(*x.shape[:-1], k)

@@ -66,7 +66,6 @@ def core_grad(a: Tensor, b: Tensor) -> Tensor:
     with current_device(a):
         _core_grad_kernel[grid](
             a, *a.stride(), b, *b.stride(), out, *out.stride(), T, ka, kb, chunk,
-            BLOCK_A=config.rows, BLOCK_B=config.cols, BLOCK_T=config.depth,
-            num_warps=config.warps, num_stages=config.stages,
+            BLOCK_A=config.rows, BLOCK_B=config.cols, BLOCK_T=config.depth, **config.options,
         )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)

@@ -173,7 +173,7 @@ def _products(x: Tensor, weight: Tensor, q: Tensor, U: Tensor, bias: Tensor | No
             x, *x.stride(), weight, *weight.stride(), q, *q.stride(), U, *U.stride(),
             y if bias is None else bias, 0 if bias is None else bias.stride(0), y, *y.stride(), T, d_in, d_out, k,
             HAS_BIAS=bias is not None, BLOCK_T=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth,
-            GROUP_T=GROUP, PRECISION="ieee", num_warps=config.warps, num_stages=config.stages,
+            GROUP_T=GROUP, PRECISION="ieee", **config.options,
         )  # fmt: skip
     return y
 
@@ -191,8 +191,7 @@ def _one_pass(
             y if bias is None else bias, 0 if bias is None else bias.stride(0), y, *y.stride(),
             *((y, 0, 0) if z is None else (z, *z.stride())), T, d_in, d_out, k, core.shape[0],
             HAS_BIAS=bias is not None, NEED_Z=need_z, BLOCK_T=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth,
-            BLOCK_R=one_pass_rank(k), GROUP_T=GROUP, PRECISION="ieee",
-            num_warps=config.warps, num_stages=config.stages,
+            BLOCK_R=one_pass_rank(k), GROUP_T=GROUP, PRECISION="ieee", **config.options,
         )  # fmt: skip
     return y, z
 

@@ -63,6 +63,17 @@ def test_the_kernel_rounds_as_its_twin_does(shape, params):
     assert torch.equal(compose(*still, BF16), args[0].to(BF16))  # nothing trained: the base weight itself
 
 
+@pytest.mark.parametrize("round_weight", [compose, reference.compose_operand_ref])
+def test_infinities_and_every_nan_stay_what_they_are(round_weight):
+    case = {name: tensor.to(DEVICE) for name, tensor in linear_inputs((1, 41, 37, 17), F32).items()}
+    case["weight"][0, :2] = torch.tensor([float("inf"), -float("inf")])
+    case["U"][1] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(F32)  # what GPUs make of inf - inf
+    case["U"][2] = -case["U"][1]
+    composed = round_weight(*(case[name] for name in ("weight", "U", "V", "core")), BF16)
+    assert composed[0, :2].tolist() == [float("inf"), -float("inf")]
+    assert composed[1:3].isnan().all() and composed[3:].isfinite().all()
+
+
 @pytest.mark.parametrize("base", [BF16, F32], ids=["bf16 base", "float32 base of bf16 values"])
 @pytest.mark.parametrize("kappa", [1e-4, 1e-3, 1e-2, 1e-1])
 def test_the_update_survives_composition_in_bf16(kappa, base):

@@ -125,12 +125,14 @@ def with_tile(capability: int, table: str, key: str, rank: int, tile: TileConfig
 
 
 def faults(launches: list[Launch], exact: bool = False) -> list[Launch]:
-    """Kernels of ours that spill registers, or multiply without tensor cores unless `exact`."""
-    return [
-        launch
-        for launch in launches
-        if launch.grid and (launch.spilled or not (exact or launch.tensor_cores or launch.name in NO_PRODUCT))
-    ]
+    """Kernels of ours that spill registers, do not fuse products and sums, or multiply without tensor cores unless
+    `exact`."""
+
+    def bad(launch: Launch) -> bool:
+        on_tensor_cores = exact or launch.tensor_cores or launch.name in NO_PRODUCT
+        return bool(launch.spilled) or not (launch.fused and on_tensor_cores)
+
+    return [launch for launch in launches if launch.grid and bad(launch)]
 
 
 def assert_fit(launches: list[Launch]) -> None:
@@ -140,7 +142,7 @@ def assert_fit(launches: list[Launch]) -> None:
 def test_faults():
     good = Launch("kernel", (1, 1, 1), tensor_cores=True)
     assert not faults([good, Launch("mm"), good._replace(name="_skew_kernel", tensor_cores=False)])
-    assert faults([good._replace(spilled=8)]) and faults([good._replace(tensor_cores=False)])
+    assert all(faults([good._replace(**bad)]) for bad in ({"spilled": 8}, {"tensor_cores": False}, {"fused": False}))
 
 
 @pytest.mark.parametrize(("dtype", "T", "k"), [(BF16, 1, 8), (BF16, 256, 64), (BF16, 16, 100)])
