@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters.file_format import FORMAT_VERSION, AdapterError
 from ..basis.factorize import BASIS, SAFE_GAP, SKETCH_ROWS, Factorization, factorize, match_signs
+from ..basis.forwards import casts
 from ..basis.linears import base_weight, check_adaptable
 from ..config import SSVDConfig
 from ..layers.merging import merged_weight
@@ -94,7 +95,8 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         if len(running) == 1:
             return running[0].forward(x)
         if running:
-            return ssvd_linear(x, self.base_weight, *_sum(running), self.base_layer.bias)
+            W = self.base_weight
+            return ssvd_linear(x, W.to(x.dtype) if running[0].casts else W, *_sum(running), self.base_layer.bias)
         if self.disable_adapters and self.merged:
             self.unmerge()
         return self.base_layer(x)
@@ -185,7 +187,7 @@ class PeftAdapter(SSVDAdapter):
     def __init__(self, layer: SSVDPeftLinear, config: SSVDConfig, found: Factorization) -> None:
         super().__init__(layer.base_weight, config, found)
         self.__dict__["layer"] = layer  # not a submodule, but the other way round
-        self.training = layer.training
+        self.training, self.casts = layer.training, casts(layer.base_layer)
 
     def hold_basis(self, found: Factorization) -> None:
         self.__dict__.update(U=found.U, sigma=found.sigma, V=found.V)

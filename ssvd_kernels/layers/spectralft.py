@@ -80,7 +80,7 @@ class SpectralFTLinear(AdaptedLinear):
             raise ValueError(f"`mode` must be 'auto' or 'factored' for a SpectralFT layer, got {self.mode!r}")
         P, Q = self.cache.factors(self)[:2] if self.cache.serves(self) else self._low_rank()
         dtype = compute_dtype(x)
-        return F.linear(x, self.base_weight, self.bias) + F.linear(x @ Q.to(dtype), P.to(dtype))
+        return self.fixed(x) + F.linear(x @ Q.to(dtype), P.to(dtype))
 
     # -- adapters ----------------------------------------------------------------------------------------------
 

@@ -56,7 +56,7 @@ class SSVDLinearFunction(torch.autograd.Function):
         need_z: bool,
     ) -> Tensor:
         x = x if x.dtype == dtype else x.to(dtype)
-        if mode == "composed" and dtype.itemsize == 2:
+        if mode == "composed" and dtype != torch.float32:
             with reference.without_autocast(x):
                 y, z, composed = OPS[backend].ssvd_linear_fwd(x, weight, U, V, core, bias, mode, need_z)
         else:
