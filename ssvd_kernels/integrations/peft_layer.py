@@ -87,7 +87,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         if len(running) == 1:
             return running[0].weight
         if not running:
-            return self.base_layer.weight if self.merged else self.base_weight
+            return self.base_layer.weight if self.merged else self.base_weight.detach().clone()
         return compose(self.base_weight, *_sum(running))
 
     def forward(self, x: Tensor) -> Tensor:

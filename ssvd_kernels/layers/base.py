@@ -54,7 +54,9 @@ class AdaptedLinear(Adapter):
     def effective_weight(self) -> Tensor:
         if self._merged_weight is not None:
             return self._merged_weight
-        return self.base_weight if self.disabled else super().effective_weight()
+        if self.disabled:
+            return self.base_weight.detach().clone()  # callers may write into it
+        return super().effective_weight()
 
     def frozen(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         own: dict[str, Any] = self._parameters
