@@ -21,17 +21,20 @@ if TYPE_CHECKING:
 class Forward(NamedTuple):
     """A root's forward that is running in this thread."""
 
-    cores: dict[SSVDAdapter, Tensor]
+    before: dict[SSVDAdapter, Tensor | None]  # what its layers were given by the outer one
     values: Values | None  # of the cores, where they have gradients
     caller: FrameType | None  # of the root's hooks; None while torch.compile traces
     outer: Forward | None
 
-    def is_running(self) -> bool:
-        """False after a KeyboardInterrupt, after which no hook of the root runs."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame is not self.caller:
-            frame = frame.f_back
-        return frame is not None
+
+class Given(threading.local):
+    """The core that a root has made for a layer. A compiled block reads it as an input, whichever layer it is of."""
+
+    def __init__(self) -> None:  # in each thread: torch.compile guards on which attributes there are
+        self.core: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[Given], tuple[()]]:
+        return Given, ()
 
 
 class Values:
@@ -57,7 +60,7 @@ class _Structure:
 
 
 class _Thread(threading.local):
-    def __init__(self) -> None:  # in each thread: torch.compile guards on which attributes there are
+    def __init__(self) -> None:  # as above
         self.forward: Forward | None = None
 
 
@@ -67,10 +70,12 @@ _finished: list[weakref.ref[Values]] = []  # of all forwards that may still have
 
 def enter(cores: dict[SSVDAdapter, Tensor], values: Values | None, caller: FrameType | None) -> None:
     """At the start of a root's forward, called with the frame that calls its hooks."""
-    outer = thread.forward
-    while outer is not None and outer.caller is not None and not outer.is_running():
-        outer = outer.outer
-    thread.forward = Forward(cores, values, caller, outer)
+    while thread.forward is not None and thread.forward.caller is not None and not is_running():
+        leave()
+    before = {layer: layer.given.core for layer in cores}
+    for layer, core in cores.items():
+        layer.given.core = core
+    thread.forward = Forward(before, values, caller, thread.forward)
     if values is not None:
         _finished[:] = [*(ref for ref in _finished if ref() is not None), weakref.ref(values)]
 
@@ -78,7 +83,20 @@ def enter(cores: dict[SSVDAdapter, Tensor], values: Values | None, caller: Frame
 def leave() -> None:
     """At the end of a root's forward."""
     if thread.forward is not None:
+        for layer, core in thread.forward.before.items():
+            layer.given.core = core
         thread.forward = thread.forward.outer
+
+
+def is_running() -> bool:
+    """Whether the newest forward of this thread is: not after a KeyboardInterrupt, after which no hook of it runs."""
+    forward = thread.forward
+    if forward is None or forward.caller is None:
+        return forward is not None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not forward.caller:
+        frame = frame.f_back
+    return frame is not None
 
 
 def recomputed(layer: SSVDAdapter) -> Tensor | None:
