@@ -125,8 +125,9 @@ class SSVDLinear(AdaptedLinear, SSVDAdapter):
     layer.mode     "auto", "composed" or "factored" (see `ssvd_linear`)
 
     theta, delta_sigma, U, sigma and V are float32 (float64 over a float64 base), also over a half-precision base; x has
-    the base's dtype or autocast's. Casting an adapted model (`to(dtype)`, `half()`) casts them all, warning where theta
-    becomes half precision, and casting back restores no precision. The core is computed in float32 even then.
+    the base's dtype or autocast's, or any if `linear` casts its weight to it. Casting an adapted model (`to(dtype)`,
+    `half()`) casts them all, warning where theta becomes half precision, and casting back restores no precision. The
+    core is computed in float32 even then.
 
     Before training the output is bit-identical to the base layer's. The Parameters of `linear` are shared and frozen.
     In training a composed weight lives from forward to backward, in eval with gradients off it is cached across
