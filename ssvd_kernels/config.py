@@ -19,7 +19,7 @@ _ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 _WAV2VEC2 = [*_ATTENTION, "intermediate_dense", "output_dense"]
 _CGMLP = ["channel_proj1.0", "channel_proj2", "merge_proj"]  # the other branch of an E-Branchformer
 PRESETS: dict[str, list[str]] = {
-    "whisper": [*_ATTENTION, "fc1", "fc2"],
+    "whisper": [*_ATTENTION, "fc1", "fc2", "query", "key", "value", "out", "mlp.0", "mlp.2"],  # then OpenAI's names
     "wav2vec2": _WAV2VEC2,
     "hubert": _WAV2VEC2,
     "wavlm": _WAV2VEC2,

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.fsdp import is_sharded
+from .forwards import computed_as
+
+_LINEAR = "an nn.Linear with its own weight and forward (which may only cast the weight to x's dtype)"
 
 
 def is_linear(module: object) -> bool:
     """Whether `module` computes x W^T + b from a plain parameter W (a parametrized one, say, does not)."""
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+    if not isinstance(module, nn.Linear):
         return False
     weight = module._parameters.get("weight")
     # not of a tensor subclass, which may compute otherwise, nor a lazy one, which has no values yet
-    return type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
+    return (type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)) and computed_as(module) is not None
 
 
 def is_quantized(module: object) -> TypeGuard[nn.Linear]:
@@ -30,18 +33,18 @@ def is_quantized(module: object) -> TypeGuard[nn.Linear]:
 
 def is_adaptable(module: object) -> bool:
     """Whether SSVD can adapt `module`: a plain nn.Linear or a quantised one."""
-    return is_linear(module) or is_quantized(module)
+    return is_quantized(module) or is_linear(module)
 
 
 def check_linear(module: object, name: str) -> None:
-    """Raises TypeError unless `module` is an nn.Linear (or a subclass with its forward and a plain weight)."""
+    """Raises TypeError unless `module` is an nn.Linear (or a subclass that computes the same from a plain weight)."""
     if is_quantized(module):
         raise TypeError(
             f"`{name}` must be an unquantised nn.Linear, got a quantised {type(module).__name__}: use inject or "
             "SSVDQuantizedLinear"
         )
     if not is_linear(module):
-        raise TypeError(f"`{name}` must be an nn.Linear with its own weight, got {type(module).__name__}")
+        raise TypeError(f"`{name}` must be {_LINEAR}, got {type(module).__name__}")
 
 
 def check_adaptable(module: nn.Module, name: str, origin: str = "") -> None:
@@ -49,7 +52,7 @@ def check_adaptable(module: nn.Module, name: str, origin: str = "") -> None:
     the message."""
     if not is_adaptable(module):
         raise TypeError(
-            f"`{name}`{origin} must be an nn.Linear with its own weight, or one quantised by bitsandbytes or torchao, "
+            f"`{name}`{origin} must be {_LINEAR}, or one quantised by bitsandbytes or torchao, "
             f"got {type(module).__name__}"
         )
     if "forward" in module.__dict__ and not is_quantized(module):  # whose own forward is called

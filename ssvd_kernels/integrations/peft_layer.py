@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters.file_format import AdapterError
 from ..basis.factorize import BASIS, SAFE_GAP, SKETCH_ROWS, Factorization, factorize, match_signs
+from ..basis.forwards import casts
 from ..basis.linears import base_weight, check_adaptable
 from ..config import SSVDConfig, check_strength
 from ..layers.merging import merged_weight
@@ -88,7 +89,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         if len(running) == 1:
             return running[0].weight
         if not running:
-            return self.base_layer.weight if self.merged else self.base_weight
+            return self.base_layer.weight if self.merged else self.base_weight.detach().clone()
         return compose(self.base_weight, *_sum(running))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,7 +97,8 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         if len(running) == 1:
             return running[0].forward(x)
         if running:
-            return ssvd_linear(x, self.base_weight, *_sum(running), self.base_layer.bias)
+            W = self.base_weight
+            return ssvd_linear(x, W.to(x.dtype) if running[0].casts else W, *_sum(running), self.base_layer.bias)
         if self.disable_adapters and self.merged:
             self.unmerge()
         return self.base_layer(x)
@@ -207,7 +209,7 @@ class PeftAdapter(SSVDAdapter):
         super().__init__(layer.base_weight, config, found)
         self.strength = self.configured_strength = strength
         self.__dict__["layer"] = layer  # not a submodule, but the other way round
-        self.training = layer.training
+        self.training, self.casts = layer.training, casts(layer.base_layer)
 
     def set_strength(self, strength: float) -> None:
         self.strength = check_strength(strength)

@@ -31,6 +31,7 @@ class Adapter(nn.Module, ABC):
     config_type: ClassVar[type[Config]]
     trained_names: ClassVar[tuple[str, ...]]  # of an adapter's Parameters; every layer has the first
     managed_by: ClassVar[str | None] = None  # another library, e.g. PEFT
+    casts = False  # whether the layer takes x of any dtype and casts W and b to it, as the layer that it adapts
 
     U: Tensor
     sigma: Tensor

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..basis.factorize import BASIS, Factorization
+from ..basis.forwards import cast_linear
 from ..config import Config
 from ..utils.fsdp import is_sharded
 from .adapter import Adapter
@@ -53,7 +54,9 @@ class AdaptedLinear(Adapter):
     def effective_weight(self) -> Tensor:
         if self._merged_weight is not None:
             return self._merged_weight
-        return self.base_weight if self.disabled else super().effective_weight()
+        if self.disabled:
+            return self.base_weight.detach().clone()  # callers may write into it
+        return super().effective_weight()
 
     def frozen(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         own: dict[str, Any] = self._parameters
@@ -65,12 +68,11 @@ class AdaptedLinear(Adapter):
 
     def fixed(self, x: Tensor) -> Tensor:
         merged = self._merged_weight
-        if merged is None:
-            return F.linear(x, self.base_weight, self.bias)
-        if self.training and torch.is_grad_enabled() and self.first_trained.requires_grad:
+        if merged is not None and self.training and torch.is_grad_enabled() and self.first_trained.requires_grad:
             kind = type(self).__name__
             raise RuntimeError(f"this {kind} is merged and would not train: call unmerge() first, or eval()")
-        return F.linear(x, merged, self._parameters["bias"])
+        weight = self.base_weight if merged is None else merged
+        return (cast_linear if self.casts else F.linear)(x, weight, self._parameters["bias"])
 
     # -- adapters ----------------------------------------------------------------------------------------------
 

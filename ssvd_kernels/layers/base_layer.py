@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..basis.forwards import casts
 from ..basis.linears import check_linear, share_hooks
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class BaseLayer:
     def attach(self, layer: AdaptedLinear, linear: nn.Linear) -> None:
         """Puts the frozen `linear` below `layer`."""
         layer.__dict__["_original"] = linear.requires_grad_(False)  # not a submodule: `original()` gives it back
+        layer.casts = casts(linear)
         share_hooks(linear, layer)
         others = dict(layer._parameters)
         layer._parameters.clear()  # for the weight must come first: its dtype is taken for the model's

@@ -94,6 +94,7 @@ class LayerCache:
             or torch.compiler.is_compiling()
             or type(adapter.first_trained) is not nn.Parameter  # functional_call
             or adapter.sharded
+            or "_hf_hook" in adapter.__dict__  # accelerate's: offloaded, so that nothing stays on the device
             or adapter.first_trained.is_inference()
             or torch._C._are_functorch_transforms_active()
         )

@@ -27,19 +27,22 @@ Batch: TypeAlias = "tuple[list[SSVDAdapter], Tensor]"  # layers and their cores 
 class Forward(NamedTuple):
     """A root's forward that is running in this thread."""
 
-    cores: Cores
-    batches: list[Batch]  # of the same cores
+    before: dict[SSVDAdapter, Tensor | None]  # what its layers were given by the outer one
+    batches: list[Batch]  # of the cores that it gave them
     narrow: dict[tuple[SSVDAdapter, torch.dtype], Tensor]
     values: Values | None  # of the cores, where they have gradients
     caller: FrameType | None  # of the root's hooks; None while torch.compile traces
     outer: Forward | None
 
-    def is_running(self) -> bool:
-        """False after a KeyboardInterrupt, after which no hook of the root runs."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame is not self.caller:
-            frame = frame.f_back
-        return frame is not None
+
+class Given(threading.local):
+    """The core that a root has made for a layer. A compiled block reads it as an input, whichever layer it is of."""
+
+    def __init__(self) -> None:  # in each thread: torch.compile guards on which attributes there are
+        self.core: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[Given], tuple[()]]:
+        return Given, ()
 
 
 class Values:
@@ -69,7 +72,7 @@ class _Structure:
 
 
 class _Thread(threading.local):
-    def __init__(self) -> None:  # in each thread: torch.compile guards on which attributes there are
+    def __init__(self) -> None:  # as above
         self.forward: Forward | None = None
 
 
@@ -79,22 +82,37 @@ _finished: list[weakref.ref[Values]] = []  # of all forwards that may still have
 
 def enter(cores: Cores, batches: list[Batch], values: Values | None, caller: FrameType | None) -> None:
     """At the start of a root's forward, called with the frame that calls its hooks."""
-    outer = thread.forward
-    while outer is not None and outer.caller is not None and not outer.is_running():
-        outer = outer.outer
-    thread.forward = Forward(cores, batches, {}, values, caller, outer)
+    while thread.forward is not None and thread.forward.caller is not None and not is_running():
+        leave()
+    before = {layer: layer.given.core for layer in cores}
+    for layer, core in cores.items():
+        layer.given.core = core
+    thread.forward = Forward(before, batches, {}, values, caller, thread.forward)
 
 
 def leave() -> None:
     """At the end of a root's forward."""
     if thread.forward is not None:
+        for layer, core in thread.forward.before.items():
+            layer.given.core = core
         thread.forward = thread.forward.outer
+
+
+def is_running() -> bool:
+    """Whether the newest forward of this thread is: not after a KeyboardInterrupt, after which no hook of it runs."""
+    forward = thread.forward
+    if forward is None or forward.caller is None:
+        return forward is not None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not forward.caller:
+        frame = frame.f_back
+    return frame is not None
 
 
 def narrow(layer: SSVDAdapter, core: Tensor, dtype: torch.dtype) -> Tensor | None:
     """`core` as the Triton kernels read it in `dtype`, if the root made it: then all of its batch are, at once."""
     forward = thread.forward
-    if forward is None or forward.cores.get(layer) is not core:
+    if forward is None or layer.given.core is not core:
         return None
     if (layer, dtype) not in forward.narrow:
         layers, batch = next(each for each in forward.batches if layer in each[0])

@@ -81,7 +81,7 @@ class SpectralFTLinear(AdaptedLinear):
             raise ValueError(f"`mode` must be 'auto' or 'factored' for a SpectralFT layer, got {self.mode!r}")
         P, Q = self.cache.factors(self)[:2] if self.cache.serves(self) else self._low_rank()
         dtype = compute_dtype(x)
-        return add_update(F.linear(x, self.base_weight, self.bias), F.linear(x @ Q.to(dtype), P.to(dtype)))
+        return add_update(self.fixed(x), F.linear(x @ Q.to(dtype), P.to(dtype)))
 
     # -- adapters ----------------------------------------------------------------------------------------------
 

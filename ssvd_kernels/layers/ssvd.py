@@ -29,6 +29,7 @@ class SSVDAdapter(Adapter):
 
     def __init__(self, weight: Tensor, config: SSVDConfig, factorization: Factorization | None = None) -> None:
         super().__init__(weight, config, factorization)
+        self.given = running.Given()
         d_out, d_in = weight.shape
         self.k_in, self.k_out = config.resolve_ranks(d_in, d_out)
         self.side, self.rotation, self.band = config.resolve_side(d_in, d_out), config.rotation, config.band
@@ -46,16 +47,15 @@ class SSVDAdapter(Adapter):
 
         Within a forward of the root it comes from the batch that the root computed for all layers.
         """
-        forward, grad = running.thread.forward, torch.is_grad_enabled()
-        if forward is not None and self in forward.cores and (forward.caller is None or forward.is_running()):
-            core = forward.cores[self]
+        core, grad, compiling = self.given.core, torch.is_grad_enabled(), torch.compiler.is_compiling()
+        if core is not None and (compiling or running.is_running()):
             if core.requires_grad or not (grad and self.first_trained.requires_grad):
-                if not grad and core.requires_grad:  # a reentrant checkpoint: its recomputation has a graph of its own
+                if not (grad or compiling) and core.requires_grad:  # a reentrant checkpoint, recomputed with a graph
                     running.forget(self)
                 return core
-        elif grad and not torch.compiler.is_compiling() and (found := running.recomputed(self)) is not None:
+        elif grad and not compiling and (found := running.recomputed(self)) is not None:
             return found
-        if grad and not torch.compiler.is_compiling():
+        if grad and not compiling:
             running.forget(self)
         with running.unseen_by_checkpoints():
             return core_of(self.kind, self.theta, self.theta_out, self.delta_sigma, self.sigma)
@@ -139,8 +139,9 @@ class SSVDLinear(AdaptedLinear, SSVDAdapter):
     layer.mode     "auto", "composed" or "factored" (see `ssvd_linear`)
 
     theta, delta_sigma, U, sigma and V are float32 (float64 over a float64 base), also over a half-precision base; x has
-    the base's dtype or autocast's. Casting an adapted model (`to(dtype)`, `half()`) casts them all, warning where theta
-    becomes half precision, and casting back restores no precision. The core is computed in float32 even then.
+    the base's dtype or autocast's, or any if `linear` casts its weight to it. Casting an adapted model (`to(dtype)`,
+    `half()`) casts them all, warning where theta becomes half precision, and casting back restores no precision. The
+    core is computed in float32 even then.
 
     Before training the output is bit-identical to the base layer's. The Parameters of `linear` are shared and frozen.
     In training a composed weight lives from forward to backward, in eval with gradients off it is cached across

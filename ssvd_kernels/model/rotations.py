@@ -30,7 +30,8 @@ class _Root:
     trainable_before: list[str]
     owner: int | None = None  # id of the module: a replica of DataParallel shares this object, but not its layers
     structure: int = -1
-    layers: list[SSVDAdapter] = field(default_factory=list)
+    adapters: list[Adapter] = field(default_factory=list)
+    layers: list[SSVDAdapter] = field(default_factory=list)  # those of SSVD
     active: list[SSVDAdapter] = field(default_factory=list)
     batches: list[_Batch] = field(default_factory=list)
     in_graphs: list[list[_Batch]] = field(default_factory=list)  # what captured CUDA graphs read
@@ -137,14 +138,19 @@ class _Batch:
 def _batches(root: nn.Module) -> list[_Batch]:
     """The layers whose cores a forward needs, those of one kind together, in batches of about MAX_BYTES at most."""
     if torch.compiler.is_compiling():  # which would guard on what is cached here
-        return [_Batch(layers) for layers in _grouped(_active(_layers(root)))]
+        layers = [each for each in _walk(root, set()) if isinstance(each, SSVDAdapter)]
+        return [_Batch(same) for same in _grouped(_active(layers))]
     state: _Root = root.__dict__["_ssvd_root"]
     if state.owner != id(root) or state.structure != running.structure.number:
-        state = _Root([], id(root), running.structure.number, _layers(root), in_graphs=state.in_graphs)
+        adapters = list(_walk(root, set()))
+        layers = [each for each in adapters if isinstance(each, SSVDAdapter)]
+        state = _Root([], id(root), running.structure.number, adapters, layers, in_graphs=state.in_graphs)
         if root.__dict__["_ssvd_root"].owner in (None, id(root)):
             state.trainable_before = root.__dict__["_ssvd_root"].trainable_before
             root.__dict__["_ssvd_root"] = state
     active = _active(state.layers)
+    if len(active) < len(state.adapters):
+        _check_offloaded(root, state.adapters)
     if not (torch.is_grad_enabled() or root.training) and active and active[0].cache.holds(active[0]):
         return []  # in eval, where the other layers most probably have their cores cached, too
     batches = state.batches if active == state.active else [_Batch(layers) for layers in _grouped(active)]
@@ -155,13 +161,29 @@ def _batches(root: nn.Module) -> list[_Batch]:
     return batches
 
 
-def _layers(root: nn.Module) -> list[SSVDAdapter]:
-    return [module for module in _walk(root, set()) if isinstance(module, SSVDAdapter)]
-
-
 def _active(layers: list[SSVDAdapter]) -> list[SSVDAdapter]:
-    """Those whose cores a forward uses; not those of functional_call, which sees no hook of the root."""
-    return [each for each in layers if not each.idle and each._parameters["theta"].__class__ is nn.Parameter]
+    """Those whose cores a forward uses; not those of functional_call, which sees no hook of the root, nor offloaded
+    ones, which have their values within their own forward only."""
+    thetas: list[Any] = [each._parameters["theta"] for each in layers]
+    kept = [theta.__class__ is nn.Parameter and not theta.is_meta for theta in thetas]
+    return [each for each, own in zip(layers, kept) if own and not each.idle]
+
+
+def _check_offloaded(root: nn.Module, adapters: list[Adapter]) -> None:
+    """Raises RuntimeError for layers that accelerate has offloaded, if they would not train or lack their base."""
+    for each in adapters:
+        if "_hf_hook" not in each.__dict__ or each.idle or not each.first_trained.is_meta:
+            continue
+        name = next(name for name, module in root.named_modules() if module is each)
+        if each.managed_by is not None:
+            raise RuntimeError(
+                f"{name} is offloaded, but PEFT's layer reads its base weight itself: call merge_and_unload() before "
+                "offloading, or adapt by ssvd_kernels.inject, whose layers can be offloaded"
+            )
+        if root.training and torch.is_grad_enabled() and each.first_trained.requires_grad:
+            raise RuntimeError(
+                f"{name} is offloaded and would not train: train before offloading, or call eval() for inference"
+            )
 
 
 def _grouped(layers: list[SSVDAdapter]) -> list[list[SSVDAdapter]]:

@@ -59,7 +59,7 @@ class SSVDLinearFunction(torch.autograd.Function):
         ctx.k, ctx.core_dtype = core.shape[0], core.dtype
         core = core if narrow is None else narrow
         x = x if x.dtype == dtype else x.to(dtype)
-        if mode == "composed" and dtype.itemsize == 2:
+        if mode == "composed" and dtype != torch.float32:
             with reference.without_autocast(x):
                 y, z, composed = OPS[backend].ssvd_linear_fwd(x, weight, U, V, core, bias, mode, need_z)
         else:

@@ -148,6 +148,8 @@ def ssvd_linear(
 
 
 class Operands(Protocol):
+    casts: bool  # whether `weight` may have another dtype than x
+
     def operands(self, core: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
 
@@ -171,7 +173,8 @@ def linear(
         dtype = compute_dtype(x)
     if weight is not None:
         if dtype != weight.dtype and (dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type)):
-            raise ValueError(f"without autocast `weight` must have the dtype of `x` ({dtype}), got {weight.dtype}")
+            if operands is None or not operands.casts:
+                raise ValueError(f"without autocast `weight` must have the dtype of `x` ({dtype}), got {weight.dtype}")
         call = dispatch.linear_call.__wrapped__ if compiling else dispatch.linear_call
         backward = need_z or (grad and x.requires_grad)
         backend, elements = call(x.device, dtype, weight.shape, core.shape[0], mode, backward, dispatch.forced)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LATTICE = 49471, 37345  # 2^16 over the plastic number and over its square
+from .kernels.tile_sizes import LATTICE
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
@@ -162,7 +162,8 @@ def round_stochastically(values: Tensor) -> Tensor:
     The noise (i LATTICE[0] + j LATTICE[1]) mod 2^16 of element (i, j) is the same everywhere, and even along every row
     and column: the R2 sequence (Roberts, 2018), in units of the last of the 16 bits that are cut off.
     """
-    rows, cols = (((torch.arange(n, device=values.device) * a) & 0xFFFF).int() for n, a in zip(values.shape, LATTICE))
+    rows = ((torch.arange(values.shape[0], device=values.device) * LATTICE[0]) & 0xFFFF).int()
+    cols = ((torch.arange(values.shape[1], device=values.device) * LATTICE[1]) & 0xFFFF).int()
     noise = (rows.unsqueeze(1) + cols).bitwise_and_(0xFFFF)
     bits = noise.add_(values.contiguous().view(torch.int32)).bitwise_and_(-0x10000)
     return torch.where(values.isnan(), values, bits.view(torch.float32)).to(torch.bfloat16)

@@ -232,6 +232,15 @@ def test_disabled_is_the_base_model_bit_for_bit(base, dtype):
     assert all(map(torch.equal, outputs(net), expected))
 
 
+def test_the_base_is_not_handed_out_for_writing_while_disabled(base):
+    net = injected(base)
+    with sk.disable_adapter(net), torch.no_grad():
+        for layer in sk.ssvd_layers(net).values():
+            assert torch.equal(layer.weight, layer.base_weight)
+            layer.weight.zero_()
+        assert_same_outputs(net, base)
+
+
 def test_disabling_ends_with_its_block_and_is_not_copied(base):
     net = injected(base)
     expected = outputs(net)

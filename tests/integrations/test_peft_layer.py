@@ -157,6 +157,15 @@ def test_parameters_are_as_narrow_as_asked():
 # -- merging -----------------------------------------------------------------------------------------------------------
 
 
+def test_the_base_is_not_handed_out_for_writing_while_disabled():
+    model = adapted()
+    with model.disable_adapter(), torch.no_grad():
+        for layer in layers(model).values():
+            assert torch.equal(layer.weight, layer.base_weight)
+            layer.weight.zero_()
+        assert torch.equal(run(model), run(base_model()))
+
+
 def test_merge_and_unmerge_are_exact():
     model, base = several(), base_model()
     expected, output = run(model), references(model, run)

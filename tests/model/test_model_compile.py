@@ -8,7 +8,18 @@ import pytest
 import torch
 from bounds import assert_within, twice
 from cases import relative_error
-from models import assert_all_within, gradients, loss_of, plain_copy, references, step
+from models import (
+    Encoder,
+    FeedForward,
+    adapt,
+    assert_all_within,
+    gradients,
+    loss_of,
+    plain_copy,
+    references,
+    step,
+    train_randomly,
+)
 from speech_models import adapted, loss_gradients, run, scaled_passes
 from torch import Tensor, nn
 
@@ -73,3 +84,40 @@ def test_merged_model_compiles_to_one_graph():
         assert_within(run(compiled), plain, exact, "merged")
         sk.unmerge(model)
         assert_within(run(compiled), plain, exact)
+
+
+class Block(FeedForward):
+    def forward(self, x: Tensor) -> Tensor:  # Sequential's own is torch's code, which compiles layer by layer
+        return x + super().forward(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("through", ["inject", "peft"])
+def test_blocks_compiled_one_by_one_share_their_graphs(through):
+    """As LoRA's: one graph for the first block, whose input needs no gradient, one for the others, one in eval."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    if through == "inject":
+        model = adapt(Encoder(None, Block, 4))
+        blocks = model.blocks
+    else:
+        peft = pytest.importorskip("peft")
+        from ssvd_kernels.integrations.peft import SSVDPeftConfig
+
+        model = peft.get_peft_model(Encoder(None, Block, 4), SSVDPeftConfig(rank=5, target_modules=r".*\d\.[02]"))
+        blocks = train_randomly(model).base_model.model.blocks
+    x, twin = torch.randn(6, 8), copy.deepcopy(model)
+    for block in blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    for new in (True, False, False):
+        with torch._dynamo.config.patch(error_on_recompile=not new):
+            for network in (model.train(), twin.train()):
+                network(x).square().mean().backward()
+            for ours, theirs in zip(model.parameters(), twin.parameters()):
+                assert ours.grad is theirs.grad is None or torch.equal(ours.grad, theirs.grad)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 + (not new)
+        step(model)
+        step(twin)
+        with torch.no_grad():
+            assert_within(model.eval()(x), *references(twin.eval(), lambda network: network(x)))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3

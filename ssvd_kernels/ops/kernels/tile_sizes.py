@@ -18,6 +18,7 @@ GROUP = 8  # row blocks that share their column tiles in L2
 MIN_PROGRAMS = 128  # about one program per multiprocessor of a large GPU
 ONE_PASS_MAX_T = 256  # above it, BLOCK_R / BLOCK_N more products cost more than two saved launches
 MIN_CHUNK = 256  # tokens per partial of core_grad
+LATTICE = 49471, 37345  # noise of stochastic rounding: 2^16 over the plastic number and over its square
 CONCAT_MAX_D = 640  # up to it, reading x once is worth more than the library's larger tiles
 
 
