@@ -13,6 +13,12 @@ namespace ssvd {
 // Largest block that is inverted by a kernel of its own; larger ones are split.
 constexpr int64_t kLeaf = 64;
 
+// The rounding errors of `inverse_delta_` grow with ||K||. It is not tried from this ||column of K||^2 on, which is 30 to
+// 45 in a random K of ||K||_2 = 10, ...
+constexpr double kLarge = 50;
+// ... and its E may be off by 1e-5 from this | ||column of G||^2 - 1 | on, which is about 1e-6 in such a K.
+constexpr double kNotUnit = 2e-6;
+
 // First block of a split: a multiple of kLeaf, about n / 2.
 inline int64_t split(int64_t n) {
   return kLeaf * (((n + kLeaf - 1) / kLeaf) / 2);

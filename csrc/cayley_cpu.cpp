@@ -6,7 +6,9 @@
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <vector>
 
 #if defined(__GNUC__) && !defined(SSVD_NO_DIRECT_BLAS)
 // torch's own BLAS, directly where it is visible: at::addmm rounds float32 to bf16 where the user allows it.
@@ -70,18 +72,23 @@ at::Tensor tensor(const Matrix<T>& a) {
                        at::TensorOptions(c10::CppTypeToScalarType<T>::value));
 }
 
+// out = beta out + alpha a b
 template <class T>
-void multiply_add(const Matrix<T>& out, double beta, const Matrix<T>& c, double alpha, const Matrix<T>& a,
-                  const Matrix<T>& b) {
-  const bool in_place = out.data == c.data;
+void multiply(const Matrix<T>& out, double beta, double alpha, const Matrix<T>& a, const Matrix<T>& b) {
   if (const Gemm<T> gemm = blas(T())) {  // column-major: out^T = b^T a^T
-    const T scale_out = in_place ? static_cast<T>(beta) : T(0), scale = static_cast<T>(alpha);
+    const T scale_out = static_cast<T>(beta), scale = static_cast<T>(alpha);
     gemm(b.trans ? "T" : "N", a.trans ? "T" : "N", &out.n_cols, &out.n_rows, &a.n_cols, &scale, b.data, &b.ld, a.data,
          &a.ld, &scale_out, out.data, &out.ld);
   } else {
-    tensor(out).addmm_(tensor(a), tensor(b), in_place ? beta : 0, alpha);
+    tensor(out).addmm_(tensor(a), tensor(b), beta, alpha);
   }
-  if (in_place) return;
+}
+
+template <class T>
+void multiply_add(const Matrix<T>& out, double beta, const Matrix<T>& c, double alpha, const Matrix<T>& a,
+                  const Matrix<T>& b) {
+  if (out.data == c.data) return multiply(out, beta, alpha, a, b);
+  multiply(out, 0, alpha, a, b);
   // C is added last: a BLAS that accumulates the products onto C rounds each of them to C's last digit.
   for (int64_t i = 0; i < out.n_rows; ++i) {
     T* target = out.data + i * out.ld;
@@ -90,15 +97,16 @@ void multiply_add(const Matrix<T>& out, double beta, const Matrix<T>& c, double 
   }
 }
 
-// Gauss-Jordan without pivoting on A = I + N, storing A - I and A^-1 - I: a[i, j] is N before the sweeps and F after.
+// Gauss-Jordan without pivoting on A = N + one I, storing N before the sweeps and A^-1 - one I after: with one = 1
+// nothing is lost of a small N.
 // Rows are padded with zeros to kLeaf columns, so that the inner loop has a fixed length. In float64 for every dtype:
 // in float32 each of the 64 sweeps would round all elements, which for small N is several times the error of a solve.
-SSVD_CLONES void sweep(double* __restrict__ a, int64_t n) {
+SSVD_CLONES void sweep(double* __restrict__ a, int64_t n, int one) {
   alignas(64) double pivot_row[kLeaf];
   for (int64_t p = 0; p < n; ++p) {
     double* row_p = a + p * kLeaf;
-    const double inv = 1 / (1 + row_p[p]);
-    const double diagonal = -row_p[p] * inv;
+    const double inv = 1 / (one + row_p[p]);
+    const double diagonal = one ? -row_p[p] * inv : inv;
     for (int64_t j = 0; j < kLeaf; ++j) pivot_row[j] = row_p[j] * inv;
     for (int64_t i = 0; i < n; ++i) {
       double* row = a + i * kLeaf;
@@ -119,7 +127,7 @@ void leaf_(const Matrix<T>& N) {
     std::copy_n(N.data + i * N.ld, n, a + i * kLeaf);
     std::fill(a + i * kLeaf + n, a + (i + 1) * kLeaf, 0.0);
   }
-  sweep(a, n);
+  sweep(a, n, 1);
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = 0; j < n; ++j) N.data[i * N.ld + j] = static_cast<T>(2 * a[i * kLeaf + j]);
   }
@@ -173,6 +181,66 @@ void unskew(const T* Z, T* dtheta, int64_t k) {
   });
 }
 
+// The largest | ||g||^2 - 1 | of a column g of I + E.
+template <class T>
+SSVD_CLONES double excess(const T* E, int64_t k) {
+  std::vector<double> squares(k);
+  for (int64_t i = 0; i < k; ++i) {
+    const T* row = E + i * k;
+    for (int64_t j = 0; j < k; ++j) squares[j] += double(row[j]) * row[j];
+  }
+  double largest = 0;
+  for (int64_t j = 0; j < k; ++j) largest = std::max(largest, std::abs(squares[j] + 2 * double(E[j * k + j])));
+  return largest;
+}
+
+// K becomes E by block Gauss-Jordan in float64 on A = I + K: of blocks of kLeaf rows alone the inverse is a factor in
+// what follows. Right for large K, where `inverse_delta_` is not, and slower.
+template <class T>
+void gauss_jordan_(T* K, int64_t k) {
+  alignas(64) double pivot[kLeaf * kLeaf] = {};
+  std::vector<double> values(K, K + k * k), column(k * kLeaf), row(kLeaf * k);
+  const Matrix<double> A{values.data(), k, k, k};
+  for (int64_t i = 0; i < k; ++i) A.data[i * k + i] += 1;
+  for (int64_t p = 0; p < k; p += kLeaf) {
+    const int64_t b = std::min(kLeaf, k - p);
+    const Matrix<double> P{pivot, b, b, kLeaf}, C{column.data(), k, b, b}, R{row.data(), b, k, k};
+    for (int64_t i = 0; i < b; ++i) std::copy_n(A.data + (p + i) * k + p, b, pivot + i * kLeaf);
+    sweep(pivot, b, 0);
+    multiply(R, 0, 1, P, block(A, p, 0, b, k));
+    for (int64_t i = 0; i < b; ++i) std::copy_n(pivot + i * kLeaf, b, R.data + i * k + p);
+    for (int64_t i = 0; i < k; ++i) {
+      std::copy_n(A.data + i * k + p, b, C.data + i * b);
+      std::fill_n(A.data + i * k + p, b, 0.0);
+    }
+    multiply(A, 1, -1, C, R);
+    std::copy_n(R.data, b * k, A.data + p * k);
+  }
+  for (int64_t i = 0; i < k; ++i) A.data[i * k + i] -= 1;
+  std::transform(values.begin(), values.end(), K, [](double x) { return static_cast<T>(2 * x); });
+}
+
+// Z = B^T dE B^T, B = I + E/2. B's diagonal is multiplied apart from the rest: sums that begin with I, or cancel it for
+// large K, round more.
+template <class T>
+void backward(const T* grad, const T* E, T* rest, T* X, T* Z, int64_t k) {
+  const Matrix<T> left{rest, k, k, k, true}, half{X, k, k, k}, full{Z, k, k, k};
+  std::vector<T> own(k);
+  std::copy_n(E, k * k, rest);
+  for (int64_t i = 0; i < k; ++i) {
+    own[i] = 1 + rest[i * k + i] / 2;
+    rest[i * k + i] = 0;
+  }
+  multiply(half, 0, 0.5, Matrix<T>{const_cast<T*>(grad), k, k, k}, left);
+  for (int64_t i = 0; i < k; ++i) {
+    for (int64_t j = 0; j < k; ++j) X[i * k + j] += grad[i * k + j] * own[j];
+  }
+  multiply(full, 0, 0.5, left, half);
+  for (int64_t i = 0; i < k; ++i) {
+    for (int64_t j = 0; j < k; ++j) Z[i * k + j] += own[i] * X[i * k + j];
+  }
+}
+
 // Matrices of a batch that are left to be done one by one, because spreading them would idle most threads.
 int64_t left_over(int64_t B) {
   const int64_t threads = at::get_num_threads(), rest = B % threads;
@@ -196,7 +264,7 @@ int64_t slots(int64_t B) {
 }  // namespace
 
 int64_t scratch_matrices_forward(int64_t B) { return slots(B); }
-int64_t scratch_matrices_backward(int64_t B) { return 2 * slots(B); }
+int64_t scratch_matrices_backward(int64_t B) { return 3 * slots(B); }
 
 template <class T>
 void cayley_delta_cpu(const T* theta, T* E, T* scratch, int64_t B, int64_t k) {
@@ -204,19 +272,21 @@ void cayley_delta_cpu(const T* theta, T* E, T* scratch, int64_t B, int64_t k) {
   for_each_matrix(B, [=](int64_t b, int64_t slot) {
     T* out = E + b * k * k;
     skew(theta + b * m, out, k);
-    inverse_delta_(Matrix<T>{out, k, k, k}, Matrix<T>{scratch + slot * k * k, k, k, k});
+    if (k <= kLeaf || excess(out, k) <= kLarge) {
+      inverse_delta_(Matrix<T>{out, k, k, k}, Matrix<T>{scratch + slot * k * k, k, k, k});
+      if (k <= kLeaf || excess(out, k) <= kNotUnit) return;
+      skew(theta + b * m, out, k);
+    }
+    gauss_jordan_(out, k);
   });
 }
 
 template <class T>
 void cayley_delta_backward_cpu(const T* grad, const T* E, T* dtheta, T* scratch, int64_t B, int64_t k) {
   const int64_t m = k * (k - 1) / 2;
-  const auto matrix = [k](const T* data) {  // inputs and outputs share one type; only X and Z are written
-    return Matrix<T>{const_cast<T*>(data), k, k, k};
-  };
   for_each_matrix(B, [=](int64_t b, int64_t slot) {
-    T *X = scratch + 2 * slot * k * k, *Z = X + k * k;
-    cayley_backward(matrix(grad + b * k * k), matrix(E + b * k * k), matrix(X), matrix(Z));
+    T *rest = scratch + 3 * slot * k * k, *X = rest + k * k, *Z = X + k * k;
+    backward(grad + b * k * k, E + b * k * k, rest, X, Z, k);
     unskew(Z, dtheta + b * m, k);
   });
 }

@@ -22,6 +22,10 @@ from torch import Tensor
 
 from .kernels.tile_sizes import LATTICE
 
+LEAF = 64  # blocks of at most so many rows are inverted in float64
+LARGE = 50.0  # ||column of K||^2 from which float32 is not tried; 30 to 45 in a random K of ||K||_2 = 10
+NOT_UNIT = 2e-6  # | ||column of G||^2 - 1 | from which E may be off by 1e-5; about 1e-6 in such a K
+
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """No autocast on the tensor's device, which need not have any ("meta")."""
@@ -78,6 +82,8 @@ def inverse_delta_ref(N: Tensor) -> Tensor:
     n = N.shape[-1]
     if n == 1:
         return -N / (1 + N)
+    if n <= LEAF and N.dtype == torch.float32:
+        return inverse_delta_ref(N.double()).float()
     h = n // 2
     N11, N12, N21, N22 = N[..., :h, :h], N[..., :h, h:], N[..., h:, :h], N[..., h:, h:]
     F11 = inverse_delta_ref(N11)
@@ -90,18 +96,71 @@ def inverse_delta_ref(N: Tensor) -> Tensor:
     return torch.cat([top, torch.cat([X21, F22], dim=-1)], dim=-2)
 
 
+def inverse_ref(A: Tensor) -> Tensor:
+    """A^-1 for A (..., n, n) whose symmetric part is >= I, by block Gauss-Jordan without pivoting.
+
+    Of blocks of at most LEAF rows alone the inverse is a factor in what follows: right for large A, where
+    `inverse_delta_ref` is not, and slower.
+    """
+    n = A.shape[-1]
+    if n == 1:
+        return 1 / A
+    size = LEAF if n > LEAF else 1
+    for start in range(0, n, size):
+        stop = min(start + size, n)
+        column, pivot = A[..., start:stop], inverse_ref(A[..., start:stop, start:stop])
+        row = (pivot @ A[..., start:stop, :]).slice_scatter(pivot, -1, start, stop)
+        A = A.slice_scatter(torch.zeros_like(column), -1, start, stop) - column @ row
+        A = A.slice_scatter(row, -2, start, stop)
+    return A
+
+
 def cayley_delta_ref(theta: Tensor, k: int) -> Tensor:
-    """E = G - I = -2 K (I + K)^-1 = 2 [(I + K)^-1 - I]; theta (..., m) -> (..., k, k), float32 or float64."""
+    """E = G - I = -2 K (I + K)^-1 = 2 [(I + K)^-1 - I]; theta (..., m) -> (..., k, k), float32 or float64.
+
+    The rounding errors of `inverse_delta_ref` grow with ||K||, and leave the columns of G no unit vectors: then it is
+    float64's `inverse_ref`. Where the host cannot look at values, that in any case.
+    """
     if theta.numel() == 0:  # k = 1, or an empty batch
         return theta.new_zeros(*theta.shape[:-1], k, k)
-    return 2 * inverse_delta_ref(skew(theta, k))
+    K = skew(theta, k)
+    if _readable(theta) and _excess(K) <= LARGE:
+        E = 2 * inverse_delta_ref(K)
+        if _excess(E) <= NOT_UNIT:
+            return E
+    K = (K.cpu() if K.device.type == "mps" else K).double()  # mps has no float64
+    eye = torch.eye(k, dtype=K.dtype, device=K.device)
+    B = inverse_ref(eye + K)
+    small = K.square().sum((-2, -1), keepdim=True) < 1  # where B - I would lose the last digits of E
+    return torch.where(small, -2 * K @ B, 2 * (B - eye)).to(theta)
+
+
+def _excess(E: Tensor) -> float:
+    """The largest | ||g||^2 - 1 | of a column g of I + E."""
+    wide = E.double()
+    return float((wide.square().sum(-2) + 2 * wide.diagonal(dim1=-2, dim2=-1)).abs().max())
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether the host can look at values at once: no device must be waited for, and no graph is being traced."""
+    return not (
+        tensor.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()  # fake tensors, proxies
+    )
 
 
 def cayley_delta_backward_ref(grad: Tensor, E: Tensor) -> Tensor:
-    """dtheta = strict upper triangle of Z - Z^T, Z = -2 B^T dE B^T, B = (I + K)^-1 = I + E/2. Differentiable."""
-    Ft = E.mT / 2
-    X = grad + grad @ Ft
-    return unskew(-2 * (X + Ft @ X))
+    """dtheta = strict upper triangle of Z - Z^T, Z = -2 B^T dE B^T, B = (I + K)^-1 = I + E/2. Differentiable.
+
+    B's diagonal is multiplied apart from the rest: sums that begin with I, or cancel it for large K, round more.
+    """
+    diagonal = E.diagonal(dim1=-2, dim2=-1)
+    rest, own = (E - torch.diag_embed(diagonal)).mT / 2, 1 + diagonal / 2
+    X = grad * own.unsqueeze(-2) + grad @ rest
+    return unskew(-2 * (own.unsqueeze(-1) * X + rest @ X))
 
 
 def core_ref(

@@ -12,8 +12,12 @@ import torch
 from cases import relative_error
 from torch import Tensor
 
+from ssvd_kernels.ops.reference import skew, unskew
+
 DRAWS = 16  # of results with few elements, whose rounding error in one draw is a matter of luck
 ORTHOGONAL = 5e-6  # promised of every number of G^T G - I in float32: 42 eps, for sums of up to 1024 terms
+# Promised in float32 of any K, ||K||_2 <= 1000: of every number of E, of G^T G - I, and of dtheta relative to its norm.
+ANY_K = {"E": 1e-5, "G^T G": 2e-5, "dtheta": 2e-4}
 TWO_TERMS = 1e-5  # promised where torch's "high" lets float32 numbers be two bfloat16 terms, each of 2^-17 = 7.6e-6
 
 
@@ -46,3 +50,17 @@ def assert_within(value: Tensor, plain: Tensor, exact: Tensor, what: str = "") -
     """`value` has at most twice the error of `plain`, against the float64 result `exact`."""
     error, bound = relative_error(value, exact), twice(plain, exact)
     assert error <= bound, f"{what}: error {error:.2e}, plain PyTorch in {plain.dtype} allows {bound:.2e}".lstrip(": ")
+
+
+def assert_right_for_any_k(theta: Tensor, grad: Tensor, k: int, E: Tensor, dtheta: Tensor) -> None:
+    """E and dtheta of float32 theta (B, m) and dE = grad are those of float64 within ANY_K."""
+    eye = torch.eye(k, dtype=torch.float64)
+    B = torch.stack([torch.linalg.inv(eye + K) for K in skew(theta.detach().double(), k)])
+    Z = B.mT @ grad.double() @ B.mT
+    G = eye + E.detach().double()
+    error = {
+        "E": float((G + eye - 2 * B).abs().max()),
+        "G^T G": float((G.mT @ G - eye).abs().max()),
+        "dtheta": relative_error(dtheta, unskew(-2 * Z)),
+    }
+    assert all(error[name] <= bound for name, bound in ANY_K.items()), error

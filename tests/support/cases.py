@@ -33,6 +33,40 @@ def theta_of_norm(k: int, kappa: float, batch: int = 1, dtype: torch.dtype = tor
     return theta.to(dtype)
 
 
+def _with_structure(k: int) -> dict[str, Tensor]:
+    """Upper triangles of K (k, k), k >= 16, that elimination takes less well, or is easily thought to take well."""
+    index, half = torch.arange(k), k // 2
+    draw, first = torch.randn(k, k, dtype=torch.float64), index < half
+    scales = torch.logspace(0, -4, k, dtype=torch.float64)
+    turns = torch.linalg.qr(draw)[0]
+    planes = torch.diag((index[:-1] % 2 == 0).double(), 1)
+    pair = torch.outer(draw[0], draw[1])
+    return {
+        "random": draw,
+        "rank 2": pair - pair.mT,
+        "all ones": torch.ones_like(draw),
+        "blocks": draw * (index // 8 == index[:, None] // 8),
+        "banded": draw * ((index - index[:, None]).abs() <= 4),
+        "halves": draw * (first[:, None] & ~first),
+        "halves of rank 1": torch.sign(pair) * (first[:, None] & ~first),
+        "halves, diagonal": torch.diag(1 + torch.rand(k - half, dtype=torch.float64), half),
+        "the first rows": draw * (first[:, None] & ~first & (index[:, None] < k // 6)),
+        "equal singular values": turns @ (planes - planes.mT) @ turns.mT,
+        "one large entry": 1e-3 * draw + (index[:, None] == half - 1) * (index == half),
+        "graded": draw * scales * scales[:, None],
+    }
+
+
+STRUCTURES = tuple(_with_structure(16))
+
+
+def structured_theta(structure: str, k: int, kappa: float) -> Tensor:
+    """theta (1, m) in float32 whose K of one of STRUCTURES has spectral norm kappa."""
+    upper = torch.triu(_with_structure(k)[structure], 1)
+    i, j = torch.triu_indices(k, k, 1)
+    return (kappa * upper / torch.linalg.matrix_norm(upper - upper.mT, 2))[i, j][None].float()
+
+
 def exact_delta(theta: Tensor, k: int) -> Tensor:
     """E = -2 (I + K)^-1 K in float64 by LU, one matrix at a time (a batch would be wrong on the CPU)."""
     return solved_delta(theta.double(), k)
