@@ -25,7 +25,7 @@ inline int64_t split(int64_t n) {
 }
 
 // A backend's matrix type M (row-major, one matrix or a batch) comes with
-//   rows(M) -> n,  block(M, row, col, rows, cols) -> M,  transposed(M) -> M,
+//   rows(M) -> n,  block(M, row, col, rows, cols) -> M,
 //   leaf_(M): N (n <= kLeaf) becomes 2 [(I + N)^-1 - I],
 //   multiply_add(out, beta, C, alpha, A, B): out = beta C + alpha A B; out is C or overlaps nothing.
 
@@ -53,13 +53,6 @@ void inverse_delta_(const M& N, const M& scratch) {
   multiply_add(N11, 1, N11, -1, N12, L);            // E11 = 2 F11 - E12 L
 }
 
-// Z (k, k) with dtheta = 2 (Z^T - Z) over the strict upper triangle: Z = B^T dE B^T, B = (I + K)^-1 = I + E/2.
-template <class M>
-void cayley_backward(const M& grad, const M& E, const M& X, const M& Z) {
-  multiply_add(X, 1, grad, 0.5, grad, transposed(E));
-  multiply_add(Z, 1, X, 0.5, transposed(E), X);
-}
-
 // CPU: theta (B, m), E, grad (B, k, k), dtheta (B, m), all contiguous; scratch holds `scratch_matrices` (k, k) each.
 int64_t scratch_matrices_forward(int64_t B);
 int64_t scratch_matrices_backward(int64_t B);
@@ -75,5 +68,10 @@ template <class T>  // Z (B, k, k) -> dtheta (B, m) = 2 (Z^T - Z)
 void unskew_cuda(const T* Z, T* dtheta, int64_t B, int64_t k, int device);
 template <class T>  // N (B, n, n), n <= kLeaf, element [b, i, j] at b * stride_b + i * stride_row + j
 void leaf_cuda(T* N, int64_t B, int64_t n, int64_t stride_b, int64_t stride_row, int device);
+template <class T>  // which matrices of theta (B, m) are large, or are not served by E (B, k, k): failed (B, check_blocks(k))
+void check_cuda(const T* theta, const T* E, int* failed, int64_t B, int64_t k, int device);
+template <class T>  // E anew for those, in float64; `low` (B, k, k) is overwritten
+void wide_cuda(const T* theta, T* E, T* low, const int* failed, int64_t B, int64_t k, int device);
+int64_t check_blocks(int64_t k);
 
 }  // namespace ssvd

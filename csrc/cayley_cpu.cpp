@@ -56,11 +56,6 @@ Matrix<T> block(const Matrix<T>& a, int64_t row, int64_t col, int64_t n_rows, in
 }
 
 template <class T>
-Matrix<T> transposed(const Matrix<T>& a) {
-  return {a.data, a.n_cols, a.n_rows, a.ld, !a.trans};
-}
-
-template <class T>
 using Gemm = void (*)(const char*, const char*, const int64_t*, const int64_t*, const int64_t*, const T*, const T*,
                       const int64_t*, const T*, const int64_t*, const T*, T*, const int64_t*);
 Gemm<float> blas(float) { return SSVD_BLAS(sgemm_); }

@@ -12,6 +12,7 @@ constexpr int kTile = 32;      // skew and unskew: tiles of 32 x 32, 8 rows at a
 constexpr int kTileRows = 8;
 constexpr int kSide = 16;      // leaf: 16 x 16 threads, each holding rows y + 16 a and columns x + 16 b
 constexpr int kOwn = kLeaf / kSide;
+constexpr int kWarp = 32, kThreads = 256;  // wide: a warp to a row
 constexpr int64_t kMaxGrid = 65535;
 
 // theta[start(i) + j] is K[i, j].
@@ -128,6 +129,79 @@ __global__ void __launch_bounds__(kSide* kSide) leaf_kernel(T* __restrict__ N, i
   }
 }
 
+// failed[b, block]: whether float32 may not serve matrix b, by kTile of its columns.
+template <class T>
+__global__ void __launch_bounds__(kTile* kTileRows) check_kernel(const T* __restrict__ theta, const T* __restrict__ E,
+                                                                 int* __restrict__ failed, int64_t B, int64_t k) {
+  __shared__ double sums[2][kTileRows][kTile];
+  const int x = threadIdx.x, y = threadIdx.y;
+  const int64_t m = k * (k - 1) / 2, j = int64_t(blockIdx.x) * kTile + x;
+  for (int64_t b = blockIdx.y; b < B; b += gridDim.y) {
+    double square = 0, excess = 0;  // of a column of K, and of one of G = I + E over 1
+    for (int64_t i = y; i < k && j < k; i += kTileRows) {
+      const double e = E[(b * k + i) * k + j];
+      const double t = i == j ? T(0) : theta[b * m + (i < j ? start(i, k) + j : start(j, k) + i)];
+      excess += e * (i == j ? e + 2 : e);
+      square += t * t;
+    }
+    sums[0][y][x] = square;
+    sums[1][y][x] = excess;
+    __syncthreads();
+    if (y == 0) {
+      for (int r = 1; r < kTileRows; ++r) {
+        square += sums[0][r][x];
+        excess += sums[1][r][x];
+      }
+      const int any = __any_sync(0xffffffff, !(square <= kLarge && fabs(excess) <= kNotUnit));
+      if (x == 0) failed[b * gridDim.x + blockIdx.x] = any;
+    }
+    __syncthreads();
+  }
+}
+
+// E anew where a part of it failed: Gauss-Jordan without pivoting on A = I + K in float64, A stored as E + low. Of few
+// matrices, so one block does a whole one, and needs no memory of its own.
+template <class T>
+__global__ void __launch_bounds__(kThreads) wide_kernel(const T* __restrict__ theta, T* E, T* low,
+                                                        const int* __restrict__ failed, int blocks, int64_t k) {
+  const int64_t b = blockIdx.x;
+  int redo = 0;
+  for (int i = threadIdx.x; i < blocks; i += kThreads) redo |= failed[b * blocks + i];
+  if (!__syncthreads_or(redo)) return;
+  theta += b * (k * (k - 1) / 2);
+  E += b * k * k;
+  low += b * k * k;
+  const auto load = [=](int64_t place) { return double(E[place]) + double(low[place]); };
+  const auto store = [=](int64_t place, double value) {
+    const T high = static_cast<T>(value);
+    E[place] = high;
+    low[place] = static_cast<T>(value - double(high));
+  };
+  for (int64_t place = threadIdx.x; place < k * k; place += kThreads) {
+    const int64_t i = place / k, j = place % k;
+    store(place, i == j ? 1 : i < j ? theta[start(i, k) + j] : -theta[start(j, k) + i]);
+  }
+  __syncthreads();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int64_t p = 0; p < k; ++p) {
+    const double inv = 1 / load(p * k + p);
+    for (int64_t i = warp; i < k; i += kThreads / kWarp) {
+      if (i == p) continue;
+      const double f = load(i * k + p) * inv;
+      __syncwarp();  // every lane has read it
+      for (int64_t j = lane; j < k; j += kWarp) {
+        store(i * k + j, j == p ? -f : load(i * k + j) - f * load(p * k + j));
+      }
+    }
+    __syncthreads();
+    for (int64_t j = threadIdx.x; j < k; j += kThreads) store(p * k + j, j == p ? inv : load(p * k + j) * inv);
+    __syncthreads();
+  }
+  for (int64_t place = threadIdx.x; place < k * k; place += kThreads) {
+    store(place, 2 * (load(place) - (place / k == place % k)));
+  }
+}
+
 dim3 tile_grid(int64_t B, int64_t k) {
   const unsigned tiles = static_cast<unsigned>((k + kTile - 1) / kTile);
   return {tiles, tiles, static_cast<unsigned>(B < kMaxGrid ? B : kMaxGrid)};
@@ -160,11 +234,34 @@ void leaf_cuda(T* N, int64_t B, int64_t n, int64_t stride_b, int64_t stride_row,
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+int64_t check_blocks(int64_t k) { return (k + kTile - 1) / kTile; }
+
+template <class T>
+void check_cuda(const T* theta, const T* E, int* failed, int64_t B, int64_t k, int device) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  const dim3 threads(kTile, kTileRows);
+  const dim3 grid(static_cast<unsigned>(check_blocks(k)), static_cast<unsigned>(B < kMaxGrid ? B : kMaxGrid));
+  check_kernel<<<grid, threads, 0, c10::cuda::getCurrentCUDAStream()>>>(theta, E, failed, B, k);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <class T>
+void wide_cuda(const T* theta, T* E, T* low, const int* failed, int64_t B, int64_t k, int device) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  wide_kernel<<<static_cast<unsigned>(B), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+      theta, E, low, failed, static_cast<int>(check_blocks(k)), k);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 template void skew_cuda(const float*, float*, int64_t, int64_t, int);
 template void skew_cuda(const double*, double*, int64_t, int64_t, int);
 template void unskew_cuda(const float*, float*, int64_t, int64_t, int);
 template void unskew_cuda(const double*, double*, int64_t, int64_t, int);
 template void leaf_cuda(float*, int64_t, int64_t, int64_t, int64_t, int);
 template void leaf_cuda(double*, int64_t, int64_t, int64_t, int64_t, int);
+template void check_cuda(const float*, const float*, int*, int64_t, int64_t, int);
+template void check_cuda(const double*, const double*, int*, int64_t, int64_t, int);
+template void wide_cuda(const float*, float*, float*, const int*, int64_t, int64_t, int);
+template void wide_cuda(const double*, double*, double*, const int*, int64_t, int64_t, int);
 
 }  // namespace ssvd

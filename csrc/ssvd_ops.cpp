@@ -94,8 +94,6 @@ Batch block(const Batch& a, int64_t row, int64_t col, int64_t n_rows, int64_t n_
   return {a.t.narrow(1, row, n_rows).narrow(2, col, n_cols)};
 }
 
-Batch transposed(const Batch& a) { return {a.t.transpose(1, 2)}; }
-
 void leaf_(const Batch& N) {
   AT_DISPATCH_FLOATING_TYPES(N.t.scalar_type(), "cayley_delta", [&] {
     leaf_cuda(N.t.mutable_data_ptr<scalar_t>(), N.t.size(0), N.t.size(1), N.t.stride(0), N.t.stride(1),
@@ -122,7 +120,16 @@ Tensor cayley_delta_cuda_op(const Tensor& theta, int64_t k) {
   AT_DISPATCH_FLOATING_TYPES(theta.scalar_type(), "cayley_delta", [&] {
     skew_cuda(source.const_data_ptr<scalar_t>(), E.mutable_data_ptr<scalar_t>(), B, k, theta.device().index());
   });
-  inverse_delta_(Batch{E}, Batch{k > kLeaf ? at::empty_like(E) : E});
+  const Tensor scratch = k > kLeaf ? at::empty_like(E) : E;
+  inverse_delta_(Batch{E}, Batch{scratch});
+  if (k <= kLeaf) return E;
+  const Tensor failed = at::empty({B, check_blocks(k)}, theta.options().dtype(at::kInt));
+  AT_DISPATCH_FLOATING_TYPES(theta.scalar_type(), "cayley_delta", [&] {
+    const scalar_t* from = source.const_data_ptr<scalar_t>();
+    check_cuda(from, E.const_data_ptr<scalar_t>(), failed.mutable_data_ptr<int>(), B, k, theta.device().index());
+    wide_cuda(from, E.mutable_data_ptr<scalar_t>(), scratch.mutable_data_ptr<scalar_t>(), failed.const_data_ptr<int>(),
+              B, k, theta.device().index());
+  });
   return E;
 }
 
@@ -132,8 +139,12 @@ Tensor cayley_delta_backward_cuda_op(const Tensor& grad, const Tensor& E) {
   const Tensor dtheta = at::empty({B, k * (k - 1) / 2}, E.options());
   if (dtheta.numel() == 0) return dtheta;
   const at::NoTF32Guard full_precision;
-  const Tensor X = at::empty({B, k, k}, E.options()), Z = at::empty_like(X);
-  cayley_backward(Batch{grad}, Batch{E}, Batch{X}, Batch{Z});
+  // B = I + E/2, its diagonal apart from the rest: see cayley_cpu.cpp
+  const Tensor rest = E.clone(at::MemoryFormat::Contiguous), own = E.diagonal(0, 1, 2).div(2).add(1);
+  rest.diagonal(0, 1, 2).zero_();
+  const Tensor right = rest.transpose(1, 2);
+  const Tensor X = at::baddbmm(grad.mul(own.unsqueeze(1)), grad, right, 1, 0.5);
+  const Tensor Z = at::baddbmm(X.mul(own.unsqueeze(2)), right, X, 1, 0.5);
   AT_DISPATCH_FLOATING_TYPES(E.scalar_type(), "cayley_delta_backward", [&] {
     unskew_cuda(Z.const_data_ptr<scalar_t>(), dtheta.mutable_data_ptr<scalar_t>(), B, k, E.device().index());
   });

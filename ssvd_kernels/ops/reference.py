@@ -20,11 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels.tile_sizes import LATTICE
+from .kernels.constants import LARGE, LATTICE, NOT_UNIT
 
 LEAF = 64  # blocks of at most so many rows are inverted in float64
-LARGE = 50.0  # ||column of K||^2 from which float32 is not tried; 30 to 45 in a random K of ||K||_2 = 10
-NOT_UNIT = 2e-6  # | ||column of G||^2 - 1 | from which E may be off by 1e-5; about 1e-6 in such a K
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:

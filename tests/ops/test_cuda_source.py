@@ -14,7 +14,8 @@ import torch
 SOURCE = Path(__file__).parents[2] / "csrc" / "cayley_cuda.cu"
 INCLUDE = Path(torch.__file__).parent / "include"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin"))
-KERNELS = {f"{name}_kernel<{dtype}>" for name in ("leaf", "skew", "unskew") for dtype in ("float", "double")}
+NAMES = ("leaf", "skew", "unskew", "check", "wide")
+KERNELS = {f"{name}_kernel<{dtype}>" for name in NAMES for dtype in ("float", "double")}
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
@@ -30,6 +31,6 @@ def test_compiles_without_spills(arch, tmp_path):
     found = re.findall(pattern + r".*?Used (\d+) registers", done.stderr, re.DOTALL)
     assert len(found) == len(KERNELS)
     for symbol, compiled_for, stores, loads, registers in found:
-        name, dtype = re.search(r"\d(leaf|skew|unskew)_kernelI([fd])E", symbol).groups()
+        name, dtype = re.search(rf"\d({'|'.join(NAMES)})_kernelI([fd])E", symbol).groups()
         assert (compiled_for, stores, loads) == (arch, "0", "0"), (name, dtype)
         assert int(registers) <= 128, (name, dtype)  # two blocks of 256 threads fit on a multiprocessor

@@ -14,9 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssvd_kernels.ops.kernels import constants
+from ssvd_kernels.ops.kernels.constants import LARGE
 from ssvd_kernels.ops.kernels.launch import current_device
-from ssvd_kernels.ops.kernels.tile_sizes import CAYLEY_LEAF, CAYLEY_PACK, cayley_config
+from ssvd_kernels.ops.kernels.tile_sizes import CAYLEY_LEAF, CAYLEY_PACK, CAYLEY_WIDE, cayley_config
 from ssvd_kernels.ops.kernels.tiles import accumulate
+
+NOT_UNIT = {"bf16x6": constants.NOT_UNIT, "bf16x3": 2**8 * constants.NOT_UNIT}  # two terms have 8 bits less than three
 
 
 @triton.jit
@@ -40,6 +44,14 @@ def _skew_kernel(theta_ptr, k_ptr, stride_k_b, stride_k_row, k, padded, BLOCK: t
 
 
 @triton.jit
+def _hollow_kernel(e_ptr, rest_ptr, n, size, BLOCK: tl.constexpr):
+    """rest = E without its diagonal."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    e = tl.load(e_ptr + place, mask=place < size, other=0.0)
+    tl.store(rest_ptr + place, tl.where(place // n % n == place % n, 0.0, e), mask=place < size)
+
+
+@triton.jit
 def _unskew_kernel(z_ptr, stride_z_b, stride_z_row, dtheta_ptr, k, BLOCK: tl.constexpr):
     """dtheta[i < j] = 2 (Z[j, i] - Z[i, j])."""
     batch, row, col = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -57,20 +69,117 @@ def _unskew_kernel(z_ptr, stride_z_b, stride_z_row, dtheta_ptr, k, BLOCK: tl.con
 
 
 @triton.jit
-def _cayley_leaf_kernel(n_ptr, stride_n_b, stride_n_row, n, BLOCK: tl.constexpr):
-    """N (n, n) becomes 2 [(I + N)^-1 - I]: Gauss-Jordan without pivoting, in float64, on A = I + N kept as A - I."""
+def _gauss_jordan(a, n, ONE: tl.constexpr, BLOCK: tl.constexpr):
+    """a = A - ONE I becomes A^-1 - ONE I, without pivoting; with ONE = 1 nothing is lost of a small a."""
     i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-    mask = (i < n) & (j < n)
-    ptrs = n_ptr + tl.program_id(0).to(tl.int64) * stride_n_b + i * stride_n_row + j
-    a = tl.load(ptrs, mask=mask, other=0.0).to(tl.float64)  # [BLOCK, BLOCK]
     for p in range(n):
         row = tl.sum(tl.where(i == p, a, 0.0), axis=0)[None, :]
         col = tl.sum(tl.where(j == p, a, 0.0), axis=1)[:, None]
         pivot = tl.sum(tl.where(i == p, col, 0.0))
-        inverse = 1.0 / (1.0 + pivot)
+        inverse = 1.0 / (ONE + pivot)
         scaled = tl.where(j == p, inverse, row * inverse)
-        a = tl.where(i == p, tl.where(j == p, -pivot * inverse, scaled), tl.where(j == p, 0.0, a) - col * scaled)
-    tl.store(ptrs, (2 * a).to(tl.float32), mask=mask)
+        own = -pivot * inverse if ONE else inverse
+        a = tl.where(i == p, tl.where(j == p, own, scaled), tl.where(j == p, 0.0, a) - col * scaled)
+    return a
+
+
+@triton.jit
+def _cayley_leaf_kernel(n_ptr, stride_n_b, stride_n_row, n, BLOCK: tl.constexpr):
+    """N (n, n) becomes 2 [(I + N)^-1 - I], in float64."""
+    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    mask = (i < n) & (j < n)
+    ptrs = n_ptr + tl.program_id(0).to(tl.int64) * stride_n_b + i * stride_n_row + j
+    a = tl.load(ptrs, mask=mask, other=0.0).to(tl.float64)  # [BLOCK, BLOCK]
+    tl.store(ptrs, (2 * _gauss_jordan(a, n, 1, BLOCK)).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _cayley_check_kernel(
+    theta_ptr, e_ptr, failed_ptr, k, n, LARGE: tl.constexpr, NOT_UNIT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Whether a block of columns of K or of G = I + E is one that float32 may not serve, see csrc/cayley.h."""
+    batch, col, offs = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK, tl.arange(0, BLOCK)
+    theta_ptr += batch * (k * (k - 1) // 2)
+    squares = tl.zeros((BLOCK,), dtype=tl.float32)  # of the columns of K
+    excess = tl.zeros((BLOCK,), dtype=tl.float32)  # of those of G, over 1
+    for row in range(0, k, BLOCK):
+        i, j = row + offs[:, None], col + offs[None, :]
+        e = tl.load(e_ptr + batch * n * n + i * n + j, mask=(i < k) & (j < k), other=0.0)
+        excess += tl.sum(e * tl.where(i == j, e + 2, e), axis=0)
+        i, j = min(row, col) + offs[:, None], max(row, col) + offs[None, :]
+        place = i * (2 * k - i - 1) // 2 - i - 1 + j
+        upper = tl.load(theta_ptr + place, mask=(i < j) & (j < k), other=0.0)
+        if row <= col:
+            squares += tl.sum(upper * upper, axis=0)
+        if row >= col:
+            squares += tl.sum(upper * upper, axis=1)
+    failed = (tl.max(squares) > LARGE) | (tl.max(tl.abs(excess)) > NOT_UNIT)
+    tl.store(failed_ptr + batch * tl.num_programs(1) + tl.program_id(1), failed.to(tl.int32))
+
+
+@triton.jit
+def _load_wide(high_ptr, low_ptr, i, j, n):
+    return tl.load(high_ptr + i * n + j).to(tl.float64) + tl.load(low_ptr + i * n + j).to(tl.float64)
+
+
+@triton.jit
+def _store_wide(high_ptr, low_ptr, i, j, n, value):
+    tl.debug_barrier()  # what `value` was made of has been read
+    high = value.to(tl.float32)
+    tl.store(high_ptr + i * n + j, high)
+    tl.store(low_ptr + i * n + j, (value - high.to(tl.float64)).to(tl.float32))
+
+
+@triton.jit
+def _cayley_wide_kernel(theta_ptr, e_ptr, low_ptr, failed_ptr, blocks, k, n, BLOCK: tl.constexpr):
+    """E (n, n) anew where a block of it failed: block Gauss-Jordan on A = I + K in float64, A stored as e + low.
+
+    Of few matrices, so one program does a whole one, and needs no memory of its own.
+    """
+    batch, offs = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    theta_ptr += batch * (k * (k - 1) // 2)
+    e_ptr += batch * n * n
+    low_ptr += batch * n * n
+    failed = 0
+    for block in range(blocks):
+        failed += tl.load(failed_ptr + batch * blocks + block)
+    if failed > 0:
+        for row in range(0, n, BLOCK):
+            for col in range(0, n, BLOCK):
+                i, j = row + offs[:, None], col + offs[None, :]
+                first, last = tl.minimum(i, j), tl.maximum(i, j)
+                place = first * (2 * k - first - 1) // 2 - first - 1 + last
+                upper = tl.load(theta_ptr + place, mask=(i != j) & (last < k), other=0.0)
+                value = tl.where(i < j, upper, tl.where(i > j, -upper, 1.0)).to(tl.float64)
+                _store_wide(e_ptr, low_ptr, i, j, n, value)
+        for p in range(0, n, BLOCK):
+            r, c = p + offs[:, None], p + offs[None, :]
+            tl.debug_barrier()
+            pivot = _gauss_jordan(_load_wide(e_ptr, low_ptr, r, c, n), BLOCK, 0, BLOCK)
+            for col in range(0, n, BLOCK):
+                if col != p:
+                    j = col + offs[None, :]
+                    value = tl.dot(pivot, _load_wide(e_ptr, low_ptr, r, j, n), out_dtype=tl.float64)
+                    _store_wide(e_ptr, low_ptr, r, j, n, value)
+            tl.debug_barrier()
+            for row in range(0, n, BLOCK):
+                if row != p:
+                    i = row + offs[:, None]
+                    column = _load_wide(e_ptr, low_ptr, i, c, n)
+                    for col in range(0, n, BLOCK):
+                        if col != p:
+                            j = col + offs[None, :]
+                            value = _load_wide(e_ptr, low_ptr, i, j, n)
+                            value -= tl.dot(column, _load_wide(e_ptr, low_ptr, r, j, n), out_dtype=tl.float64)
+                            _store_wide(e_ptr, low_ptr, i, j, n, value)
+                    _store_wide(e_ptr, low_ptr, i, c, n, -tl.dot(column, pivot, out_dtype=tl.float64))
+            _store_wide(e_ptr, low_ptr, r, c, n, pivot)
+        tl.debug_barrier()
+        for row in range(0, n, BLOCK):
+            for col in range(0, n, BLOCK):
+                i, j = row + offs[:, None], col + offs[None, :]
+                value = 2 * (_load_wide(e_ptr, low_ptr, i, j, n) - tl.where(i == j, 1.0, 0.0))
+                _store_wide(e_ptr, low_ptr, i, j, n, value)
 
 
 @triton.jit
@@ -89,6 +198,7 @@ def _cayley_product_kernel(
     stride_b_b,
     stride_b_k,
     stride_b_n,
+    e_ptr,
     beta,
     alpha,
     M,
@@ -98,7 +208,9 @@ def _cayley_product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
+    """out = beta C + alpha A B; in SCALED "rows" or "cols" C's are multiplied by the diagonal 1 + E[i, i] / 2 of B."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     tiles = tl.cdiv(M, BLOCK_M) * blocks_n
     batch, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
@@ -113,6 +225,10 @@ def _cayley_product_kernel(
     mask = mask_m[:, None] & mask_n[None, :]
     row, col = offs_m.to(tl.int64)[:, None], offs_n[None, :]
     c = tl.load(c_ptr + batch * stride_c_b + row * stride_c_m + col, mask=mask, other=0.0)
+    if SCALED == "rows":
+        c *= 1 + tl.load(e_ptr + batch * M * M + row * (M + 1), mask=mask_m[:, None], other=0.0) / 2
+    elif SCALED == "cols":
+        c *= 1 + tl.load(e_ptr + batch * N * N + col * (N + 1), mask=mask_n[None, :], other=0.0) / 2
     tl.store(out_ptr + batch * stride_out_b + row * stride_out_m + col, beta * c + alpha * acc, mask=mask)
 
 
@@ -127,19 +243,29 @@ def cayley_delta(theta: Tensor, k: int) -> Tensor:
     E = theta.new_empty((B, n, n))
     with current_device(theta):
         _skew_kernel[_block_pairs(B, n)](theta, E, *E.stride()[:2], k, n, BLOCK=CAYLEY_PACK.rows, **CAYLEY_PACK.options)
-        _inverse_delta_(E, torch.empty_like(E), _precision(k))
+        scratch, precision = torch.empty_like(E), _precision(k)
+        _inverse_delta_(E, scratch, precision)
+        if n > LEAF:
+            _redo_large_(E, theta, k, scratch, NOT_UNIT[precision])
     return E
 
 
 def cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
-    """dtheta (B, k(k-1)/2) = strict upper triangle of 2 (Z^T - Z), Z = B^T dE B^T, B = I + E/2; dE and E (B, n, n)."""
+    """dtheta (B, k(k-1)/2) = strict upper triangle of 2 (Z^T - Z), Z = B^T dE B^T, B = I + E/2; dE and E (B, n, n).
+
+    B's diagonal is multiplied apart from the rest, see `reference.cayley_delta_backward_ref`.
+    """
     B = E.shape[0]
     dtheta = grad.new_empty((B, k * (k - 1) // 2))
     if dtheta.numel():
-        X, Z = torch.empty_like(E), torch.empty_like(E)
+        E, precision, block = E.contiguous(), _precision(k), CAYLEY_PACK.rows * CAYLEY_PACK.cols
+        rest, X, Z = torch.empty_like(E), torch.empty_like(E), torch.empty_like(E)
         with current_device(grad):
-            _multiply_add(X, 1.0, grad, 0.5, grad, E.mT, _precision(k))
-            _multiply_add(Z, 1.0, X, 0.5, E.mT, X, _precision(k))
+            _hollow_kernel[(triton.cdiv(E.numel(), block),)](
+                E, rest, E.shape[-1], E.numel(), BLOCK=block, **CAYLEY_PACK.options
+            )
+            _multiply_add(X, 1.0, grad, 0.5, grad, rest.mT, precision, "cols", E)
+            _multiply_add(Z, 1.0, X, 0.5, rest.mT, X, precision, "rows", E)
             _unskew_kernel[_block_pairs(B, k)](
                 Z, *Z.stride()[:2], dtheta, k, BLOCK=CAYLEY_PACK.rows, **CAYLEY_PACK.options
             )
@@ -165,13 +291,34 @@ def _inverse_delta_(N: Tensor, scratch: Tensor, precision: str) -> None:
     _multiply_add(N11, 1.0, N11, -1.0, N12, L, precision)  # E11 = 2 F11 - E12 L
 
 
-def _multiply_add(out: Tensor, beta: float, C: Tensor, alpha: float, A: Tensor, B: Tensor, precision: str) -> None:
-    """out = beta C + alpha A B for batches of matrices; out is C or overlaps nothing."""
+def _redo_large_(E: Tensor, theta: Tensor, k: int, scratch: Tensor, not_unit: float) -> None:
+    """Does those matrices of the batch again, in float64, that float32 did not serve."""
+    B, n, blocks, check, wide = len(E), E.shape[-1], triton.cdiv(k, CAYLEY_PACK.rows), CAYLEY_PACK, CAYLEY_WIDE
+    failed = torch.empty((B, blocks), dtype=torch.int32, device=E.device)
+    _cayley_check_kernel[(B, blocks)](
+        theta, E, failed, k, n, LARGE=LARGE, NOT_UNIT=not_unit, BLOCK=check.rows, **check.options
+    )
+    _cayley_wide_kernel[(B,)](theta, E, scratch, failed, blocks, k, n, BLOCK=wide.rows, **wide.options)
+
+
+def _multiply_add(
+    out: Tensor,
+    beta: float,
+    C: Tensor,
+    alpha: float,
+    A: Tensor,
+    B: Tensor,
+    precision: str,
+    scaled: str = "",
+    E: Tensor | None = None,
+) -> None:
+    """out = beta C + alpha A B for batches of matrices; out is C or overlaps nothing. `scaled`: see the kernel."""
     batch, M, N = out.shape
     config = cayley_config(precision, batch, M, N)
     _cayley_product_kernel[(batch * triton.cdiv(M, config.rows) * triton.cdiv(N, config.cols),)](
-        out, *out.stride()[:2], C, *C.stride()[:2], A, *A.stride(), B, *B.stride(), beta, alpha, M, N, A.shape[-1],
-        BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth, PRECISION=precision, **config.options,
+        out, *out.stride()[:2], C, *C.stride()[:2], A, *A.stride(), B, *B.stride(), E, beta, alpha, M, N, A.shape[-1],
+        BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth, PRECISION=precision, SCALED=scaled,
+        **config.options,
     )  # fmt: skip
 
 

@@ -18,7 +18,6 @@ GROUP = 8  # row blocks that share their column tiles in L2
 MIN_PROGRAMS = 128  # about one program per multiprocessor of a large GPU
 ONE_PASS_MAX_T = 256  # above it, BLOCK_R / BLOCK_N more products cost more than two saved launches
 MIN_CHUNK = 256  # tokens per partial of core_grad
-LATTICE = 49471, 37345  # noise of stochastic rounding: 2^16 over the plastic number and over its square
 CONCAT_MAX_D = 640  # up to it, reading x once is worth more than the library's larger tiles
 
 
@@ -99,6 +98,7 @@ CAYLEY = {
 }
 CAYLEY_LEAF = TileConfig(64, 64, 0, 8, 1)  # the block that one program inverts by itself
 CAYLEY_PACK = TileConfig(32, 32, 0, 4, 1)
+CAYLEY_WIDE = TileConfig(16, 16, 0, 4, 1)  # one stage: no load may pass a barrier
 
 
 def _cdiv(a: int, b: int) -> int:

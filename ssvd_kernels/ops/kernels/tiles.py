@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssvd_kernels.ops.kernels.tile_sizes import LATTICE
+from ssvd_kernels.ops.kernels.constants import LATTICE
 
 # Triton's interpreter multiplies bfloat16 tiles as integers and truncates casts to bfloat16: `cast` and `product` do
 # both right there, and cost nothing where the kernels are compiled.

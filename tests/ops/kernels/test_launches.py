@@ -30,7 +30,8 @@ pytestmark = pytest.mark.xdist_group("launches")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 ADA, HOPPER = 89, 90
 MODULES = ("cayley", "compose", "linear_and_projection", "split_k", "ssvd_linear")
-NO_PRODUCT = ("_skew_kernel", "_unskew_kernel", "_cayley_leaf_kernel")
+NO_PRODUCT = ("_skew_kernel", "_unskew_kernel", "_hollow_kernel", "_cayley_check_kernel", "_cayley_leaf_kernel")
+FLOAT64 = ("_cayley_wide_kernel",)  # multiplies without tensor cores where these have no float64
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,7 @@ def faults(launches: list[Launch], exact: bool = False) -> list[Launch]:
     `exact`."""
 
     def bad(launch: Launch) -> bool:
-        on_tensor_cores = exact or launch.tensor_cores or launch.name in NO_PRODUCT
+        on_tensor_cores = exact or launch.tensor_cores or launch.name in (*NO_PRODUCT, *FLOAT64)
         return bool(launch.spilled) or not (launch.fused and on_tensor_cores)
 
     return [launch for launch in launches if launch.grid and bad(launch)]
@@ -174,7 +175,7 @@ def test_a_training_step(compiler, k):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("k", "launched"), [(16, 6), (64, 6), (100, 13), (256, 27)])
+@pytest.mark.parametrize(("k", "launched"), [(16, 7), (64, 7), (100, 16), (256, 30)])
 def test_the_cayley_transform(compiler, k, launched):
     launches = compiler.submit(rotations, HOPPER, k, 64).result()
     assert len(launches) <= launched, [launch.name for launch in launches]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from bounds import DRAWS, ORTHOGONAL, TWO_TERMS, assert_within, twice, twice_of_draws
-from cases import KAPPAS, exact_delta, relative_error, solved_delta, theta_of_norm
+from bounds import DRAWS, ORTHOGONAL, TWO_TERMS, assert_right_for_any_k, assert_within, twice, twice_of_draws
+from cases import KAPPAS, exact_delta, relative_error, solved_delta, structured_theta, theta_of_norm
 from torch import Tensor
 
 import ssvd_kernels as sk
@@ -83,6 +83,19 @@ def test_every_configuration(name, position, monkeypatch):
     theta, grad = theta_of_norm(k, 0.5, dtype=torch.float32), torch.randn(1, k, k)
     for value, twin, truth in zip(*(make(theta, grad, k) for make in (passes, plain_passes, exact_passes))):
         assert relative_error(value, truth) <= (twice(twin, truth) if name == "bf16x6" else TWO_TERMS)
+
+
+SLOW = [pytest.param(69, structure, marks=pytest.mark.slow) for structure in ("halves", "all ones", "graded")]
+
+
+@pytest.mark.parametrize(("k", "structure"), [(21, "random"), (69, "random"), *SLOW])
+def test_large_rotations(k, structure):
+    """Also beside a small one, which float32 serves."""
+    theta = torch.cat([structured_theta(structure, k, 1000.0), structured_theta(structure, k, 0.1)])
+    grad = torch.randn(2, k, k)
+    E, dtheta = passes(theta, grad, k)
+    assert_right_for_any_k(theta, grad, k, E, dtheta)
+    assert_within(E[1:], solved_delta(theta[1:], k), exact_delta(theta[1:], k))
 
 
 def test_padding_is_zero_and_empty_batches_are_served():
