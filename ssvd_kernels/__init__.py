@@ -26,10 +26,10 @@ _HOMES = {
     "model.merge": ["merge", "remove", "unmerge"],
     "adapters.file_format": ["AdapterError"],
     "adapters.save_load": ["load_adapter", "save_adapter"],
+    "adapters.averaging": ["average_adapters", "average_files"],
     "adapters.switching": [
         "adapter_names",
         "add_adapter",
-        "average_adapters",
         "delete_adapter",
         "disable_adapter",
         "set_adapter",
@@ -59,6 +59,7 @@ __all__ = [
     "adapter_names",
     "add_adapter",
     "average_adapters",
+    "average_files",
     "cayley",
     "cayley_delta",
     "check_training",
@@ -83,13 +84,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .adapters.averaging import average_adapters, average_files
     from .adapters.export import LoraReport, export_merged, to_lora
     from .adapters.file_format import AdapterError
     from .adapters.save_load import load_adapter, save_adapter
     from .adapters.switching import (
         adapter_names,
         add_adapter,
-        average_adapters,
         delete_adapter,
         disable_adapter,
         set_adapter,

@@ -88,6 +88,18 @@ def parser() -> argparse.ArgumentParser:
     stored = f"with --ctranslate2: type of the stored weights, {', '.join(QUANTIZATIONS)}"
     merge.add_argument("--quantization", choices=QUANTIZATIONS, metavar="TYPE", help=stored)
 
+    average = add(
+        "average",
+        "writes the mean of several adapters of one base model as an adapter",
+        "The mean of their rotations and shifts, so that the rotation stays orthogonal; or, with --of updates and the "
+        "base model, exactly that of their updates, as an adapter with rotation free.",
+    )
+    average.add_argument("adapters", type=Path, nargs="+", metavar="ADAPTER", help="files that save_adapter wrote")
+    average.add_argument("--out", type=Path, required=True, metavar="FILE", help="the adapter file to write")
+    average.add_argument("--weights", type=float, nargs="+", metavar="W", help="one for each adapter (default: equal)")
+    average.add_argument("--of", choices=("rotations", "updates"), default="rotations", help="default: rotations")
+    average.add_argument("--base", type=Path, metavar="FOLDER", help="with --of updates: the transformers model")
+
     convert = add("convert", "turns checkpoints of ESPnet's own SSVD adapter into adapters, and back")
     directions = convert.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
     more = "Nothing is written if the result would not compute the same."

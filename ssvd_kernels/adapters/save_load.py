@@ -53,14 +53,33 @@ def save_adapter(
     A model that FSDP2 has sharded is gathered: every process must call this, the first one writes, and all return when
     it has. Otherwise nothing is sent, and whoever calls it writes; under DDP that may be the first process alone.
     """
-    path, present, modules = Path(path), require_layers(model), saved_modules(model)
-    sharded = any(layer.sharded for layer in present.values())
-    writes = not sharded or dist.get_rank() == 0
-    if writes and not path.parent.is_dir():
-        raise FileNotFoundError(f"`path` must be in an existing folder, got {str(path)!r}")
-    if writes:
+    present, modules = require_layers(model), saved_modules(model)
+    if _writes(present):
         own = [layer.adapter() for layer in present.values()] + [own_tensors(m.module) for m in modules.values()]
         _warn_of_others(model, {id(parameter) for tensors in own for parameter in tensors.values()})
+    first = next(iter(present.values()))
+    write_adapter(
+        path,
+        present,
+        {name: (layer.adapter(adapter), layer.description()) for name, layer in present.items()},
+        {name: module.adapter(adapter or first.active_adapter) for name, module in modules.items()},
+        first.strength_of(adapter),
+        save_bases,
+    )
+
+
+def write_adapter(
+    path: str | os.PathLike[str],
+    present: Mapping[str, AdaptedLinear],
+    values: Mapping[str, tuple[Mapping[str, Tensor], dict[str, Any]]],
+    modules: Mapping[str, Mapping[str, Tensor]],
+    strength: float = 1.0,
+    save_bases: bool = False,
+) -> None:
+    """Writes what was trained of each layer with its description, in the bases of `present`; see `save_adapter`."""
+    path, sharded, writes = Path(path), any(layer.sharded for layer in present.values()), _writes(present)
+    if writes and not path.parent.is_dir():
+        raise FileNotFoundError(f"`path` must be in an existing folder, got {str(path)!r}")
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
     unsafe = []
@@ -70,13 +89,13 @@ def save_adapter(
         close = layer.basis.gap < SAFE_GAP
         if close and not save_bases:
             unsafe.append(name)
-        saved: dict[str, Tensor] = dict(layer.adapter(adapter))
-        saved |= {key: getattr(layer, key) for key in BASIS} if save_bases or close else {}
-        tensors |= _finite(name, saved)
+        trained, description = values[name]
+        basis = {key: getattr(layer, key) for key in BASIS} if save_bases or close else {}
+        tensors |= _finite(name, {**trained, **basis})
         tensors[f"{name}.sketch"] = layer.basis.sketch
-        layers[name] = {**layer.description(), "fingerprint": layer.basis.fingerprint}
-    for name, module in modules.items():
-        tensors |= _finite(name, module.adapter(adapter or layer.active_adapter))
+        layers[name] = {**description, "fingerprint": layer.basis.fingerprint}
+    for name, own in modules.items():
+        tensors |= _finite(name, own)
     if unsafe:
         logger.warning(
             "%d of %d layers have singular values too close to recompute their bases; stored U and V of %s",
@@ -84,16 +103,27 @@ def save_adapter(
             len(layers),
             ", ".join(unsafe[:3]) + (", ..." if len(unsafe) > 3 else ""),
         )
-    strength = next(iter(present.values())).strength_of(adapter)
-    header = {"version": FORMAT_VERSION, "layers": layers, "modules_to_save": list(modules), "strength": strength}
-    header["digest"] = digest(header, tensors)
     try:
         if writes:
-            # one entry only: safetensors writes several in random order, and equal adapters should be equal files
-            write_atomically(path, tensors, {"ssvd_kernels": json.dumps(header, separators=(",", ":"))})
+            write_file(path, layers, tensors, list(modules), strength)
     finally:
         if sharded:
             dist.barrier()
+
+
+def write_file(
+    path: Path, layers: dict[str, dict[str, Any]], tensors: dict[str, Tensor], modules: list[str], strength: float
+) -> None:
+    """An adapter file that `read_adapter` reads."""
+    header = {"version": FORMAT_VERSION, "layers": layers, "modules_to_save": modules, "strength": strength}
+    header["digest"] = digest(header, tensors)
+    # one entry only: safetensors writes several in random order, and equal adapters should be equal files
+    write_atomically(path, tensors, {"ssvd_kernels": json.dumps(header, separators=(",", ":"))})
+
+
+def _writes(present: Mapping[str, AdaptedLinear]) -> bool:
+    """Whether this process is one that writes."""
+    return not any(layer.sharded for layer in present.values()) or dist.get_rank() == 0
 
 
 def _finite(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

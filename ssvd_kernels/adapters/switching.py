@@ -1,4 +1,4 @@
-"""Several named adapters on one injected model: add, set, delete, disable, average; and the strength of each.
+"""Several named adapters on one injected model: add, set, delete, disable; and the strength of each.
 
 The adapter that `inject` creates is called "default". All adapters of a model share its layers, ranks, side and
 rotation: the bases U, sigma and V belong to the base model, and an adapter is only theta and delta_sigma (for
@@ -12,22 +12,18 @@ inactive adapters are frozen and stored under "parked.NAME." in the state dict.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import check_strength
 from ..layers.base import AdaptedLinear
 from ..layers.inactive import BASE, InactiveAdapter, park
 from ..layers.running import structure
-from ..layers.saved import SavedModule
-from ..layers.ssvd import SSVDLinear
 from ..model.lookup import check_not_ddp, require_layers, saved_modules
 from .file_format import read_adapter
 from .save_load import adapter_values
@@ -54,7 +50,7 @@ def add_adapter(model: nn.Module, name: str, path: str | os.PathLike[str] | None
     the file means other signs of singular vectors than the model has, its theta is changed to mean the same.
     """
     check_not_ddp(model)
-    layers, saved = _ready(model), saved_modules(model)
+    layers, saved = ready_layers(model), saved_modules(model)
     taken = sorted({present for layer in layers.values() for present in layer.adapter_names()})
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
         raise ValueError(
@@ -88,7 +84,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
     merged, sharded, or in DistributedDataParallel already (to evaluate another adapter there, give it `ddp.module`).
     """
     check_not_ddp(model)
-    layers = _ready(model, name)
+    layers = ready_layers(model, name)
     for layer in layers.values():
         if name != layer.active_adapter:
             parked = layer.inactive
@@ -103,7 +99,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
 
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Deletes an adapter that is not in use. Raises ValueError for an unknown name or the one in use."""
-    layers = _ready(model, name)
+    layers = ready_layers(model, name)
     if any(layer.active_adapter == name for layer in layers.values()):
         raise ValueError(f"`name` must not be the active adapter, got {name!r}: first call set_adapter with another")
     for layer in layers.values():
@@ -115,7 +111,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Within the block the model computes what its base model did, bit for bit. Raises ValueError if it is merged."""
-    layers = _ready(model)
+    layers = ready_layers(model)
     before = [layer.disabled for layer in layers.values()]
     for layer in layers.values():
         layer.disabled = True
@@ -139,7 +135,7 @@ def set_strength(model: nn.Module, strength: float, adapter: str | None = None) 
     `set_scale`, `scale_layer` and `unscale_layer`.
     """
     strength = check_strength(strength)
-    layers = _ready(model, *([] if adapter is None else [adapter]))
+    layers = ready_layers(model, *([] if adapter is None else [adapter]))
     for layer in layers.values():
         if adapter in (None, layer.active_adapter):
             layer.strength = strength
@@ -149,43 +145,7 @@ def set_strength(model: nn.Module, strength: float, adapter: str | None = None) 
     structure.changed()
 
 
-@torch.no_grad()
-def average_adapters(model: nn.Module, weights: Mapping[str, float], into: str) -> None:
-    """Makes `into`, a new adapter or one that is overwritten, the weighted mean of the adapters named in `weights`.
-
-    theta = sum_a w_a s_a theta_a / sum_a w_a of adapters with strengths s_a, and so for delta_sigma; of
-    `modules_to_save` the plain mean. `into` has strength 1. With rotation="cayley" this
-    averages K in the Lie algebra, so that G = cayley(K) stays orthogonal, which a mean of the G would not be.
-    weights: name -> number >= 0, not all zero. Raises ValueError for others, unknown names and merged models, and for
-    SpectralFT: its update is a product of what trains, and the mean of factors is not the factor of a mean.
-    """
-    if not weights or not all(math.isfinite(w) and w >= 0 for w in weights.values()) or not sum(weights.values()) > 0:
-        raise ValueError(f"`weights` must map adapter names to numbers >= 0, not all zero, got {dict(weights)!r}")
-    layers, total = _ready(model, *weights), sum(weights.values())
-    for name, layer in layers.items():
-        if not isinstance(layer, SSVDLinear):
-            raise ValueError(
-                f"only SSVD adapters, whose average has the same rank, can be averaged, but {name} is adapted by "
-                f"{layer.config_type.method}, whose update is a product of its trainable parameters"
-            )
-    if not all(into in layer.adapter_names() for layer in layers.values()):
-        add_adapter(model, into)
-    modules: list[AdaptedLinear | SavedModule] = [*layers.values(), *saved_modules(model).values()]
-    for module in modules:
-        terms = [(w / total * module.strength_of(name), module.adapter(name)) for name, w in weights.items()]
-        for key, tensor in module.adapter(into).items():
-            tensor.copy_(_mean([(share, tensors[key]) for share, tensors in terms]))
-    set_strength(model, 1.0, into)
-
-
-def _mean(terms: list[tuple[float, Tensor]]) -> Tensor:
-    first, *others = [share * tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for share, tensor in terms]
-    for other in others:
-        first += other
-    return first
-
-
-def _ready(model: nn.Module, *names: str) -> dict[str, AdaptedLinear]:
+def ready_layers(model: nn.Module, *names: str) -> dict[str, AdaptedLinear]:
     """The adapted layers, if each has the named adapters and can change what it uses."""
     layers = require_layers(model)
     for layer_name, layer in layers.items():
