@@ -112,6 +112,8 @@ def is_running() -> bool:
 def narrow(layer: SSVDAdapter, core: Tensor, dtype: torch.dtype) -> Tensor | None:
     """`core` as the Triton kernels read it in `dtype`, if the root made it: then all of its batch are, at once."""
     forward = thread.forward
+    while forward is not None and layer not in forward.before:  # within another root's
+        forward = forward.outer
     if forward is None or layer.given.core is not core:
         return None
     if (layer, dtype) not in forward.narrow:

@@ -155,6 +155,18 @@ def test_the_cores_of_a_model_are_cast_and_padded_at_once(monkeypatch):
         assert torch.equal(first, net(x)) and torch.equal(first, of_model[0]) and len(calls) == 2
 
 
+def test_a_core_of_an_outer_root_is_found_within_an_inner_one():
+    outer, inner = (nn.Sequential(nn.Linear(D, D, dtype=BF16)).to(DEVICE) for _ in range(2))
+    for net in (outer, inner):
+        sk.inject(net, sk.SSVDConfig(rank=K))
+        net[0].mode = "factored"
+    x = torch.randn(5, D, device=DEVICE, dtype=BF16)
+    expected = outer(x)
+    inner.forward = lambda x: outer[0](x)  # called within both forwards
+    outer.forward = inner
+    assert torch.equal(outer(x), expected)
+
+
 def test_padding_changes_no_shape_that_a_user_sees():
     inputs = {name: t.to(DEVICE) for name, t in linear_inputs((13, 48, 40, K), F32).items()}
     names = ("dx", "dcore", "dbias")
