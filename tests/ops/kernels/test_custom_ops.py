@@ -160,10 +160,11 @@ def test_a_core_of_an_outer_root_is_found_within_an_inner_one():
     for net in (outer, inner):
         sk.inject(net, sk.SSVDConfig(rank=K))
         net[0].mode = "factored"
+    outer[0].theta.data.normal_(std=0.1)
     x = torch.randn(5, D, device=DEVICE, dtype=BF16)
-    expected = outer(x)
-    inner.forward = lambda x: outer[0](x)  # called within both forwards
-    outer.forward = inner
+    expected, layer = outer(x), outer[0].forward
+    inner.forward = layer
+    outer.forward = lambda x: inner(x)
     assert torch.equal(outer(x), expected)
 
 
