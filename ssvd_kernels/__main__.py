@@ -1,4 +1,4 @@
-"""Command line: python -m ssvd_kernels info | selftest | plan | inspect | merge | convert
+"""Command line: python -m ssvd_kernels info | selftest | plan | inspect | average | merge | convert
 
 Exit status: 0 done; 1 a check failed (a damaged adapter, an adapter for another base model, a failed self-test);
 2 the command cannot be run as given (an unknown option, a missing file, an output folder that already exists).

@@ -23,7 +23,7 @@ import ssvd_kernels as sk
 from ssvd_kernels import __main__
 from ssvd_kernels.ops import dispatch, extension, reference
 
-COMMANDS = ["convert", "info", "inspect", "merge", "plan", "selftest"]
+COMMANDS = ["average", "convert", "info", "inspect", "merge", "plan", "selftest"]
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
