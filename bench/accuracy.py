@@ -148,7 +148,7 @@ def main() -> None:
         print(f"| {name} | {error:.1e} | {orthogonality:.1e} | {merge_error(dtype):.1e} |")
     d, k, tokens = GAIN
     print(f"\nShare of the update that arrives at the output in bf16, d = {d}, k = {k}, {tokens} tokens:\n")
-    print("| ||K|| = | " + " | ".join(map(str, KAPPAS[:-1])) + " |\n|---|" + len(KAPPAS[:-1]) * "---:|")
+    print("| ‖K‖₂ | " + " | ".join(map(str, KAPPAS[:-1])) + " |\n|---|" + len(KAPPAS[:-1]) * "---:|")
     for name, shares in gains().items():
         print(f"| {name} | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
 
