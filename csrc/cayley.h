@@ -13,11 +13,11 @@ namespace ssvd {
 // Largest block that is inverted by a kernel of its own; larger ones are split.
 constexpr int64_t kLeaf = 64;
 
-// The rounding errors of `inverse_delta_` grow with ||K||. It is not tried from this ||column of K||^2 on, which is 30 to
-// 45 in a random K of ||K||_2 = 10, ...
+// The rounding errors of `inverse_delta_` grow with ||K||. It is not tried from this ||column of K||^2 on, which is 29
+// to 51 if K is random, k > kLeaf, ||K||_2 = 10, ...
 constexpr double kLarge = 50;
-// ... and its E may be off by 1e-5 from this | ||column of G||^2 - 1 | on, which is about 1e-6 in such a K.
-constexpr double kNotUnit = 2e-6;
+// ... and its E is not used from this | ||column of G||^2 - 1 | on, which is then about 1e-6.
+constexpr double kNotUnit = 1.5e-6;
 
 // First block of a split: a multiple of kLeaf, about n / 2.
 inline int64_t split(int64_t n) {
@@ -68,7 +68,7 @@ template <class T>  // Z (B, k, k) -> dtheta (B, m) = 2 (Z^T - Z)
 void unskew_cuda(const T* Z, T* dtheta, int64_t B, int64_t k, int device);
 template <class T>  // N (B, n, n), n <= kLeaf, element [b, i, j] at b * stride_b + i * stride_row + j
 void leaf_cuda(T* N, int64_t B, int64_t n, int64_t stride_b, int64_t stride_row, int device);
-template <class T>  // which matrices of theta (B, m) are large, or are not served by E (B, k, k): failed (B, check_blocks(k))
+template <class T>  // failed (B, check_blocks(k)): nonzero where K of theta (B, m) is large, or E (B, k, k) not right
 void check_cuda(const T* theta, const T* E, int* failed, int64_t B, int64_t k, int device);
 template <class T>  // E anew for those, in float64; `low` (B, k, k) is overwritten
 void wide_cuda(const T* theta, T* E, T* low, const int* failed, int64_t B, int64_t k, int device);

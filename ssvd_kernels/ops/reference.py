@@ -116,13 +116,13 @@ def inverse_ref(A: Tensor) -> Tensor:
 def cayley_delta_ref(theta: Tensor, k: int) -> Tensor:
     """E = G - I = -2 K (I + K)^-1 = 2 [(I + K)^-1 - I]; theta (..., m) -> (..., k, k), float32 or float64.
 
-    The rounding errors of `inverse_delta_ref` grow with ||K||, and leave the columns of G no unit vectors: then it is
+    The rounding errors of `inverse_delta_ref` grow with ||K||, and leave the rows of G no unit vectors: then it is
     float64's `inverse_ref`. Where the host cannot look at values, that in any case.
     """
     if theta.numel() == 0:  # k = 1, or an empty batch
         return theta.new_zeros(*theta.shape[:-1], k, k)
     K = skew(theta, k)
-    if _readable(theta) and _excess(K) <= LARGE:
+    if _readable(K) and _excess(K) <= LARGE:
         E = 2 * inverse_delta_ref(K)
         if _excess(E) <= NOT_UNIT:
             return E
@@ -134,20 +134,15 @@ def cayley_delta_ref(theta: Tensor, k: int) -> Tensor:
 
 
 def _excess(E: Tensor) -> float:
-    """The largest | ||g||^2 - 1 | of a column g of I + E."""
-    wide = E.double()
-    return float((wide.square().sum(-2) + 2 * wide.diagonal(dim1=-2, dim2=-1)).abs().max())
+    """The largest | ||g||^2 - 1 | of a row g of I + E."""
+    lengths = torch.linalg.vector_norm(E, dim=-1, dtype=torch.float64)
+    return float((lengths.square() + 2 * E.diagonal(dim1=-2, dim2=-1)).abs().max())
 
 
 def _readable(tensor: Tensor) -> bool:
     """Whether the host can look at values at once: no device must be waited for, and no graph is being traced."""
-    return not (
-        tensor.device.type != "cpu"
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()  # fake tensors, proxies
-    )
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and not traced  # a fake tensor is a subclass
 
 
 def cayley_delta_backward_ref(grad: Tensor, E: Tensor) -> Tensor:
@@ -156,9 +151,9 @@ def cayley_delta_backward_ref(grad: Tensor, E: Tensor) -> Tensor:
     B's diagonal is multiplied apart from the rest: sums that begin with I, or cancel it for large K, round more.
     """
     diagonal = E.diagonal(dim1=-2, dim2=-1)
-    rest, own = (E - torch.diag_embed(diagonal)).mT / 2, 1 + diagonal / 2
-    X = grad * own.unsqueeze(-2) + grad @ rest
-    return unskew(-2 * (own.unsqueeze(-1) * X + rest @ X))
+    rest, own = E.diagonal_scatter(torch.zeros_like(diagonal), dim1=-2, dim2=-1).mT, 2 + diagonal
+    X = torch.addcmul(grad @ rest, grad, own.unsqueeze(-2))  # 2 dE B^T
+    return -0.5 * unskew(torch.addcmul(rest @ X, X, own.unsqueeze(-1)))
 
 
 def core_ref(

@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from bounds import DRAWS, TWO_TERMS, assert_within, in_float64, twice, twice_of_draws
+from bounds import DRAWS, TWO_TERMS, assert_right_for_any_k, assert_within, in_float64, twice, twice_of_draws
 from cases import exact_delta, linear_inputs, naive_linear, relative_error, solved_delta, theta_of_norm, together
 from models import op_passes, references
 from torch import Tensor, nn
@@ -76,6 +76,14 @@ def test_cayley_error(cayley_backend, precision, k, B, dtype):
         else:
             bound = twice_of_draws(zip(theirs, truths))
         assert relative_error(value.cpu(), truths[0]) <= bound
+
+
+@pytest.mark.parametrize("k", [2, 65, 400])
+def test_cayley_of_large_rotations(cayley_backend, k):
+    theta = torch.cat([theta_of_norm(k, kappa, dtype=torch.float32) for kappa in (0.1, 10.0, 100.0, 1000.0)])
+    grad = torch.randn(len(theta), k, k)
+    E, dtheta = cayley_passes(theta.to(DEVICE), grad.to(DEVICE), k)
+    assert_right_for_any_k(theta, grad, k, E.cpu(), dtheta.cpu())
 
 
 @pytest.mark.parametrize("k", [1, 2, 65])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from bounds import assert_right_for_any_k, assert_within, in_float64, twice
@@ -11,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ssvd_kernels as sk
 from ssvd_kernels.ops import extension
+from ssvd_kernels.ops.kernels import constants
 
 EXT = pytest.param(
     "ext", marks=pytest.mark.skipif(not extension.available(), reason=str(extension.unavailable_reason()))
@@ -74,6 +78,12 @@ def test_compiled_graphs():
     with sk.use_backend("reference"):
         E = torch.compile(lambda theta: sk.cayley_delta(theta, k), fullgraph=True, backend="eager")(theta)
     assert_within(E, solved_delta(theta, k), exact_delta(theta, k))
+
+
+def test_backends_decide_alike():
+    header = (Path(__file__).parents[2] / "csrc" / "cayley.h").read_text()
+    found = [float(re.search(rf"{name} = (\S+);", header)[1]) for name in ("kLarge", "kNotUnit")]
+    assert found == [constants.LARGE, constants.NOT_UNIT]
 
 
 def test_fake_tensors():
