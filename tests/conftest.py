@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from processes import started
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
-pytest.register_assert_rewrite("bounds", "models", "peft_models", "refusals", "roundtrip", "speech_models")
+pytest.register_assert_rewrite("bounds", "gain", "models", "peft_models", "refusals", "roundtrip", "speech_models")
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +74,15 @@ def group(tmp_path_factory: pytest.TempPathFactory):
     """Two processes with gloo between them, see processes.py."""
     with started(tmp_path_factory.mktemp("group") / "store") as processes:
         yield processes
+
+
+@pytest.fixture
+def many_switches():
+    """Threads take turns every few operations."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,7 +26,6 @@ from ..basis.linears import base_weight, check_adaptable
 from ..layers.base import AdaptedLinear, module_paths, own_layers
 from ..layers.inactive import own_tensors
 from ..layers.quantized import check_method
-from ..layers.running import structure
 from ..layers.saved import SavedModule
 from ..model.inject import install
 from ..model.lookup import check_not_ddp, require_layers, saved_modules, unwrapped
@@ -180,7 +179,6 @@ def load_adapter(
     for name, change in changes.items():
         change.apply(layers[name])
         layers[name].strength = file.strength
-    structure.changed()  # roots batch their layers by strength
     with torch.no_grad():
         for name, module in saved_modules(inner).items():
             for key, tensor in module.adapter(next(iter(layers.values())).active_adapter).items():

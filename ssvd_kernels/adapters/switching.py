@@ -23,7 +23,6 @@ from torch import nn
 from ..config import check_strength
 from ..layers.base import AdaptedLinear
 from ..layers.inactive import BASE, InactiveAdapter, park
-from ..layers.running import structure
 from ..model.lookup import check_not_ddp, require_layers, saved_modules
 from .file_format import read_adapter
 from .save_load import adapter_values
@@ -139,10 +138,8 @@ def set_strength(model: nn.Module, strength: float, adapter: str | None = None) 
     for layer in layers.values():
         if adapter in (None, layer.active_adapter):
             layer.strength = strength
-            layer.forget()
         else:
             layer.inactive[adapter].strength = strength
-    structure.changed()
 
 
 def ready_layers(model: nn.Module, *names: str) -> dict[str, AdaptedLinear]:

@@ -122,17 +122,18 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         """The adapter counts `scale` times its configuration's strength, see `ssvd_kernels.set_strength`."""
         if adapter in self.ssvd_adapter:
             found: PeftAdapter = self.ssvd_adapter[adapter]  # type: ignore[assignment]
-            found.set_strength(scale * found.configured_strength)
+            found.strength = check_strength(scale * found.configured_strength)
 
     def scale_layer(self, scale: float) -> None:
         """The active adapters count `scale` times as much as before."""
         for adapter in self._active():
-            adapter.set_strength(scale * adapter.strength)
+            adapter.strength = check_strength(scale * adapter.strength)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Undoes `scale_layer(scale)`, or all changes of the active adapters' strengths."""
         for adapter in self._active():
-            adapter.set_strength(adapter.configured_strength if scale is None else adapter.strength / scale)
+            changed = adapter.configured_strength if scale is None else adapter.strength / scale
+            adapter.strength = check_strength(changed)
 
     def _active(self) -> list[PeftAdapter]:
         return [self.ssvd_adapter[name] for name in self.active_adapters if name in self.ssvd_adapter]  # type: ignore[misc]
@@ -210,11 +211,6 @@ class PeftAdapter(SSVDAdapter):
         self.strength = self.configured_strength = strength
         self.__dict__["layer"] = layer  # not a submodule, but the other way round
         self.training, self.casts = layer.training, casts(layer.base_layer)
-
-    def set_strength(self, strength: float) -> None:
-        self.strength = check_strength(strength)
-        self.forget()
-        structure.changed()
 
     def hold_basis(self, found: Factorization) -> None:
         self.__dict__.update(U=found.U, sigma=found.sigma, V=found.V)

@@ -46,7 +46,7 @@ class Adapter(nn.Module, ABC):
         self.out_features, self.in_features = weight.shape
         self.k = config.triplets(self.in_features, self.out_features)
         self.mode = "auto"
-        self.strength = 1.0  # see `set_strength`
+        self._strength = 1.0
         found = factorization or factorize(weight, self.k)
         self.basis = BasisIdentity(found.fingerprint, found.gap, found.sketch)
         self.cache = LayerCache()
@@ -146,6 +146,18 @@ class Adapter(nn.Module, ABC):
         parameter = self._parameters[self.trained_names[0]]
         assert parameter is not None
         return parameter
+
+    @property
+    def strength(self) -> float:
+        """By which the adapter in use is scaled, see `set_strength`."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        if strength != self._strength:
+            self._strength = strength
+            self.forget()
+            structure.changed()  # roots batch their layers by strength
 
     def adapter(self) -> dict[str, nn.Parameter]:
         """The Parameters that train, by `trained_names`."""

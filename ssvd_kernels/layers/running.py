@@ -30,7 +30,6 @@ class Forward(NamedTuple):
     before: dict[SSVDAdapter, Tensor | None]  # what its layers were given by the outer one
     batches: list[Batch]  # of the cores that it gave them
     narrow: dict[tuple[SSVDAdapter, torch.dtype], Tensor]
-    values: Values | None  # of the cores, where they have gradients
     caller: FrameType | None  # of the root's hooks; None while torch.compile traces
     outer: Forward | None
 
@@ -80,14 +79,14 @@ thread, structure = _Thread(), _Structure()
 _finished: list[weakref.ref[Values]] = []  # of all forwards that may still have a backward, the newest last
 
 
-def enter(cores: Cores, batches: list[Batch], values: Values | None, caller: FrameType | None) -> None:
+def enter(cores: Cores, batches: list[Batch], caller: FrameType | None) -> None:
     """At the start of a root's forward, called with the frame that calls its hooks."""
     while thread.forward is not None and thread.forward.caller is not None and not is_running():
         leave()
     before = {layer: layer.given.core for layer in cores}
     for layer, core in cores.items():
         layer.given.core = core
-    thread.forward = Forward(before, batches, {}, values, caller, thread.forward)
+    thread.forward = Forward(before, batches, {}, caller, thread.forward)
 
 
 def leave() -> None:

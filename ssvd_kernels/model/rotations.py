@@ -77,7 +77,7 @@ def _begin_forward(root: nn.Module, args: Any) -> None:
         batches.append((batch.layers, made))
         if values is not None:
             values.add(some, made)
-    running.enter(cores, batches, values, None if compiling else sys._getframe(1))
+    running.enter(cores, batches, None if compiling else sys._getframe(1))
 
 
 def _end_forward(root: nn.Module, args: Any, output: Any) -> None:

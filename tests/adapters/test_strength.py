@@ -179,6 +179,21 @@ def test_it_goes_where_the_adapter_goes(way: Callable, tmp_path):
     assert all(map(torch.equal, outputs(found), expected))
 
 
+def test_adapters_of_other_strengths_are_switched_between_forwards():
+    """The model makes its cores in batches, which must follow."""
+    net = adapted()
+    sk.add_adapter(net, "b")
+    sk.set_adapter(net, "b")
+    train_randomly(net)
+    at_one = outputs(net)
+    sk.set_strength(net, 0.5)
+    at_half = outputs(net)
+    sk.set_adapter(net, "default")
+    assert all(map(torch.equal, outputs(net), at_one))
+    sk.set_adapter(net, "b")
+    assert all(map(torch.equal, outputs(net), at_half)) and not torch.equal(at_half[0], at_one[0])
+
+
 def test_of_an_adapter_that_is_not_in_use(tmp_path):
     net = adapted()
     before = outputs(net)

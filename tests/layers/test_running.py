@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -66,14 +65,6 @@ def _at_once(*works: Callable[[], object]) -> list[object]:
     start = threading.Barrier(len(works))
     with ThreadPoolExecutor(len(works)) as pool:
         return [done.result() for done in [pool.submit(lambda work=work: (start.wait(), work())[1]) for work in works]]
-
-
-@pytest.fixture
-def many_switches():
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
 
 
 @pytest.mark.usefixtures("many_switches")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,16 +14,7 @@ from torch import Tensor
 from ssvd_kernels.model.rotations import _Batch
 
 
-@pytest.fixture
-def often():
-    """Threads take turns every few operations."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(before)
-
-
-@pytest.mark.usefixtures("often")
+@pytest.mark.usefixtures("many_switches")
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}], ids=["plain", "checkpointed"])
 def test_gradients_are_those_of_training_alone(checkpointing):
     model, x = adapt(Stack(checkpointing)).train(), torch.randn(4, 8)
