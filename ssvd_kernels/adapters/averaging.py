@@ -63,6 +63,8 @@ def average_adapters(
         for key, tensor in module.adapter(name).items():
             tensor.copy_(mean[key])
     set_strength(model, 1.0, name)
+    for layer in layers.values():
+        layer.forget()
 
 
 def average_files(
