@@ -3,8 +3,9 @@
 python -m experiments.asr.demo                                        Whisper tiny.en, built-in speech
 python -m experiments.asr.demo --manifest speech.jsonl --model openai/whisper-small --device cuda
 
-A manifest is a file of JSON lines {"audio": path, "text": what is said}. Stop with Ctrl-C (or any other way) and run
-the same command again: it goes on where it was.
+A manifest is a file of JSON lines {"audio": path, "text": what is said}. After training, the adapter's strength (see
+`ssvd_kernels.set_strength`) is chosen on validation speech: the target's, and that of the same speakers as the model
+knows them. Stop with Ctrl-C (or any other way) and run the same command again: it goes on where it was.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 import ssvd_kernels as sk
-from experiments.asr import DemoError, report, speech
+from experiments.asr import DemoError, report, speech, strength
 from experiments.asr.commands import exit_status
 from experiments.asr.fetch import ASTERISK, MODEL, SPHINX, default_data, ensure, sha256_file
 from experiments.asr.recognizer import Recognizer, Score, load_recognizer
@@ -33,6 +34,8 @@ from experiments.asr.train import History, Recipe, train
 from experiments.asr.transcribe import pick_device
 
 RATIO = 0.4
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+MOST, LEAST = 24, 8  # validation clips that are heard at each strength, of both kinds; with fewer there is no choice
 CREDITS = (
     "Speech: Asterisk core sounds, recorded by Allison Smith, CC BY-SA 3.0, altered in pitch; LibriVox and card "
     "utterances from pocketsphinx's test data. Weights: OpenAI Whisper tiny.en, MIT."
@@ -60,6 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ratio", type=float, help=f"adapted rank as a share of the layer's full rank (default: {RATIO})")
     add("--side", default="input", help="input, output, smaller or both (default: input)")
     add("--rotation", default="cayley", help="cayley, linear or free (default: cayley)")
+    add("--strength", type=float, help="of the adapter, 0 to 1.5, instead of the choice; trains on all clips")
     add("--seed", type=int, default=0, help="order of the training clips (default: 0)")
     add("--window", type=float, help="seconds that the encoder hears in training (default: the longest clip)")
     add("--eval-window", type=float, default=30.0, help="the same in evaluation, at most 30 (default: %(default)s)")
@@ -72,6 +76,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if not 0 < args.lr < 1:
         parser.error(f"--lr must be in (0, 1), got {args.lr}")
+    if args.strength is not None and not 0 <= args.strength <= 1.5:
+        parser.error(f"--strength must be between 0 and 1.5, got {args.strength}")
     if args.eval_manifest and not args.manifest:
         parser.error("--eval-manifest needs --manifest")
     if args.no_source and not args.manifest:
@@ -83,19 +89,35 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def gather(args: argparse.Namespace) -> tuple[Speech, dict[str, Speech]]:
-    """(training speech, held-out sets by name, the target first); every file read once and checked."""
+def gather(args: argparse.Namespace) -> tuple[Speech, list[Speech], dict[str, Speech]]:
+    """(training, validation and held-out speech, this by name), the target's first; every file read once and checked.
+
+    No validation speech where the strength is given or there is too little of it.
+    """
     folders = () if args.model else (MODEL,)
     ensure(args.data, folders if args.no_source else (*folders, ASTERISK, SPHINX))
     if args.manifest:
         corpus: Corpus = speech.from_manifest(args.manifest, args.eval_manifest)
         if not args.no_source:
-            corpus.source = speech.source_speech(args.data)
+            corpus.add_source(args.data)
     else:
         corpus = speech.built_in(args.data)
+    if args.strength is not None or len(corpus.validation) < LEAST:
+        if args.strength is None:
+            print(f"{len(corpus.validation)} validation clips are too few ({LEAST} at least): the strength stays 1")
+        corpus.train, corpus.validation, corpus.source_validation = [*corpus.train, *corpus.validation], [], []
     longest = None if args.manifest else MAX_PROMPT_SECONDS
+    most = min(MOST, args.eval_limit or MOST)
     training = Speech(corpus.train, "reading training speech", longest)
     target = Speech(corpus.test[: args.eval_limit], f"reading {corpus.target}", longest)
+    validation = [
+        Speech(clips[:most], f"reading {name}", seconds)
+        for name, clips, seconds in (
+            ("validation speech", corpus.validation, longest),
+            ("its source domain", corpus.source_validation, MAX_PROMPT_SECONDS),
+        )
+        if clips
+    ]
     sets = {corpus.target: target}
     for name, clips in corpus.source.items():
         sets[name] = Speech(clips[: args.eval_limit], f"reading {name}", MAX_PROMPT_SECONDS)
@@ -104,10 +126,11 @@ def gather(args: argparse.Namespace) -> tuple[Speech, dict[str, Speech]]:
         print(f"{dropped} prompts longer than {MAX_PROMPT_SECONDS} s are left out")
     print(
         f"{len(training)} clips to train on ({sum(training.seconds) / 60:.1f} min), "
+        + (" + ".join(str(len(s)) for s in validation) + " to choose the strength by, " if validation else "")
         + ", ".join(f"{len(s)} {name}" for name, s in sets.items())
         + " to measure"
     )
-    return training, sets
+    return training, validation, sets
 
 
 class Evaluation:
@@ -131,6 +154,22 @@ class Evaluation:
             f"{state} {name.split(' (')[0]}", key, lambda: recognizer.transcribe(data, f"{state}: {name}")
         )
         return recognizer.score(data.texts, transcripts), transcripts
+
+
+def choose(evaluate: Evaluation, weights: str, validation: list[Speech], given: float | None) -> tuple[float, str]:
+    """The strength with the lowest mean of the validation WERs (of equal ones the smaller), and how it came about."""
+    if not validation:
+        return (1.0, "1, for want of validation speech") if given is None else (given, f"{given:g}, as given")
+    recognizer = evaluate.recognizer
+    recognizer.set_window(evaluate.window)
+    key = {"weights": weights, "window": evaluate.window, "language": recognizer.language}
+    key["device"] = recognizer.device.type
+    target, source = (*validation, None)[:2]
+    points = strength.measure(recognizer, evaluate.folder, key, STRENGTHS, target, source)
+    chosen = strength.balanced(points).strength
+    tried = ", ".join(f"{point.strength:g}: {100 * point.mean_wer:.1f} %" for point in points)
+    clips = " + ".join(str(len(speech)) for speech in validation)
+    return chosen, f"{chosen:g}, by the mean WER of {clips} validation clips ({tried})"
 
 
 def transcripts_of_new_process(args: argparse.Namespace, adapter: Path, target: Speech) -> list[str]:
@@ -176,13 +215,13 @@ def run(args: argparse.Namespace) -> bool:
     began = time.perf_counter()
     device = pick_device(args.device)
     config = sk.SSVDConfig(rank=args.rank, ratio=args.ratio, side=args.side, rotation=args.rotation)
-    training, sets = gather(args)
+    training, validation, sets = gather(args)
     recognizer = load_recognizer(args.model, args.data, device, args.language)
     recipe = Recipe(args.steps, args.batch, args.lr, seed=args.seed, amp=args.amp)
     window = args.window or max(training.seconds)
     for option, value, longest in (
         ("--window", window, max(training.seconds)),
-        ("--eval-window", args.eval_window, max(max(data.seconds) for data in sets.values())),
+        ("--eval-window", args.eval_window, max(max(data.seconds) for data in (*validation, *sets.values()))),
     ):
         if value < longest:
             raise DemoError(f"{option} must be at least the length of the longest clip, {longest:.2f} s, got {value}")
@@ -210,25 +249,31 @@ def run(args: argparse.Namespace) -> bool:
     history = train(recognizer, training, recipe, folder)
     adapter = out / ADAPTER
     sk.save_adapter(recognizer.model, adapter)
-    weights = sha256_file(adapter)[:16]
-    after = {name: evaluate("after", weights, name, data) for name, data in sets.items()}
-    sk.merge(recognizer.model)
-    merged = {name: evaluate("merged", weights, name, data) for name, data in sets.items()}
-    sk.unmerge(recognizer.model)
+    weights = sha256_file(adapter)[:16]  # at strength 1
+    chosen, why = choose(evaluate, weights, validation, args.strength)
+    after, heard = {}, {}
+    for value in dict.fromkeys((1.0, chosen)):
+        sk.set_strength(recognizer.model, value)
+        for name, data in sets.items():
+            score, heard[name] = evaluate(f"strength {value:g}", weights, name, data)
+            after.setdefault(name, {})[value] = score
+    sk.save_adapter(recognizer.model, adapter)
 
     target_name, target = next(iter(sets.items()))
+    sk.merge(recognizer.model)
+    merged = evaluate(f"merged at {chosen:g}", weights, target_name, target)[1]
     speech.write_manifest(out / "held-out.jsonl", target.clips)
     print("reloading the adapter in a new process")
     again = transcripts_of_new_process(args, adapter, target)
-    rows = [report.Row(name, before[name], after[name][0], merged[name][0]) for name in sets]
+    rows = [report.Row(name, before[name], after[name]) for name in sets]
     checks = {
-        "Merged model transcribes the same": all(merged[name][1] == after[name][1] for name in sets),
-        "Adapter reloaded in a new process transcribes the same": again == after[target_name][1],
+        "Merged model transcribes the same": merged == heard[target_name],
+        "Adapter reloaded in a new process transcribes the same": again == heard[target_name],
     }
     result = report.Report(
         f"{recognizer.name} + SSVD ({config.rotation}, {config.side} side) on {target_name}",
         rows,
-        facts(rows[0], injected, history, adapter, device, time.perf_counter() - began),
+        {"Strength": why} | facts(rows[0], injected, history, adapter, device, time.perf_counter() - began),
         checks,
         history.losses,
         {
@@ -237,15 +282,19 @@ def run(args: argparse.Namespace) -> bool:
             "trainable": injected.trainable,
             "total": injected.total,
             "adapter_bytes": adapter.stat().st_size,
+            "strength": chosen,
             "transcripts": dict(
-                zip(("reference", "after", "reloaded"), (target.texts, after[target_name][1], again), strict=True)
+                zip(("reference", "after", "reloaded"), (target.texts, heard[target_name], again), strict=True)
             ),
         },
     )
     print(f"\n{report.write(result, out)}")
     if not (args.no_source and args.model):
         print(CREDITS)
-    print(f"adapter: {adapter}\ntable:   {out / 'report.md'}\npicture: {out / 'report.png'}")
+    print(
+        f"adapter: {adapter}, at strength {chosen:g}; `sk.set_strength(model, 1)` brings back what was trained\n"
+        f"table:   {out / 'report.md'}\npicture: {out / 'report.png'}"
+    )
     return result.passed
 
 
@@ -255,7 +304,9 @@ def facts(
     size, steps = adapter.stat().st_size, sorted(history.seconds)
     trained = f"{injected.trainable:,} of {injected.total:,} ({injected.trainable / injected.total:.2%})"
     return {
-        "Target errors": f"{target.before.errors} before, {target.after.errors} after",
+        "Target errors": "; ".join(
+            [f"{target.before.errors} before", *(f"{s.errors} at strength {a:g}" for a, s in target.after.items())]
+        ),
         "Trained parameters": f"{trained} in {len(injected.modules)} layers",
         "Time per step": f"median {steps[len(steps) // 2]:.2f} s, mean {sum(steps) / len(steps):.2f} s",
         "Adapter file": f"{size:,} bytes ({size / (4 * injected.trainable):.2f} x its float32 parameters)",

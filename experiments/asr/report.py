@@ -9,17 +9,21 @@ from typing import Any
 from experiments.asr.recognizer import Score
 from experiments.asr.runfolder import write_atomically, write_json
 
+STYLES = (("#E69F00", "//"), ("#56B4E9", ".."), ("#0072B2", ""))  # before, as trained, at the chosen strength
 KEPT = ("errors", "words", "utterances", "wer", "characters", "character_errors", "cer")
 
 
 @dataclass
 class Row:
-    """Word error rates of one set of recordings; `merged` only where it was measured."""
+    """Word error rates of one set of recordings: of the base model, and at each strength of the adapter."""
 
     name: str
     before: Score
-    after: Score
-    merged: Score | None = None
+    after: dict[float, Score]
+
+    @property
+    def scores(self) -> dict[str, Score]:
+        return {"before": self.before, **{f"strength {strength:g}": s for strength, s in self.after.items()}}
 
 
 @dataclass
@@ -36,17 +40,13 @@ class Report:
         return all(self.checks.values())
 
 
-def _percent(score: Score | None) -> str:
-    return "" if score is None else f"{100 * score.wer:.1f} %"
-
-
 def table(report: Report) -> str:
     """The whole report as Markdown that also reads well on a terminal."""
-    head = ["Held-out speech", "utterances", "words", "WER before", "WER after", "WER merged"]
+    head = ["Held-out speech", "utterances", "words", *(f"WER {state}" for state in report.rows[0].scores)]
     cells = [head]
     for row in report.rows:
         sizes = [str(row.before.utterances), str(row.before.words)]
-        cells.append([row.name, *sizes, _percent(row.before), _percent(row.after), _percent(row.merged)])
+        cells.append([row.name, *sizes, *(f"{100 * score.wer:.1f} %" for score in row.scores.values())])
     widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
 
     def line(values: list[str]) -> str:
@@ -65,13 +65,7 @@ def write(report: Report, folder: Path) -> str:
     text = table(report)
     write_atomically(folder / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
     rows = [
-        {
-            "name": r.name,
-            **{
-                k: None if s is None else {name: getattr(s, name) for name in KEPT}
-                for k, s in (("before", r.before), ("after", r.after), ("merged", r.merged))
-            },
-        }
+        {"name": r.name, "scores": {state: {k: getattr(s, k) for k in KEPT} for state, s in r.scores.items()}}
         for r in report.rows
     ]
     write_json(
@@ -90,7 +84,7 @@ def write(report: Report, folder: Path) -> str:
 
 
 def draw(report: Report, path: Path) -> None:
-    """Bars of the WER before and after, and the training loss; colours of Okabe and Ito, told apart by hatch too."""
+    """Bars of the WER of each state, and the training loss; colours of Okabe and Ito, told apart by hatch too."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -98,14 +92,16 @@ def draw(report: Report, path: Path) -> None:
 
     figure, (bars, curve) = plt.subplots(1, 2, figsize=(12, 5), width_ratios=(1.6, 1), layout="constrained")
     figure.suptitle(report.title, fontsize=13, fontweight="bold")
-    most = max(max(r.before.wer, r.after.wer) for r in report.rows)
-    for shift, key, colour, hatch in ((-0.2, "before", "#E69F00", "//"), (0.2, "after", "#0072B2", "")):
-        places = [i + shift for i in range(len(report.rows))]
-        values = [100 * getattr(row, key).wer for row in report.rows]
-        label = f"{key} fine-tuning"
-        bars.bar(places, values, 0.38, label=label, color=colour, hatch=hatch, edgecolor="black", linewidth=0.8)
+    states = list(report.rows[0].scores)
+    most = max(score.wer for row in report.rows for score in row.scores.values())
+    width = 0.8 / len(states)
+    for number, (state, (colour, hatch)) in enumerate(zip(states, STYLES)):
+        places = [i + (number - (len(states) - 1) / 2) * width for i in range(len(report.rows))]
+        values = [100 * row.scores[state].wer for row in report.rows]
+        label = "before fine-tuning" if number == 0 else f"after, {state}"
+        bars.bar(places, values, 0.95 * width, label=label, color=colour, hatch=hatch, edgecolor="black", linewidth=0.8)
         for place, value in zip(places, values, strict=True):
-            bars.annotate(f"{value:.1f}", (place, value), (0, 3), textcoords="offset points", ha="center", fontsize=10)
+            bars.annotate(f"{value:.1f}", (place, value), (0, 3), textcoords="offset points", ha="center", fontsize=9)
     kinds = ["target", *["source"] * (len(report.rows) - 1)]
     names = [f"{row.name}\n{kind}, {row.before.words} words" for row, kind in zip(report.rows, kinds, strict=True)]
     bars.set_xticks(range(len(names)), names, fontsize=9)

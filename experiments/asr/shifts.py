@@ -12,16 +12,15 @@ from experiments.asr.fetch import ASTERISK, FRENCH, ITALIAN, SONNET, SPANISH, SP
 from experiments.asr.prompts import read_foreign_prompts, read_sphinx
 from experiments.asr.speech import (
     AS_RECORDED,
-    HELD_OUT,
     MAX_PROMPT_SECONDS,
     Clip,
     english_prompts,
     read_manifest,
     source_speech,
     split,
+    split_validation,
 )
 
-VALIDATION = 0.15
 CACHE = "cache"  # folder of the data folder
 
 
@@ -111,7 +110,7 @@ def load_shift(name: str, data: Path, longest: float, language: str = "en", sour
     clips = kind.clips(data)
     short = usable(clips)
     rest, test = split(short)
-    train, validation = split(rest, HELD_OUT + VALIDATION)
+    train, validation = split_validation(rest, test)
     known = (
         source_speech(data) | {"sonnet reader": [Clip(*line) for line in read_sphinx(data / SONNET)]} if source else {}
     )

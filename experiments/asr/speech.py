@@ -21,6 +21,7 @@ from experiments.asr.prompts import read_prompts, read_sphinx
 from experiments.asr.runfolder import write_atomically
 
 HELD_OUT = 0.25
+VALIDATION = 0.15
 MAX_PROMPT_SECONDS = 9.5  # the built-in prompts that fit a 10 s encoder window
 MAX_SECONDS = 30.0  # what Whisper hears at once
 CACHE_BYTES = 1 << 30
@@ -93,14 +94,35 @@ def split(clips: Iterable[Clip], share: float = HELD_OUT) -> tuple[list[Clip], l
     return sides
 
 
+def split_validation(rest: Iterable[Clip], test: Iterable[Clip]) -> tuple[list[Clip], list[Clip]]:
+    """(training side, validation side) of what does not test: 15 % of all texts, none of them one of `test`.
+
+    Of the same hash, so that no text is on two sides, not even of two sets.
+    """
+    tested = {words(clip.text) for clip in test}
+    sides: tuple[list[Clip], list[Clip]] = ([], [])
+    for clip in rest:
+        held = held_out(clip.text, HELD_OUT + VALIDATION) and not held_out(clip.text)
+        sides[held and words(clip.text) not in tested].append(clip)
+    return sides
+
+
 @dataclass
 class Corpus:
-    """What an experiment needs: training and test clips of the target domain, test clips of the source domain."""
+    """What an experiment needs: clips of the target domain to train on, to choose by and to test, and test clips of
+    the source domain, with those of its prompts to choose by."""
 
     target: str
     train: list[Clip]
+    validation: list[Clip]
     test: list[Clip]
     source: dict[str, list[Clip]] = field(default_factory=dict)
+    source_validation: list[Clip] = field(default_factory=list)
+
+    def add_source(self, data: Path) -> None:
+        """The built-in speech, as the source domain."""
+        self.source = source_speech(data)
+        self.source_validation = split_validation(english_prompts(data), self.test)[1]
 
 
 def english_prompts(data: Path, voice: float = 1.0, channel: str = "") -> list[Clip]:
@@ -118,8 +140,10 @@ def source_speech(data: Path) -> dict[str, list[Clip]]:
 
 def built_in(data: Path) -> Corpus:
     """Child-like speech made from the real prompts, pitch and formants x1.6; split by text."""
-    train, test = split(english_prompts(data, CHILD_FACTOR))
-    return Corpus(f"child-like prompts (x{CHILD_FACTOR})", train, test, source_speech(data))
+    rest, test = split(english_prompts(data, CHILD_FACTOR))
+    corpus = Corpus(f"child-like prompts (x{CHILD_FACTOR})", *split_validation(rest, test), test)
+    corpus.add_source(data)
+    return corpus
 
 
 def read_manifest(path: Path) -> list[Clip]:
@@ -174,15 +198,15 @@ def from_manifest(manifest: Path, eval_manifest: Path | None) -> Corpus:
     """A user's speech as the target domain, as it is. Without `eval_manifest` a quarter of the texts is held out."""
     clips = read_manifest(manifest)
     if eval_manifest is None:
-        train, test = split(clips)
-        if not train or not test:
+        rest, test = split(clips)
+        if not rest or not test:
             raise DemoError(
-                f"{manifest}: {len(train)} of its {len(clips)} lines fall on the training side and {len(test)} "
+                f"{manifest}: {len(rest)} of its {len(clips)} lines fall on the training side and {len(test)} "
                 "on the held-out side; give --eval-manifest"
             )
     else:
-        train, test = clips, read_manifest(eval_manifest)
-        known = {words(clip.text) for clip in train}
+        rest, test = clips, read_manifest(eval_manifest)
+        known = {words(clip.text) for clip in rest}
         both = [clip for clip in test if words(clip.text) in known]
         if both:
             print(
@@ -190,7 +214,7 @@ def from_manifest(manifest: Path, eval_manifest: Path | None) -> Corpus:
                 f"{both[0].where}); the result will look better than on new texts",
                 file=sys.stderr,
             )
-    return Corpus(manifest.stem, train, test)
+    return Corpus(manifest.stem, *split_validation(rest, test), test)
 
 
 class Speech:

@@ -36,6 +36,10 @@ class Point(NamedTuple):
     target: Score
     source: Score | None
 
+    @property
+    def mean_wer(self) -> float:
+        return self.target.wer if self.source is None else (self.target.wer + self.source.wer) / 2
+
 
 def best(points: Sequence[Point]) -> Point:
     """The lowest WER on the target; of equal ones the smallest strength."""
@@ -48,19 +52,32 @@ def keeping(points: Sequence[Point], wer: float) -> Point | None:
     return best(kept) if kept else None
 
 
+def balanced(points: Sequence[Point]) -> Point:
+    """The lowest mean of both WERs (without a source, the target's); of equal ones the smallest strength."""
+    return min(points, key=lambda point: (point.mean_wer, point.strength))
+
+
 def measure(
-    recognizer: Recognizer, folder: RunFolder, strengths: Sequence[float], target: Speech, source: Speech | None
+    recognizer: Recognizer,
+    folder: RunFolder,
+    key: dict[str, Any],
+    strengths: Sequence[float],
+    target: Speech,
+    source: Speech | None,
 ) -> list[Point]:
-    """Transcribes both sets at each strength of the loaded adapter, or takes what `folder` has kept."""
+    """Transcribes both sets at each strength of the loaded adapter, or takes what `folder` has kept.
+
+    key: what the transcripts depend on besides strength and speech.
+    """
     points = []
     for strength in sorted(strengths):
         sk.set_strength(recognizer.model, strength)
         scores = []
         for name, speech in (("target", target), ("source", source)):
             if speech is not None:
-                key = {**folder.settings, "strength": strength, "speech": speech.fingerprint}
+                here = {**key, "strength": strength, "speech": speech.fingerprint}
                 what = f"{name} at {strength:g}"
-                heard = folder.transcripts(what, key, partial(recognizer.transcribe, speech, what))
+                heard = folder.transcripts(what, here, partial(recognizer.transcribe, speech, what))
                 scores.append(recognizer.score(speech.texts, heard))
         points.append(Point(strength, scores[0], scores[1] if source is not None else None))
     return points
@@ -186,7 +203,7 @@ def run(args: argparse.Namespace) -> int:
         raise DemoError(str(error)) from error
     recognizer.set_window(args.window)
     out = args.out or Path("runs") / f"strength-{short_hash(settings)[:8]}"
-    points = measure(recognizer, RunFolder(out, settings), args.strengths, target, source)
+    points = measure(recognizer, RunFolder(out, settings), settings, args.strengths, target, source)
     print(f"\n{write(points, None if args.keep is None else args.keep / 100, out)}\npicture: {out / 'strength.png'}")
     return 0
 

@@ -70,6 +70,26 @@ def test_a_shift_is_split_in_three_by_text(made_up):
     assert call.train[0].read().dtype == "float32" and len(list((made_up / shifts.CACHE).iterdir())) == 1
 
 
+def test_the_demos_sides_are_of_different_texts_in_every_set(made_up):
+    corpus = speech.built_in(made_up)
+    shift = shifts.load_shift("child", made_up, 9.5)
+    assert [c.name for c in corpus.validation] == [c.name for c in shift.validation]
+    sides = (corpus.train, [*corpus.validation, *corpus.source_validation], corpus.test)
+    texts = [{words(clip.text) for clip in side} for side in sides]
+    assert all(texts) and sum(map(len, texts)) == len(set.union(*texts)) == 30
+    assert not texts[1] & {words(clip.text) for clip in corpus.source["prompts as recorded"]}
+    assert [(c.name, 1.6 * c.voice) for c in corpus.source_validation] == [(c.name, c.voice) for c in corpus.validation]
+
+
+def test_texts_of_an_evaluation_manifest_are_no_validation():
+    clips = [speech.Clip(str(i), f"this is sentence number {i}", Path(str(i))) for i in range(100)]
+    train, validation = speech.split_validation(clips, [])
+    assert len(train) + len(validation) == 100 and 8 < len(validation) < 25
+    test = [speech.Clip("own", validation[0].text.upper(), Path("own"))]
+    more, less = speech.split_validation(clips, test)
+    assert less == validation[1:] and validation[0] in more
+
+
 def test_bad_shifts_are_named(made_up):
     with pytest.raises(DemoError, match=r"`shift` must be one of child, .*, italian or a manifest, .*got 'dutch'"):
         shifts.load_shift("dutch", made_up, 4.0)

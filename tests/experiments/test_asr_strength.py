@@ -108,9 +108,10 @@ def test_bad_input(command, change, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_an_empty_manifest(command, tmp_path, capsys):
+@pytest.mark.parametrize("side", ["--target", "--source"])
+def test_an_empty_manifest(command, side, tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
-    assert strength.main([*command, "--source", str(tmp_path / "empty.jsonl")]) == 2
+    assert strength.main([*command, side, str(tmp_path / "empty.jsonl")]) == 2
     assert "the manifest is empty" in capsys.readouterr().err
 
 

@@ -14,8 +14,9 @@ from asr_tiny import command as tiny_command
 from asr_tiny import tone, write_wav
 
 import ssvd_kernels as sk
-from experiments.asr import DemoError, demo, report, runfolder, speech, train, transcribe
+from experiments.asr import DemoError, demo, report, runfolder, speech, strength, train, transcribe
 from experiments.asr.recognizer import Recognizer, Score, load_recognizer
+from ssvd_kernels.adapters.file_format import read_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -102,28 +103,32 @@ def test_evaluations_are_kept_by_what_they_depend_on(tmp_path):
 
 def test_report_shows_all_numbers_and_failed_checks(tmp_path):
     before, after = Score([(20, 60, 70, 300), (10, 40, 10, 100)]), Score([(8, 100, 20, 400)])
-    rows = [report.Row("target", before, after, after),
-            report.Row("source", Score([(1, 20, 3, 90)]), Score([(2, 20, 3, 90)]))]  # fmt: skip
+    half = Score([(4, 100, 20, 400)])
+    rows = [report.Row("target", before, {1.0: after, 0.5: half}),
+            report.Row("source", Score([(1, 20, 3, 90)]), {1.0: Score([(2, 20, 3, 90)]), 0.5: half})]  # fmt: skip
     facts = {"Trained parameters": "12 of 600", "Time per step": "1 s", "Adapter file": "50 bytes"}
     result = report.Report("title", rows, facts, {"Merged the same": False}, [3.0, 2.0, 1.5], {"total": 600})
     assert not result.passed
     text = report.write(result, tmp_path)
+    assert "| WER before | WER strength 1 | WER strength 0.5 |" in text
     assert all(shown in text for shown in ("30.0 %", "8.0 %", "5.0 %", "10.0 %", "12 of 600", "Merged the same: NO"))
-    kept = json.loads((tmp_path / "report.json").read_text())
-    assert kept["rows"][0]["before"]["wer"] == 0.3 and kept["rows"][0]["before"]["cer"] == 0.2
-    assert kept["rows"][0]["before"]["utterances"] == 2 and kept["rows"][1]["merged"] is None
+    first, second = (row["scores"] for row in json.loads((tmp_path / "report.json").read_text())["rows"])
+    assert first["before"]["wer"] == 0.3 and first["before"]["cer"] == 0.2 and first["before"]["utterances"] == 2
+    assert second["strength 0.5"]["wer"] == 0.04
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "report.md").read_text() == text
 
 
 @pytest.fixture
-def command(tmp_path) -> list[str]:
+def command(tmp_path, monkeypatch) -> list[str]:
+    monkeypatch.setattr(demo, "LEAST", 2)  # of 17 clips, two are on the validation side
     recipe = ["--rank", "4", "--steps", "3", "--batch", "2", "--eval-window", "2"]
-    return [*tiny_command(tmp_path, 8, 60, 1.2), *recipe, "--out", str(tmp_path / "run")]
+    return [*tiny_command(tmp_path, 17, 40, 1.2), *recipe, "--out", str(tmp_path / "run")]
 
 
 @pytest.mark.slow
 def test_demo_on_a_users_speech(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(strength, "balanced", lambda points: points[1])
     assert demo.main(command) == 0
     kept = json.loads((tmp_path / "run/report.json").read_text())
     assert kept["checks"] == {name: True for name in kept["checks"]} and len(kept["checks"]) == 2
@@ -131,13 +136,55 @@ def test_demo_on_a_users_speech(command, tmp_path, monkeypatch, capsys):
     assert kept["adapter_bytes"] == (tmp_path / "run/adapter.safetensors").stat().st_size
     assert kept["transcripts"]["reloaded"] == kept["transcripts"]["after"]
     assert kept["trainable"] == 22 * 10  # k(k+1)/2 = 10 a layer; two encoder layers of 6, one decoder layer of 10
-    assert (tmp_path / "run/report.png").is_file() and "WER merged" in capsys.readouterr().out
+    assert (tmp_path / "run/report.png").is_file()
+    assert list(kept["rows"][0]["scores"]) == ["before", "strength 1", "strength 0.5"] and kept["strength"] == 0.5
+    assert read_adapter(tmp_path / "run/adapter.safetensors").strength == 0.5
+    out = capsys.readouterr().out
+    assert "9 clips to train on" in out and "2 to choose the strength by" in out and "6 m to measure" in out
+    assert "Strength: 0.5, by the mean WER of 2 validation clips (0.25: " in out and "WER strength 0.5" in out
     untouched = Mock(side_effect=AssertionError("a finished run trains or transcribes again"))
     monkeypatch.setattr(train, "cross_entropy", untouched)
     monkeypatch.setattr(Recognizer, "transcribe", untouched)
     monkeypatch.setattr(demo, "transcripts_of_new_process", lambda *args: ["something else"])
     assert demo.main(command) == 1
     assert "Adapter reloaded in a new process transcribes the same: NO" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "trained"),
+    [
+        ([], "2 validation clips are too few (8 at least): the strength stays 1\n11 clips to train on", 11),
+        (["--strength", "0.5"], "11 clips to train on", 11),
+        (["--eval-manifest", "m.jsonl"], "0 validation clips are too few", 17),
+    ],
+)
+def test_without_a_choice_everything_trains(command, arguments, said, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "LEAST", 8)
+    monkeypatch.chdir(tmp_path)
+    training, validation, sets = demo.gather(demo.parse([*command, *arguments]))
+    assert said in capsys.readouterr().out
+    assert len(training) == trained and validation == [] and list(sets) == ["m"]
+
+
+def test_which_strength_is_chosen(monkeypatch):
+    points = [strength.Point(s, Score([(t, 100, 0, 1)]), Score([(o, 100, 0, 1)])) for s, t, o in
+              ((0.25, 9, 2), (0.5, 5, 4), (0.75, 4, 5), (1.0, 3, 9))]  # fmt: skip
+    monkeypatch.setattr(strength, "measure", lambda *args: points)
+    evaluate, clips = Mock(window=30), [[0] * 24] * 2
+    value, why = demo.choose(evaluate, "weights", clips, None)
+    assert value == 0.5  # of two equal means the smaller
+    assert why == "0.5, by the mean WER of 24 + 24 validation clips (0.25: 5.5 %, 0.5: 4.5 %, 0.75: 4.5 %, 1: 6.0 %)"
+    points[:] = [point._replace(source=None) for point in points]
+    assert demo.choose(evaluate, "weights", clips[:1], None)[0] == 1
+    assert demo.choose(evaluate, "weights", [], 0.0) == (0.0, "0, as given")
+    assert demo.choose(evaluate, "weights", [], None)[0] == 1
+
+
+@pytest.mark.parametrize("value", ["-0.1", "1.6", "nan"])
+def test_a_given_strength_is_in_its_range(value, capsys):
+    with pytest.raises(SystemExit):
+        demo.parse(["--strength", value])
+    assert f"--strength must be between 0 and 1.5, got {value}" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -166,6 +213,8 @@ def test_demo_stops_and_goes_on(command, tmp_path, monkeypatch, capsys):
         (["--side", "left"], "`side` must be one of 'input', 'output', 'smaller', 'both', got 'left'"),
         (["--device", "gpu7"], "--device must be auto, cpu or, with a GPU, cuda, got gpu7"),
         (["--manifest", "none.jsonl"], "none.jsonl: the manifest cannot be read"),
+        (["--manifest", os.devnull], f"{os.devnull}: the manifest is empty"),
+        (["--eval-manifest", os.devnull], f"{os.devnull}: the manifest is empty"),
         (["--window", "0.5"], "--window must be at least the length of the longest clip, "),
         (["--eval-window", "31"], "`window` must be greater than 0 and at most 2 s, got 31.0 s"),
     ],
