@@ -17,7 +17,7 @@ from experiments.asr.recognizer import Recognizer, load_recognizer
 from experiments.asr.runfolder import CHECKPOINT, RunFolder, short_hash, write_json
 from experiments.asr.shifts import Shift, load_shift
 from experiments.asr.speech import AS_RECORDED, Speech
-from experiments.asr.train import Diverged, History, Recipe, cross_entropy, train
+from experiments.asr.train import Diverged, History, Recipe, Watch, cross_entropy, train
 
 VERSION = 1  # of how cells are trained and measured; another one computes all of them again
 SPECTRA = ("model.encoder.layers.3.self_attn.q_proj", "model.encoder.layers.3.fc1", "model.decoder.layers.3.fc2")
@@ -35,9 +35,9 @@ RESULT = "result.json"
 class Cell:
     """What a result depends on.
 
-    measure: error rates on "test" speech (to report) or on "validation" speech (to tune), of clips <= `longest` s; or
-    the "memory" of a few steps, in a process of its own. contents: a hash of the weights and the speech, which may
-    change under the same names.
+    measure: error rates on "test" speech (to report) or on "validation" speech (to tune), of clips <= `longest` s; the
+    "memory" of a few steps, in a process of its own; or those of the "test" speech at several strengths, a "curve"
+    (curves.py). contents: a hash of the weights and the speech, which may change under the same names.
     """
 
     shift: str
@@ -55,6 +55,7 @@ class Cell:
     model: str | None = None
     device: str = "cpu"
     contents: str = ""
+    amp: bool = True  # bfloat16 autocast, which takes longer than float32 on a CPU without AVX-512
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -73,13 +74,13 @@ class Cell:
 
 
 @lru_cache(maxsize=8)
-def _shift(name: str, data: Path, longest: float, language: str, source: bool) -> Shift:
+def shift_of(name: str, data: Path, longest: float, language: str, source: bool) -> Shift:
     return load_shift(name, data, longest, language, source)
 
 
 @lru_cache(maxsize=64)
-def _speech(part: str, limit: int | None, *where: Any) -> Speech:
-    found = _shift(*where)
+def speech_of(part: str, limit: int | None, *where: Any) -> Speech:
+    found = shift_of(*where)
     clips = {"train": found.train, "validation": found.validation, "test": found.test, **found.source}[part]
     return Speech(clips[:limit], part)
 
@@ -93,9 +94,9 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
     folder = root / cell.key
     device = torch.device(cell.device)
     where = (cell.shift, data, cell.longest, cell.language, cell.source)
-    shift = _shift(*where)
-    training = _speech("train", None, *where)
-    validation = _speech("validation", min(cell.limit or WATCHED, WATCHED), *where)
+    shift = shift_of(*where)
+    training = speech_of("train", None, *where)
+    validation = speech_of("validation", min(cell.limit or WATCHED, WATCHED), *where)
     memory = _Memory(device)
     recognizer = load_recognizer(cell.model, data, device, shift.language)
     runs = RunFolder(folder, cell.settings, fresh=cell.measure == "memory")
@@ -106,11 +107,9 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
     applied = apply(model, cell.method, cell.budget)
     history = History()
     if cell.method != "zero-shot":
-        recognizer.fit_window(max(TRAINED, *training.seconds, *validation.seconds))
         watch = None if cell.measure == "memory" else _Watch(recognizer, validation, cell.steps)
-        recipe = Recipe(cell.steps, cell.batch, cell.lr, seed=cell.seed, amp=True, checkpoint_every=cell.steps)
         try:
-            history = train(recognizer, training, recipe, runs, watch, until)
+            history = fit(cell, recognizer, training, max(validation.seconds), runs, watch, until)
         except Diverged:
             return _cached(folder, {"cell": asdict(cell), "diverged": True})
     if cell.measure == "memory":
@@ -125,7 +124,7 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
         else:
             recognizer.set_language(shift.language, shift.accents)
         limit = min(cell.limit or RECORDED, RECORDED) if name == AS_RECORDED else cell.limit
-        scores[name] = _measure(recognizer, _speech(name, limit, *where))
+        scores[name] = error_rates(recognizer, speech_of(name, limit, *where))
     result = {
         "cell": asdict(cell),
         "title": shift.title,
@@ -142,6 +141,21 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
         "finished": time.strftime("%Y-%m-%d"),
     }
     return _cached(folder, result)
+
+
+def fit(
+    cell: Cell,
+    recognizer: Recognizer,
+    training: Speech,
+    longest: float,
+    folder: RunFolder,
+    watch: Watch | None,
+    until: float | None,
+) -> History:
+    """Trains by the cell's recipe, in a window that also fits clips of `longest` seconds."""
+    recognizer.fit_window(max(TRAINED, longest, *training.seconds))
+    recipe = Recipe(cell.steps, cell.batch, cell.lr, seed=cell.seed, amp=cell.amp, checkpoint_every=cell.steps)
+    return train(recognizer, training, recipe, folder, watch, until)
 
 
 def _cached(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +192,8 @@ def validation_loss(recognizer: Recognizer, speech: Speech) -> float:
     return float(loss)
 
 
-def _measure(recognizer: Recognizer, speech: Speech) -> dict[str, Any]:
+def error_rates(recognizer: Recognizer, speech: Speech) -> dict[str, Any]:
+    """Transcripts, and what they get wrong, of each utterance and together."""
     recognizer.fit_window(max(HEARD, *speech.seconds))
     transcripts = recognizer.transcribe(speech, "transcribing", batch=8)  # of 32 takes a quarter longer on a CPU
     score = recognizer.score(speech.texts, transcripts)

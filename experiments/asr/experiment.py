@@ -45,6 +45,7 @@ from experiments.asr.train import Interrupted
 from experiments.asr.transcribe import pick_device
 
 UNFINISHED = 75  # exit status, sysexits.h's "try again"
+RunCell = Callable[[Cell, Path, Path, float | None], dict[str, Any]]
 DIVERGED = (float("inf"), float("inf"))  # WER and loss of training that did
 
 
@@ -98,8 +99,8 @@ class Runner:
     A cell that fails does not stop the others: `failed` has what it raised.
     """
 
-    def __init__(self, data: Path, root: Path, workers: int, minutes: float | None) -> None:
-        self.data, self.root, self.workers = data, root, workers
+    def __init__(self, data: Path, root: Path, workers: int, minutes: float | None, run: RunCell | None = None) -> None:
+        self.data, self.root, self.workers, self.run = data, root, workers, run or run_cell
         self.until = None if minutes is None else time.time() + 60 * minutes
         self.failed: dict[Cell, Exception] = {}
 
@@ -133,7 +134,7 @@ class Runner:
             if self.late:
                 return
             bar.set_postfix_str(str(cell))
-            yield cell, partial(run_cell, cell, self.data, self.root, self.until)
+            yield cell, partial(self.run, cell, self.data, self.root, self.until)
 
     def _in_workers(
         self, cells: Sequence[Cell], bar: tqdm, alone: bool
@@ -149,7 +150,7 @@ class Runner:
             while running or (waiting and not self.late):
                 while waiting and len(running) < self.workers and not self.late:
                     cell = waiting.pop(0)
-                    running[pool.submit(run_cell, cell, self.data, self.root, self.until)] = cell
+                    running[pool.submit(self.run, cell, self.data, self.root, self.until)] = cell
                 bar.set_postfix_str("; ".join(map(str, running.values())))
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     yield running.pop(future), future.result
@@ -236,8 +237,7 @@ def run(args: argparse.Namespace) -> int:
         grid = grid.at(args.budgets)
     parts = [] if args.no_source else [part for shift in grid.choices for part in parts_of(shift)]
     ensure(args.data, tuple(dict.fromkeys([*parts, *([] if args.model else [MODEL])])))
-    common = {"device": device.type, "language": args.language, "source": not args.no_source}
-    where = {name: {**common, "contents": contents} for name, contents in _contents(grid, args).items()}
+    where = where_of(grid, args.data, device.type, args.language, not args.no_source)
     if args.tune:
         done = tune(grid, runner, args.tuned, where)
     else:
@@ -258,20 +258,21 @@ def run(args: argparse.Namespace) -> int:
     return 1 if runner.failed else 0 if done else UNFINISHED
 
 
-def _contents(grid: Grid, args: argparse.Namespace) -> dict[str, str]:
-    """Shift -> a hash of the weights and of its speech, all of which is read here.
+def where_of(grid: Grid, data: Path, device: str, language: str = "en", source: bool = True) -> Where:
+    """What the grid's cells are told besides the recipe; `contents` is a hash of the weights and the shift's speech.
 
     What is made of recordings is kept: it is made once, before several processes want the same.
     """
-    recognizer, found = load_recognizer(args.model, args.data, torch.device("cpu")), {}
+    recognizer, found = load_recognizer(grid.model, data, torch.device("cpu")), {}
     for name in grid.choices:
-        shift = load_shift(name, args.data, grid.longest, args.language, not args.no_source)
+        shift = load_shift(name, data, grid.longest, language, source)
         clips = [*shift.train, *shift.validation, *shift.test, *chain(*shift.source.values())]
         speech = Speech(clips, f"reading {name}")
         recognizer.labels([clip.text for clip in (*shift.train, *shift.validation)])  # refuses what is too long
         if shift.left_out:
             print(f"{name}: {shift.left_out} clips of more than {grid.longest:g} s are left out", file=sys.stderr)
-        found[name] = short_hash([recognizer.fingerprint, speech.fingerprint])
+        contents = short_hash([recognizer.fingerprint, speech.fingerprint])
+        found[name] = {"device": device, "language": language, "source": source, "contents": contents}
     return found
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -19,6 +19,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from experiments.asr.entries import Entry, interval
 from experiments.asr.runfolder import write_atomically
 from experiments.asr.speech import AS_RECORDED
+
+if TYPE_CHECKING:
+    from experiments.asr.curve_tables import Curve
 
 STYLES = {
     "full": ("#000000", "*"),
@@ -270,6 +273,33 @@ def curves(found: Sequence[Entry]) -> Figure | None:
             panel.plot(steps, [statistics.fmean(values) for values in losses], color=colour, marker=marker,
                        markersize=4, label=entry.title, linestyle=_line(entry.method))  # fmt: skip
         panel.set(xlabel="step", ylabel="validation cross-entropy, nats per token")
+        panel.set_title(of_shift[0].domain, fontsize=11)
+    _legend(figure, panels)
+    return figure
+
+
+def strengths(found: Sequence[Curve]) -> Figure:
+    """Target WER against other speakers', a path of strengths for each method; a cross: the moving average."""
+    shifts = {shift: [c for c in found if c.shift == shift] for shift in dict.fromkeys(c.shift for c in found)}
+    figure, panels = _panels(
+        len(shifts), "Strengths between the base model (0) and beyond the trained one (1)", width=7
+    )
+    for panel, of_shift in zip(panels, shifts.values(), strict=True):
+        for curve in of_shift:
+            colour, marker = STYLES[curve.method]
+            source, target = curve.means(curve.others), curve.means(["test"])
+            x, y = list(source.values()), list(target.values())
+            label = f"{curve.title} ({curve.lr:g})"
+            if curve.how == "average":
+                panel.plot(x, y, color=colour, marker="x", markersize=9, linestyle="", label=label)
+                continue
+            line = "--" if curve.method == "ssvd" and curve.how == "weights" else "-"
+            panel.plot(x, y, color=colour, marker=marker, markersize=4, linestyle=line, label=label, alpha=0.9)
+            if line == "-":
+                for alpha, left, up in zip(source, x, y, strict=True):
+                    panel.annotate(f"{alpha:g}", (left, up), (4, 4), textcoords="offset points", color=colour, size=8)
+        trained = [value for c in of_shift for alpha, value in c.means(["test"]).items() if alpha]
+        panel.set(xlabel="WER of other speakers, %", ylabel="target WER, %", ylim=(0, 1.1 * max(trained)))
         panel.set_title(of_shift[0].domain, fontsize=11)
     _legend(figure, panels)
     return figure
