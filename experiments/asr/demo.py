@@ -164,8 +164,8 @@ def choose(evaluate: Evaluation, weights: str, validation: list[Speech], given: 
     recognizer.set_window(evaluate.window)
     key = {"weights": weights, "window": evaluate.window, "language": recognizer.language}
     key["device"] = recognizer.device.type
-    target, source = (*validation, None)[:2]
-    points = strength.measure(recognizer, evaluate.folder, key, STRENGTHS, target, source)
+    target, *source = validation
+    points = strength.measure(recognizer, evaluate.folder, key, STRENGTHS, target, source[0] if source else None)
     chosen = strength.balanced(points).strength
     tried = ", ".join(f"{point.strength:g}: {100 * point.mean_wer:.1f} %" for point in points)
     clips = " + ".join(str(len(speech)) for speech in validation)
@@ -251,7 +251,8 @@ def run(args: argparse.Namespace) -> bool:
     sk.save_adapter(recognizer.model, adapter)
     weights = sha256_file(adapter)[:16]  # at strength 1
     chosen, why = choose(evaluate, weights, validation, args.strength)
-    after, heard = {}, {}
+    after: dict[str, dict[float, Score]] = {}
+    heard: dict[str, list[str]] = {}
     for value in dict.fromkeys((1.0, chosen)):
         sk.set_strength(recognizer.model, value)
         for name, data in sets.items():

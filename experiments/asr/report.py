@@ -10,7 +10,7 @@ from experiments.asr.recognizer import Score
 from experiments.asr.runfolder import write_atomically, write_json
 
 STYLES = (("#E69F00", "//"), ("#56B4E9", ".."), ("#0072B2", ""))  # before, as trained, at the chosen strength
-KEPT = ("errors", "words", "utterances", "wer", "characters", "character_errors", "cer")
+KEPT = ("errors", "words", "utterances", "wer", "characters", "character_errors", "cer", "per_utterance")
 
 
 @dataclass
