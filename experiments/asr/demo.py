@@ -35,7 +35,7 @@ from experiments.asr.transcribe import pick_device
 
 RATIO = 0.4
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
-MOST, LEAST = 24, 8  # validation clips that are heard at each strength, of both kinds; with fewer there is no choice
+MOST, LEAST = 24, 8  # validation clips, of both kinds, that are heard at each strength; with fewer there is no choice
 CREDITS = (
     "Speech: Asterisk core sounds, recorded by Allison Smith, CC BY-SA 3.0, altered in pitch; LibriVox and card "
     "utterances from pocketsphinx's test data. Weights: OpenAI Whisper tiny.en, MIT."
@@ -102,9 +102,12 @@ def gather(args: argparse.Namespace) -> tuple[Speech, list[Speech], dict[str, Sp
             corpus.add_source(args.data)
     else:
         corpus = speech.built_in(args.data)
-    if args.strength is not None or len(corpus.validation) < LEAST:
+    sizes = len(corpus.train), len(corpus.validation)
+    if args.strength is not None or min(sizes) < LEAST:
         if args.strength is None:
-            print(f"{len(corpus.validation)} validation clips are too few ({LEAST} at least): the strength stays 1")
+            print(
+                f"too little speech to split off validation speech ({sizes[0]} + {sizes[1]} clips): strength 1 is kept"
+            )
         corpus.train, corpus.validation, corpus.source_validation = [*corpus.train, *corpus.validation], [], []
     longest = None if args.manifest else MAX_PROMPT_SECONDS
     most = min(MOST, args.eval_limit or MOST)

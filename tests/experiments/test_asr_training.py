@@ -153,9 +153,9 @@ def test_demo_on_a_users_speech(command, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said", "trained"),
     [
-        ([], "2 validation clips are too few (8 at least): the strength stays 1\n11 clips to train on", 11),
+        ([], "split off validation speech (9 + 2 clips): strength 1 is kept\n11 clips to train on", 11),
         (["--strength", "0.5"], "11 clips to train on", 11),
-        (["--eval-manifest", "m.jsonl"], "0 validation clips are too few", 17),
+        (["--eval-manifest", "m.jsonl"], "(17 + 0 clips): strength 1 is kept", 17),
     ],
 )
 def test_without_a_choice_everything_trains(command, arguments, said, trained, tmp_path, monkeypatch, capsys):
