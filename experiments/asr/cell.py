@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import ssvd_kernels as sk
 from experiments.asr.methods import Applied, apply, effective_weight, orthogonality_error
 from experiments.asr.recognizer import Recognizer, load_recognizer
 from experiments.asr.runfolder import CHECKPOINT, RunFolder, short_hash, write_json
@@ -35,8 +36,9 @@ RESULT = "result.json"
 class Cell:
     """What a result depends on.
 
-    measure: error rates on "test" speech (to report) or on "validation" speech (to tune), of clips <= `longest` s; or
-    the "memory" of a few steps, in a process of its own. contents: a hash of the weights and the speech, which may
+    measure: error rates on "test" speech (to report) or on "validation" speech (to tune), of clips <= `longest` s; only
+    the cross-entropy, "loss", on all validation speech; or the "memory" of a few steps, in a process of its own.
+    contents: a hash of the weights and the speech, which may
     change under the same names.
     """
 
@@ -55,6 +57,10 @@ class Cell:
     model: str | None = None
     device: str = "cpu"
     contents: str = ""
+    rank: int | None = None  # of SSVD in every layer, instead of a budget
+    window: float = TRAINED  # seconds (and silence) that the encoder hears at least in training
+    amp: bool = True  # bfloat16 autocast, which takes longer than float32 on a CPU without AVX-512
+    by_spectrum: bool = False  # whether each layer's learning rate is inverse to the mean of its singular values
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -67,7 +73,7 @@ class Cell:
         return short_hash(self.settings)
 
     def __str__(self) -> str:
-        budget = "" if self.budget is None else f" {self.budget:.2%}"
+        budget = f" k={self.rank}" if self.rank else "" if self.budget is None else f" {self.budget:.2%}"
         what = "memory" if self.measure == "memory" else f"seed {self.seed} lr {self.lr:.1e}"
         return f"{self.shift} {self.method}{budget} {what}"
 
@@ -103,18 +109,23 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
     base = {name: effective_weight(model.get_submodule(name)) for name in SPECTRA} if _draws_spectra(cell) else {}
     total = sum(parameter.numel() for parameter in model.parameters())
     torch.manual_seed(cell.seed)
-    applied = apply(model, cell.method, cell.budget)
+    applied = apply(model, cell.method, cell.budget, cell.rank)
     history = History()
     if cell.method != "zero-shot":
-        recognizer.fit_window(max(TRAINED, *training.seconds, *validation.seconds))
-        watch = None if cell.measure == "memory" else _Watch(recognizer, validation, cell.steps)
-        recipe = Recipe(cell.steps, cell.batch, cell.lr, seed=cell.seed, amp=True, checkpoint_every=cell.steps)
+        recognizer.fit_window(max(cell.window, *training.seconds, *validation.seconds))
+        watch = None if cell.measure in ("memory", "loss") else _Watch(recognizer, validation, cell.steps, cell.amp)
+        recipe = Recipe(cell.steps, cell.batch, cell.lr, seed=cell.seed, amp=cell.amp, checkpoint_every=cell.steps)
         try:
-            history = train(recognizer, training, recipe, runs, watch, until)
+            groups = _inverse_to_spectrum(model, cell.lr) if cell.by_spectrum else None
+            history = train(recognizer, training, recipe, runs, watch, until, groups)
         except Diverged:
             return _cached(folder, {"cell": asdict(cell), "diverged": True})
     if cell.measure == "memory":
         return _cached(folder, {"cell": asdict(cell), "peak_bytes": memory.peak()})
+    if cell.measure == "loss":
+        loss = validation_loss(recognizer, _speech("validation", cell.limit, *where), cell.amp)
+        spent = {"losses": history.losses, "seconds": history.seconds, "machine": _machine()}
+        return _cached(folder, {"cell": asdict(cell), "loss": loss, "trainable": applied.trainable, **spent})
     written = _written(applied) if cell.method != "zero-shot" else 0
     applied.merge()  # as a user would to transcribe: every method at the same speed
     names = ["validation"] if cell.measure == "validation" else ["test", *shift.source]
@@ -138,10 +149,22 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
         "watched": history.watched,
         "scores": scores,
         "spectra": {name: _spectrum(model.get_submodule(name), weight) for name, weight in base.items()},
-        "machine": f"torch {torch.__version__}, {torch.get_num_threads()} threads",
+        "machine": _machine(),
         "finished": time.strftime("%Y-%m-%d"),
     }
     return _cached(folder, result)
+
+
+def _inverse_to_spectrum(model: torch.nn.Module, lr: float) -> list[dict[str, Any]]:
+    """A group for each layer, at a rate inverse to the mean of its top k singular values, of geometric mean `lr`."""
+    layers = list(sk.ssvd_layers(model).values())
+    logs = torch.stack([layer.sigma.mean() for layer in layers]).log()
+    rates = lr * (logs.mean() - logs).exp()
+    return [{"params": list(a.adapter().values()), "lr": rate} for a, rate in zip(layers, rates.tolist(), strict=True)]
+
+
+def _machine() -> str:
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
 def _cached(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -157,23 +180,23 @@ def _draws_spectra(cell: Cell) -> bool:
 class _Watch:
     """Looks at the validation loss and at the rotations' distance from orthogonality, LOOKS times in a training."""
 
-    def __init__(self, recognizer: Recognizer, validation: Speech, steps: int) -> None:
-        self.recognizer, self.validation = recognizer, validation
+    def __init__(self, recognizer: Recognizer, validation: Speech, steps: int, amp: bool) -> None:
+        self.recognizer, self.validation, self.amp = recognizer, validation, amp
         self.every = max(1, steps // LOOKS)
 
     def __call__(self, step: int) -> dict[str, float] | None:
         if step % self.every:
             return None
-        seen = {"validation loss": validation_loss(self.recognizer, self.validation)}
+        seen = {"validation loss": validation_loss(self.recognizer, self.validation, self.amp)}
         error = orthogonality_error(self.recognizer.model)
         return seen if error is None else {**seen, "orthogonality error": error}
 
 
 @torch.no_grad()
-def validation_loss(recognizer: Recognizer, speech: Speech) -> float:
+def validation_loss(recognizer: Recognizer, speech: Speech, amp: bool = True) -> float:
     """Cross-entropy in nats per token, of all clips in one batch."""
     recognizer.model.eval()
-    loss = cross_entropy(recognizer, speech, list(range(len(speech))), amp=True)
+    loss = cross_entropy(recognizer, speech, list(range(len(speech))), amp)
     recognizer.model.train()
     return float(loss)
 

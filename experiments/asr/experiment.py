@@ -18,7 +18,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -237,7 +237,8 @@ def run(args: argparse.Namespace) -> int:
     parts = [] if args.no_source else [part for shift in grid.choices for part in parts_of(shift)]
     ensure(args.data, tuple(dict.fromkeys([*parts, *([] if args.model else [MODEL])])))
     common = {"device": device.type, "language": args.language, "source": not args.no_source}
-    where = {name: {**common, "contents": contents} for name, contents in _contents(grid, args).items()}
+    hashes = contents(args.model, args.data, grid.choices, grid.longest, args.language, not args.no_source)
+    where = {name: {**common, "contents": value} for name, value in hashes.items()}
     if args.tune:
         done = tune(grid, runner, args.tuned, where)
     else:
@@ -258,19 +259,21 @@ def run(args: argparse.Namespace) -> int:
     return 1 if runner.failed else 0 if done else UNFINISHED
 
 
-def _contents(grid: Grid, args: argparse.Namespace) -> dict[str, str]:
+def contents(
+    model: str | None, data: Path, shifts: Iterable[str], longest: float, language: str = "en", source: bool = True
+) -> dict[str, str]:
     """Shift -> a hash of the weights and of its speech, all of which is read here.
 
     What is made of recordings is kept: it is made once, before several processes want the same.
     """
-    recognizer, found = load_recognizer(args.model, args.data, torch.device("cpu")), {}
-    for name in grid.choices:
-        shift = load_shift(name, args.data, grid.longest, args.language, not args.no_source)
+    recognizer, found = load_recognizer(model, data, torch.device("cpu")), {}
+    for name in shifts:
+        shift = load_shift(name, data, longest, language, source)
         clips = [*shift.train, *shift.validation, *shift.test, *chain(*shift.source.values())]
         speech = Speech(clips, f"reading {name}")
         recognizer.labels([clip.text for clip in (*shift.train, *shift.validation)])  # refuses what is too long
         if shift.left_out:
-            print(f"{name}: {shift.left_out} clips of more than {grid.longest:g} s are left out", file=sys.stderr)
+            print(f"{name}: {shift.left_out} clips of more than {longest:g} s are left out", file=sys.stderr)
         found[name] = short_hash([recognizer.fingerprint, speech.fingerprint])
     return found
 
