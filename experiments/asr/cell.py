@@ -18,7 +18,7 @@ from experiments.asr.recognizer import Recognizer, load_recognizer
 from experiments.asr.runfolder import CHECKPOINT, RunFolder, short_hash, write_json
 from experiments.asr.shifts import Shift, load_shift
 from experiments.asr.speech import AS_RECORDED, Speech
-from experiments.asr.train import Diverged, History, Recipe, cross_entropy, train
+from experiments.asr.train import Diverged, History, Recipe, batch_indices, cross_entropy, train
 
 VERSION = 1  # of how cells are trained and measured; another one computes all of them again
 SPECTRA = ("model.encoder.layers.3.self_attn.q_proj", "model.encoder.layers.3.fc1", "model.decoder.layers.3.fc2")
@@ -37,9 +37,9 @@ class Cell:
     """What a result depends on.
 
     measure: error rates on "test" speech (to report) or on "validation" speech (to tune), of clips <= `longest` s; only
-    the cross-entropy, "loss", on all validation speech; or the "memory" of a few steps, in a process of its own.
-    contents: a hash of the weights and the speech, which may
-    change under the same names.
+    the cross-entropy, "loss", on all validation speech; the "memory" of a few steps, in a process of its own; or SSVD's
+    "gradient" on as many batches, without training (see `_gradient_sums`). contents: a hash of the weights and the
+    speech, which may change under the same names.
     """
 
     shift: str
@@ -110,6 +110,9 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
     total = sum(parameter.numel() for parameter in model.parameters())
     torch.manual_seed(cell.seed)
     applied = apply(model, cell.method, cell.budget, cell.rank)
+    if cell.measure == "gradient":
+        recognizer.fit_window(max(cell.window, *training.seconds))
+        return _cached(folder, {"cell": asdict(cell), "sums": _gradient_sums(recognizer, training, cell)})
     history = History()
     if cell.method != "zero-shot":
         recognizer.fit_window(max(cell.window, *training.seconds, *validation.seconds))
@@ -153,6 +156,20 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
         "finished": time.strftime("%Y-%m-%d"),
     }
     return _cached(folder, result)
+
+
+def _gradient_sums(recognizer: Recognizer, training: Speech, cell: Cell) -> list[float]:
+    """At k = 1 to cell.rank: the sum of |dL / d theta| over entries and layers, before training, L over all batches.
+
+    The gradient at a lower rank is a part of that at a higher one: theta is zero.
+    """
+    recognizer.model.train()
+    for step in range(cell.steps):
+        chosen = batch_indices(len(training), cell.batch, step, cell.seed)
+        cross_entropy(recognizer, training, chosen, cell.amp).backward()
+    sizes = sum(layer.theta.grad.abs().double() for layer in sk.ssvd_layers(recognizer.model).values())
+    column = torch.triu_indices(cell.rank, cell.rank, 1, device=sizes.device)[1]
+    return torch.bincount(column, sizes, cell.rank).cumsum(0).tolist()
 
 
 def _inverse_to_spectrum(model: torch.nn.Module, lr: float) -> list[dict[str, Any]]:
