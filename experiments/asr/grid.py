@@ -153,14 +153,18 @@ def candidates(grid: Grid, tried: Mapping[Trained, Mapping[float, Any]]) -> list
     """
     wanted = []
     for trained in grid.trained:
-        known, start = tried.get(trained, {}), METHODS[trained[1]].lr
-        if not known:
-            wanted += [(trained, _tidy(start * FACTOR**power)) for power in (-1, 0, 1)]
-            continue
-        best = min(known, key=lambda lr: known[lr])
-        if best in (min(known), max(known)) and len(known) < 3 + ROUNDS:
-            wanted.append((trained, _tidy(best * (FACTOR if best == max(known) else 1 / FACTOR))))
+        wanted += [(trained, lr) for lr in next_rates(tried.get(trained, {}), METHODS[trained[1]].lr)]
     return wanted
+
+
+def next_rates(known: Mapping[float, Any], start: float, factor: float = FACTOR, most: int = 3 + ROUNDS) -> list[float]:
+    """Those of `candidates` for one choice: at first three, `factor` apart; at most `most` altogether."""
+    if not known:
+        return [_tidy(start * factor**power) for power in (-1, 0, 1)]
+    best = min(known, key=lambda lr: known[lr])
+    if best not in (min(known), max(known)) or len(known) >= most:
+        return []
+    return [_tidy(best * (factor if best == max(known) else 1 / factor))]
 
 
 def _tidy(lr: float) -> float:

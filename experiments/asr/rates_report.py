@@ -1,0 +1,293 @@
+"""What the losses at several ranks and learning rates say: best rates, their exponent, and rules compared."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.asr.grid import TUNED
+from experiments.asr.runfolder import write_atomically
+
+COLUMNS = ("model", "shift", "rank", "seed", "by spectrum", "lr", "loss", "trainable", "seconds/step", "machine")
+RANKS = (48, 96, 153, 204, 242)  # between which the growth of gradients is given
+EXPONENTS = (2.0, 1.5, 1.0, 0.0)  # of the rules lr = c / k^p that are compared
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito's
+
+
+class Series(NamedTuple):
+    """What is trained at several rates, until the best of them is inside of what was tried."""
+
+    model: str
+    shift: str
+    rank: int
+    seed: int = 0
+    by_spectrum: bool = False  # see `Cell`
+
+
+EARLIER = "tiny.en, earlier"  # model of the series that `earlier` reads
+EARLIER_RANKS = {"0.006": 83, "0.02": 153, "0.05": 242}  # of tiny.en at these budgets
+
+Results = Mapping[Series, Mapping[float, Mapping[str, Any]]]  # learning rate -> result of a cell
+Gradients = Mapping[tuple[str, str], Sequence[float]]  # model, shift -> sum of |dL / d theta| at k = 1, 2, ...
+Losses = Mapping[float, float]  # learning rate -> loss, infinite where training diverged
+Tried = Mapping[Series, Losses]
+
+
+def losses_of(results: Results) -> dict[Series, dict[float, float]]:
+    """On validation speech, infinite where training diverged."""
+    return {s: {lr: float(result.get("loss", "inf")) for lr, result in found.items()} for s, found in results.items()}
+
+
+def earlier(path: Path = TUNED) -> tuple[dict[Series, dict[float, float]], dict[Series, float]]:
+    """(losses, rate chosen by error rate) of SSVD in 36 steps, in tuning's table: its rates are a factor of 3 apart."""
+    tried: dict[Series, dict[float, float]] = {}
+    chosen = {}
+    with path.open(newline="") as stream:
+        for row in csv.DictReader(stream):
+            if (row["method"], row["model"], row["steps"]) == ("ssvd", "", "36"):
+                series, lr = Series(EARLIER, row["shift"], EARLIER_RANKS[row["budget"]]), float(row["lr"])
+                tried.setdefault(series, {})[lr] = float(row["validation loss"])
+                if row["chosen"]:
+                    chosen[series] = lr
+    return tried, chosen
+
+
+def inside(losses: Losses) -> bool:
+    """Whether rates on both sides of the best one were tried."""
+    return min(losses) < min(losses, key=losses.__getitem__) < max(losses)
+
+
+def best_rate(losses: Losses) -> float:
+    """The vertex of the parabola, in log rate, through the best rate and its neighbours; the best has to be `inside`.
+
+    The best rate itself where a neighbour diverged.
+    """
+    rates = sorted(losses)
+    place = rates.index(min(losses, key=losses.__getitem__))
+    near = rates[place - 1 : place + 2]
+    y = [losses[lr] for lr in near]
+    if not np.isfinite(y).all():
+        return near[1]
+    a, b, _ = np.polyfit(np.log(near) - math.log(near[1]), y, 2)
+    return near[1] * math.exp(-b / (2 * a))
+
+
+def loss_at(lr: float, losses: Losses) -> float:
+    """Interpolated linearly in log rate; beyond the rates tried the line goes on, which is too little."""
+    x, y = zip(*sorted((math.log(rate), loss) for rate, loss in losses.items() if math.isfinite(loss)), strict=True)
+    at = math.log(lr)
+    place = min(max(int(np.searchsorted(x, at)), 1), len(x) - 1)
+    slope = (y[place] - y[place - 1]) / (x[place] - x[place - 1])
+    return float(y[place] + slope * (at - x[place]))
+
+
+def lost(lr: float, losses: Losses) -> float:
+    """Nats above the lowest loss that was measured."""
+    return loss_at(lr, losses) - min(losses.values())
+
+
+def exponent(rates: Mapping[Series, float]) -> tuple[float, float] | None:
+    """(p, half its 95 % interval) of rate = c / k^p, with c of each model, shift and seed; None from too few ranks.
+
+    By least squares of logarithms, Student's t.
+    """
+    x, y, groups = [], [], 0
+    for _, members in groupby(sorted(rates), key=lambda s: (s.model, s.shift, s.seed)):
+        series = list(members)
+        logs = np.log([s.rank for s in series]), np.log([rates[s] for s in series])
+        x, y = [*x, *(logs[0] - logs[0].mean())], [*y, *(logs[1] - logs[1].mean())]
+        groups += 1
+    freedom = len(x) - groups - 1
+    if freedom < 1 or not any(x):
+        return None
+    k, lr = np.array(x), np.array(y)
+    slope = float(k @ lr / (k @ k))
+    spread = math.sqrt(float(((lr - slope * k) ** 2).sum()) / freedom / float(k @ k))
+    t = float(np.quantile(np.abs(np.random.default_rng(0).standard_t(freedom, 200_000)), 0.95))
+    return -slope, t * spread
+
+
+def regret(p: float, tried: Tried) -> tuple[float, float, float]:
+    """(mean, worst, c) of what is `lost` in all series by lr = c / k^p, at the c with the lowest mean."""
+    candidates = np.geomspace(1e-5, 1, 461) * math.exp(p * np.mean([math.log(s.rank) for s in tried]))
+    results = [([lost(c / s.rank**p, losses) for s, losses in tried.items()], c) for c in candidates]
+    nats, c = min(results, key=lambda result: sum(result[0]))
+    return float(np.mean(nats)), max(nats), float(c)
+
+
+def _regret_apart(p: float, tried: Tried) -> tuple[float, float]:
+    """(mean, worst) with a c for each model and shift."""
+    key: Callable[[Series], tuple[str, str]] = lambda s: (s.model, s.shift)  # noqa: E731
+    nats = []
+    for _, members in groupby(sorted(tried, key=key), key=key):
+        found = {s: tried[s] for s in members}
+        _, _, c = regret(p, found)
+        nats += [lost(c / s.rank**p, losses) for s, losses in found.items()]
+    return float(np.mean(nats)), max(nats)
+
+
+def _line(values: Iterable[object]) -> str:
+    return f"| {' | '.join(map(str, values))} |"
+
+
+def _exponent(rates: Mapping[Series, float]) -> str:
+    found = exponent(rates)
+    return "" if found is None else f"{found[0]:.2f} ± {found[1]:.2f}"
+
+
+def _gradient_lines(gradients: Gradients, ranks: Sequence[int]) -> list[str]:
+    """How fast the sum of |dL / d theta| grows with the rank: exponents from each rank to the next, and by all."""
+    pairs = list(pairwise(ranks))
+    lines = [_line(["model", "shift", *(f"{low} to {high}" for low, high in pairs), "all"])]
+    lines.append("|---|---|" + "---:|" * (len(pairs) + 1))
+    for which, sums in gradients.items():
+        x, y = np.log(ranks), np.log([sums[k - 1] for k in ranks])
+        slopes = [*(np.diff(y) / np.diff(x)), np.polyfit(x, y, 1)[0]]
+        lines.append(_line([*which, *(f"{slope:.2f}" for slope in slopes)]))
+    return lines
+
+
+def _chosen_lines(tried: Tried, chosen: Mapping[Series, float]) -> list[str]:
+    """What the earlier choices lose, by error rate and among few rates."""
+    lines = [_line(["shift", "k", "chosen rate", "best rate", "lost, at least"]), "|---|" + "---:|" * 4]
+    for series, lr in sorted(chosen.items()):
+        losses = tried[series]
+        tails = f"{lr:.1e}", f"{best_rate(losses):.2e}", f"{lost(lr, losses):.4f}"
+        lines.append(_line([series.shift, series.rank, *tails]))
+    return lines
+
+
+def _best_lines(tried: Tried, rule: float) -> list[str]:
+    lines = [
+        _line(
+            ["model", "shift", "k", "seed", "rates tried", "best rate", "rate k^1.5", "lowest loss", "lost by the rule"]
+        )
+    ]
+    lines.append("|---|---|" + "---:|" * 7)
+    for series, losses in tried.items():
+        lr = best_rate(losses)
+        kind = f"{series.shift}, by spectrum" if series.by_spectrum else series.shift
+        tails = [
+            f"{lr:.2e}",
+            f"{lr * series.rank**1.5:.2f}",
+            f"{min(losses.values()):.4f}",
+            f"{lost(rule / series.rank**2, losses):.4f}",
+        ]
+        lines.append(_line([series.model, kind, series.rank, series.seed, len(losses), *tails]))
+    return lines
+
+
+def _exponent_lines(tried: Tried) -> list[str]:
+    rates = {series: best_rate(losses) for series, losses in tried.items()}
+    lines = [_line(["model", "shift", "series", "p of 1 / k^p, 95 % interval"]), "|---|---|---:|---:|"]
+    models = list(dict.fromkeys(s.model for s in rates))
+    pairs = dict.fromkeys((s.model, s.shift) for s in rates)
+    for model, shift in [*pairs, *((model, "all") for model in models), ("all", "all")]:
+        some = {s: lr for s, lr in rates.items() if model in (s.model, "all") and shift in (s.shift, "all")}
+        lines.append(_line([model, shift, len(some), _exponent(some)]))
+    return lines
+
+
+def _rule_lines(tried: Tried) -> list[str]:
+    lines = [_line(["rule", "c", "mean lost", "worst", "mean, a c for each model and shift", "worst"])]
+    lines.append("|---|" + "---:|" * 5)
+    for p in EXPONENTS:
+        mean, worst, c = regret(p, tried)
+        apart = _regret_apart(p, tried)
+        name = f"c / k^{p:g}" if p else "c"
+        lines.append(_line([name, f"{c:.3g}", *(f"{nats:.4f}" for nats in (mean, worst, *apart))]))
+    return lines
+
+
+def table(tried: Tried, chosen: Mapping[Series, float], gradients: Gradients, rule: float) -> str:
+    """Markdown, in sections."""
+    whole = {series: losses for series, losses in sorted(tried.items()) if inside(losses)}
+    uniform = {series: losses for series, losses in whole.items() if not series.by_spectrum}
+    sections = {
+        f"The best rate of each rank, and what the rate {rule} / k^2 loses (nats per token)": _best_lines(whole, rule),
+        "The exponent": _exponent_lines(uniform),
+        "Rules compared by what they lose (nats per token)": _rule_lines(uniform),
+        "How the sum of |dL / d theta| before training grows with k, as an exponent": _gradient_lines(gradients, RANKS),
+        "What the earlier choices, by error rate among rates a factor of 3 apart, lose": _chosen_lines(tried, chosen),
+    }
+    return "\n".join(line for title, lines in sections.items() for line in (f"## {title}", "", *lines, ""))
+
+
+def draw(tried: Tried, rule: float, path: Path) -> None:
+    """Loss against rate, a line a rank, for each model and shift; and the best rate against the rank."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = {s: losses for s, losses in sorted(tried.items()) if not s.by_spectrum and inside(losses)}
+    pairs = list(dict.fromkeys((s.model, s.shift) for s in shown))
+    ranks = sorted({s.rank for s in shown})
+    columns = 3
+    rows = -(-(len(pairs) + 1) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(5 * columns, 4 * rows), layout="constrained", squeeze=False)
+    *panels, last = grid.flat[: len(pairs) + 1]
+    for unused in grid.flat[len(pairs) + 1 :]:
+        unused.set_axis_off()
+    for panel, pair in zip(panels, pairs, strict=True):
+        for series, losses in shown.items():
+            if series[:2] == pair:
+                colour = COLOURS[ranks.index(series.rank) % len(COLOURS)]
+                known = sorted((lr, loss) for lr, loss in losses.items() if math.isfinite(loss))
+                label = f"k = {series.rank}" if series.seed == 0 else None
+                panel.plot(*zip(*known, strict=True), "o-" if label else "o:", color=colour, label=label, markersize=4)
+                panel.axvline(rule / series.rank**2, color=colour, linewidth=0.8, linestyle="--", alpha=0.6)
+        panel.set(xscale="log", xlabel="learning rate", ylabel="validation cross-entropy, nats per token")
+        panel.set_title(f"{pair[0]}, {pair[1]} (dashed: {rule:g} / k²)", fontsize=11)
+        panel.legend(frameon=False, fontsize=8)
+    for place, pair in enumerate(pairs):
+        points = [(s.rank, best_rate(losses)) for s, losses in shown.items() if s[:2] == pair]
+        marker, colour = "os^Dv<>"[place % 7], COLOURS[place % len(COLOURS)]
+        last.plot(*zip(*points, strict=True), marker, color=colour, label=", ".join(pair), markersize=6)
+    k = np.geomspace(min(ranks), max(ranks), 20)
+    for p, style in zip(EXPONENTS, ("-", "--", "-.", ":"), strict=True):
+        last.plot(k, regret(p, shown)[2] / k**p, style, color="#999999", label=f"1 / k^{p:g}" if p else "one for all")
+    last.set(xscale="log", yscale="log", xlabel="rank k", ylabel="best learning rate")
+    last.set_title("Best rate against rank", fontsize=11)
+    last.set_xticks(ranks, map(str, ranks))
+    last.minorticks_off()
+    last.legend(frameon=False, fontsize=8)
+    for each in (*panels, last):
+        each.grid(alpha=0.3)
+        each.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130, format="png")
+    plt.close(figure)
+
+
+def _write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="") as stream:
+            csv.writer(stream, lineterminator="\n").writerows(rows)
+
+    write_atomically(path, write)
+
+
+def write(results: Results, gradients: Gradients, rule: float, out: Path) -> str:
+    """Writes cells.csv, gradients.csv, table.md and rates.png into `out`; returns the table."""
+    rows: list[Sequence[object]] = [COLUMNS]
+    losses = losses_of(results)
+    for series, found in sorted(results.items()):
+        for lr, result in sorted(found.items()):
+            seconds = f"{np.median(result['seconds']):.2f}" if "seconds" in result else ""
+            tail = (result.get("trainable", ""), seconds, result.get("machine", ""))
+            rows.append((*series[:4], int(series.by_spectrum), lr, f"{losses[series][lr]:.5f}", *tail))
+    sums = [(*which, k, f"{value:.6g}") for which, found in gradients.items() for k, value in enumerate(found, 1)]
+    before, chosen = earlier()
+    tried = losses | before
+    text = table(tried, chosen, gradients, rule)
+    _write_csv(out / "cells.csv", rows)
+    _write_csv(out / "gradients.csv", [("model", "shift", "rank", "sum"), *sums])
+    write_atomically(out / "table.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(out / "rates.png", lambda path: draw(tried, rule, path))
+    return text
