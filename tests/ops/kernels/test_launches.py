@@ -21,10 +21,10 @@ from triton_driver import SHARED, Launch, compiling, gpu
 
 import ssvd_kernels as sk
 from ssvd_kernels.ops import dispatch
-from ssvd_kernels.ops.autograd import apply_linear
+from ssvd_kernels.ops.autograd import apply_activation, apply_linear
 from ssvd_kernels.ops.kernels import cayley, split_k, tile_sizes
 from ssvd_kernels.ops.kernels.tile_sizes import ONE_PASS_MAX_T, TileConfig
-from ssvd_kernels.ops.triton_linear import operand
+from ssvd_kernels.ops.triton_linear import core_operand, operand
 
 pytestmark = pytest.mark.xdist_group("launches")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -60,6 +60,19 @@ def linear(
     with gpu(capability) as launches:
         y = apply_linear(x, W, U, V, core, b, mode, dtype, "triton", True)
         torch.autograd.grad(y, leaves, dy)
+    return launches
+
+
+def activation(
+    capability: int, dtype: torch.dtype, T: int, k: int, d: int = 256, transposed: bool = True
+) -> list[Launch]:
+    """Of the op forward and backward, with the operands that a layer keeps: the basis transposed."""
+    basis = torch.zeros(k, d, dtype=dtype).mT if transposed else torch.zeros(d, k, dtype=dtype)
+    x, core, dy = torch.zeros(T, d, dtype=dtype), torch.zeros(k, k), torch.zeros(T, d, dtype=dtype)
+    leaves, narrow = (x.requires_grad_(), core.requires_grad_()), core_operand(core.detach(), dtype)
+    with gpu(capability) as launches:
+        out = apply_activation(x, basis, core, None, dtype, "triton", narrow)
+        torch.autograd.grad(out, leaves, dy)
     return launches
 
 
