@@ -134,7 +134,7 @@ check)
     stage "GPU tests" 160 tests.log "${pytest[@]}" -rfEs -m "gpu and not slow" tests
     sanitize memcheck 75
     stage "op and kernel tests" 120 tests.log "${pytest[@]}" -rfE -m "not gpu and not slow and not data" \
-        tests/ops/kernels/test_triton_ssvd_linear.py tests/ops/kernels/test_triton_cayley.py tests/ops/kernels/test_custom_ops.py tests/ops/test_extension.py tests/ops/test_cayley.py tests/ops/test_ssvd_linear.py
+        tests/ops/kernels/test_triton_ssvd_linear.py tests/ops/kernels/test_triton_ssvd_activation.py tests/ops/kernels/test_triton_cayley.py tests/ops/kernels/test_custom_ops.py tests/ops/test_extension.py tests/ops/test_cayley.py tests/ops/test_ssvd_linear.py
     stage benchmark 90 bench.log "$PYTHON" -m bench.run --device cuda --quick --no-figures --out "$OUT/quick.csv"
     ;;
 sanitize)

@@ -10,7 +10,9 @@ from typing import Any, ClassVar, Literal, get_args
 
 Side = Literal["input", "output", "smaller", "both"]
 Rotation = Literal["cayley", "linear", "free", "banded"]
-SIDES, ROTATIONS = get_args(Side), get_args(Rotation)
+Form = Literal["weight", "activation", "auto"]
+BasisDtype = Literal["auto", "float32", "bfloat16", "float16"]
+SIDES, ROTATIONS, FORMS, BASIS_DTYPES = map(get_args, (Side, Rotation, Form, BasisDtype))
 Method = Literal["ssvd", "ssvd-o", "svft", "spectralft", "lora", "dora", "pissa", "vera", "oft", "psoft"]
 Allocation = Literal["uniform", "spectrum"]
 METHODS, ALLOCATIONS = get_args(Method), get_args(Allocation)
@@ -91,6 +93,11 @@ class SSVDConfig(_Configuration):
     band             0 <= band < k, for rotation="banded" alone, which requires it; ratio=1.0 is the paper's SVFT.
     modules_to_save  suffixes of modules that train whole beside the adapted layers, such as a new head or norms: part
                      of the adapter wherever it is saved, loaded, switched or disabled. Targets leave them out.
+    form             how the same W' is computed: "weight" W + U M V^T, "activation" W (I + V C V^T), which keeps one
+                     basis instead of two and no second weight and serves any base (see `ActivationForm`), "auto" the
+                     activation form where only it can serve.
+    basis_dtype      of the basis that the activation form keeps: "float32", "bfloat16", "float16", or "auto", bfloat16
+                     over half-precision and quantised bases and float32 (float64) over others.
 
     Raises ValueError or TypeError naming the argument, its value and what is allowed.
     """
@@ -107,6 +114,8 @@ class SSVDConfig(_Configuration):
     ratio_out: float | None = None
     band: int | None = None
     modules_to_save: Sequence[str] = ()
+    form: Form = "auto"
+    basis_dtype: BasisDtype = "auto"
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.ratio is None):
@@ -124,6 +133,12 @@ class SSVDConfig(_Configuration):
                     f"got rank_out={self.rank_out}, ratio_out={self.ratio_out}"
                 )
             _check_amount("rank_out", self.rank_out, "ratio_out", self.ratio_out)
+        check_choice("form", self.form, FORMS)
+        check_choice("basis_dtype", self.basis_dtype, BASIS_DTYPES)
+        if self.form == "weight" and self.basis_dtype != "auto":
+            raise ValueError(
+                f"`basis_dtype` must be left at 'auto' for form='weight', whose bases are float32, got {self.basis_dtype!r}"
+            )
         self._check_targets()
 
     def _check_band(self) -> None:

@@ -31,6 +31,7 @@ class Adapter(nn.Module, ABC):
     config_type: ClassVar[type[Config]]
     trained_names: ClassVar[tuple[str, ...]]  # of an adapter's Parameters; every layer has the first
     managed_by: ClassVar[str | None] = None  # another library, e.g. PEFT
+    composes = True  # whether W' may be composed, and kept, to serve several calls
     casts = False  # whether the layer takes x of any dtype and casts W and b to it, as the layer that it adapts
 
     U: Tensor
@@ -63,6 +64,10 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def orthonormal_factors(self) -> Factors:
         """`update_factors` with orthonormal columns in U and V."""
+
+    def call_factors(self) -> tuple[Tensor, ...]:
+        """What `adapted` computes from the Parameters, the core last: kept between calls in eval."""
+        return self.update_factors()
 
     @abstractmethod
     def adapted(self, x: Tensor) -> Tensor:
@@ -177,7 +182,7 @@ class Adapter(nn.Module, ABC):
             raise RuntimeError(f"the effective weight could not be composed: {error}") from error
 
     def effective_weight(self) -> Tensor:
-        return self.cache.composed(self) if self.cache.serves(self) else self.compose()
+        return self.cache.composed(self) if self.composes and self.cache.serves(self) else self.compose()
 
     def compose(self) -> Tensor:
         """W + U core V^T (d_out, d_in), computed in float32 at least and rounded once to the base weight's dtype."""

@@ -11,7 +11,7 @@ from ..config import check_choice
 from ..ops import dispatch, reference, triton_linear
 
 if TYPE_CHECKING:
-    from .adapter import Adapter, Factors
+    from .adapter import Adapter
 
 Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 
@@ -42,7 +42,7 @@ class Kept(Generic[Tensors]):
 class Made:
     """The factors of one adapter, W' where it was composed, and what they were made from."""
 
-    def __init__(self, adapter: Adapter, factors: Factors) -> None:
+    def __init__(self, adapter: Adapter, factors: tuple[Tensor, ...]) -> None:
         self.owner, self.choices, self.factors = adapter._parameters, (adapter.mode, dispatch.forced), Kept(factors)
         self.sources = [(place, name, place[name], place[name]._version) for place, name in adapter.places()]
         self.values = [(tensor, tensor.detach().clone()) for tensor in adapter.adapter().values() if tensor.is_cpu]
@@ -99,8 +99,8 @@ class LayerCache:
             or torch._C._are_functorch_transforms_active()
         )
 
-    def factors(self, adapter: Adapter) -> Factors:
-        """Cached `update_factors`."""
+    def factors(self, adapter: Adapter) -> tuple[Tensor, ...]:
+        """Cached `call_factors`."""
         return self._current(adapter).factors.read()
 
     def composed(self, adapter: Adapter) -> Tensor:
@@ -111,7 +111,7 @@ class LayerCache:
         """W', if a call of `adapter` on x is to use it: in float32 and float64, where composing loses nothing."""
         dtype, device = x.dtype, x.device
         check_choice("mode", adapter.mode, dispatch.MODES)
-        if adapter.mode == "factored" or not dtype == adapter.base_weight.dtype == adapter.sigma.dtype:
+        if adapter.mode == "factored" or not adapter.composes or not dtype == adapter.base_weight.dtype == adapter.sigma.dtype:
             return None
         if dtype.itemsize < 4 or torch.is_autocast_enabled(device.type) or not self.serves(adapter):
             return None
@@ -131,7 +131,7 @@ class LayerCache:
             return made
         self.forget()
         with torch.inference_mode(False), torch.no_grad():
-            made = Made(adapter, adapter.update_factors())
+            made = Made(adapter, adapter.call_factors())
         if not capturing(adapter.first_trained):  # else it has its values only after the first replay
             self.made = made
         return made

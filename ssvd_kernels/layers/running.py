@@ -120,7 +120,7 @@ def narrow(layer: SSVDAdapter, core: Tensor, dtype: torch.dtype) -> Tensor | Non
         made = core_operand(batch.detach(), dtype)
         for place, each in enumerate(layers):
             n = each.k + -each.k % ALIGNMENT
-            forward.narrow[each, dtype] = made[place, :n, :n]
+            forward.narrow[each, dtype] = made[place, ..., :n, :n]
     return forward.narrow[layer, dtype]
 
 

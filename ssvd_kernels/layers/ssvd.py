@@ -47,6 +47,10 @@ class SSVDAdapter(Adapter):
 
         Within a forward of the root it comes from the batch that the root computed for all layers.
         """
+        return self.own_core()
+
+    def own_core(self) -> Tensor:
+        """`core_of` this layer's kind."""
         core, grad, compiling = self.given.core, torch.is_grad_enabled(), torch.compiler.is_compiling()
         if core is not None and (compiling or running.is_running()):
             if core.requires_grad or not (grad and self.first_trained.requires_grad):
@@ -89,7 +93,7 @@ class SSVDAdapter(Adapter):
         """The core that a forward uses: `core`, or in eval with gradients off a cached one."""
         if not self.training and self.cache.serves(self):
             return self.cache.factors(self)[-1]
-        return self.core()
+        return self.own_core()
 
     # -- adapters ----------------------------------------------------------------------------------------------
 

@@ -126,13 +126,13 @@ class _Batch:
         outer = None if theta_out[0] is None else torch.stack(theta_out)  # type: ignore[arg-type]
         K = self.kind.k
         thetas = self._stack(theta, K * (K - 1) // 2, 0)
-        return core_of(self.kind, thetas, outer, self._stack(delta, K, 1), self._stack(sigma, K, 1))
+        return core_of(self.kind, thetas, outer, self._stack(delta, K, 1), self._stack(sigma, K, 1, padding=1))
 
-    def _stack(self, tensors: list[Any], size: int, where: int) -> Tensor:
+    def _stack(self, tensors: list[Any], size: int, where: int, padding: int = 0) -> Tensor:
         if self.even:
             return torch.stack(tensors)
         flat, places = torch.cat(tensors), self.places.read()[where]
-        return flat.new_zeros(len(tensors) * size).index_copy(0, places, flat).view(len(tensors), size)
+        return flat.new_full((len(tensors) * size,), padding).index_copy(0, places, flat).view(len(tensors), size)
 
 
 def _batches(root: nn.Module) -> list[_Batch]:

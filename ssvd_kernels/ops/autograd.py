@@ -14,6 +14,10 @@ from torch import Tensor
 from . import dispatch, reference, triton_linear
 
 OPS: dict[str, Any] = {"reference": reference, "triton": triton_linear}
+SECOND_DERIVATIVES = (
+    "second derivatives of an adapted layer are not available here (create_graph=True): use torch.func, whose "
+    "transforms compute them by plain PyTorch"
+)
 
 
 class CayleyDeltaFunction(torch.autograd.Function):
@@ -73,10 +77,7 @@ class SSVDLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "second derivatives of an adapted layer are not available here (create_graph=True): use torch.func, "
-                "whose transforms compute them by plain PyTorch"
-            )
+            raise RuntimeError(SECOND_DERIVATIVES)
         z, weight, U, V, core, composed = ctx.saved_tensors
         needed = ctx.needs_input_grad
         rows = dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])
@@ -92,6 +93,45 @@ class SSVDLinearFunction(torch.autograd.Function):
             dcore = dcore[: ctx.k, : ctx.k].to(ctx.core_dtype)
         dbias = rows.sum(0).to(ctx.bias_dtype) if needed[5] else None
         return dx, None, None, None, dcore, dbias, None, None, None, None, None
+
+
+class SSVDActivationFunction(torch.autograd.Function):
+    """(x, basis, core, shift) -> x + (((x - shift) basis) core^T) basis^T in `dtype`; of x it saves z (T, k) alone.
+
+    Gradients reach x and core; basis and shift are frozen. `narrow` is as in `SSVDLinearFunction`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        basis: Tensor,
+        core: Tensor,
+        shift: Tensor | None,
+        dtype: torch.dtype,
+        backend: str,
+        narrow: Tensor | None = None,
+    ) -> Tensor:
+        ctx.k, ctx.core_dtype, ctx.dtype, ctx.backend = core.shape[0], core.dtype, x.dtype, backend
+        need_z = ctx.needs_input_grad[2]
+        core = core if narrow is None else narrow
+        out, z = OPS[backend].ssvd_activation_fwd(x.to(dtype), basis, core, shift)
+        ctx.save_for_backward(z.reshape(-1, z.shape[-1]) if need_z else None, basis, core)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(SECOND_DERIVATIVES)
+        z, basis, core = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        with reference.without_autocast(dy):
+            dx, dcore = OPS[ctx.backend].ssvd_activation_bwd(rows, z, basis, core, ctx.needs_input_grad[0])
+        if dx is not None:
+            dx = dx.view_as(dy).to(ctx.dtype)
+        if dcore is not None:
+            dcore = dcore[: ctx.k, : ctx.k].to(ctx.core_dtype)
+        return dx, None, dcore, None, None, None, None
 
 
 class AddUpdateFunction(torch.autograd.Function):
@@ -148,3 +188,4 @@ class ComposeFunction(torch.autograd.Function):
 # `apply` without what it does for functorch, which takes 25 Python calls
 apply_cayley = super(torch.autograd.Function, CayleyDeltaFunction).apply
 apply_linear = super(torch.autograd.Function, SSVDLinearFunction).apply
+apply_activation = super(torch.autograd.Function, SSVDActivationFunction).apply

@@ -108,6 +108,12 @@ def linear_call(
     return backend, composed_from(dtype, shape, k, mode, backward, backend) * shape[1]
 
 
+@functools.cache
+def linear_backend(device: torch.device, dtype: torch.dtype, forced: str) -> str:
+    """Backend of a call of the activation op, which is that of linears in factored mode; `forced` as above."""
+    return backend_for("linear", device, dtype)
+
+
 def cayley_delta(theta: Tensor, k: int) -> Tensor:
     """E (B, n, n) from theta (B, m): n = k, or more with zeros beyond k where the kernels want it."""
     backend = backend_for("cayley", theta.device, theta.dtype)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,9 @@ from .autograd import (
     CayleyDeltaFunction,
     ComposeFunction,
     ProductFunction,
+    SSVDActivationFunction,
     SSVDLinearFunction,
+    apply_activation,
     apply_cayley,
     apply_linear,
 )
@@ -74,10 +77,12 @@ class Kind(NamedTuple):
     rotation: str
     band: int | None
     strength: float = 1.0  # by which theta, theta_out and delta are multiplied
+    form: str = "weight"
 
 
 def core_of(kind: Kind, theta: Tensor, theta_out: Tensor | None, delta: Tensor, sigma: Tensor) -> Tensor:
-    """core M (..., k, k) of theta (..., m), theta_out, delta and sigma (..., k), in float32 at least."""
+    """core M (..., k, k) of theta (..., m), theta_out, delta and sigma (..., k), in float32 at least; C of the
+    activation form (see `reference.activation_core_ref`)."""
     if kind.strength != 1:
         theta, delta = kind.strength * theta, kind.strength * delta
         theta_out = None if theta_out is None else kind.strength * theta_out
@@ -85,10 +90,15 @@ def core_of(kind: Kind, theta: Tensor, theta_out: Tensor | None, delta: Tensor, 
     if theta_out is not None:
         assert kind.k_out is not None
         E, E_out = (_pad(each, kind.k) for each in (E, rotation_delta(theta_out, kind.k_out, kind.rotation)))
+    activation = kind.form == "activation"
+    side = "input" if activation and kind.side == "both" else kind.side
     with reference.without_autocast(E):
+        sigma, delta = sigma.to(E.dtype), delta.to(E.dtype)
         if kind.rotation == "banded":
-            return reference.banded_core_ref(E, delta.to(E.dtype))
-        return reference.core_ref(E, sigma.to(E.dtype), delta.to(E.dtype), kind.side, E_out, product)
+            core = reference.banded_core_ref(E, delta)
+        else:
+            core = reference.core_ref(E, sigma, delta, side, E_out, product)
+        return reference.activation_core_ref(core, sigma, side, E_out) if activation else core
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -190,6 +200,30 @@ def linear(
     if backend == "triton" and operands is not None:
         U, V, narrow = operands.operands(core if chosen == "factored" else None, dtype)
     return apply_linear(x, weight, U, V, core, bias, chosen, dtype, backend, need_z, narrow)
+
+
+def activation(
+    x: Tensor, basis: Tensor, core: Tensor, shift: Tensor | None = None, operands: Callable[..., Any] | None = None
+) -> Tensor:
+    """x + (((x - shift) basis) core^T) basis^T, the change of a layer's input (V, C) or output (U, C_out, its bias).
+
+    x (..., d), basis (d, k), core (k, k), shift (d,) -> (..., d), in x's dtype or autocast's; a sum in bfloat16 is
+    rounded stochastically, so that small updates survive. Gradients reach x and core.
+    operands: gives, of basis, core and dtype, those that the Triton kernels read.
+    """
+    compiling, narrow, dtype = torch.compiler.is_compiling(), None, x.dtype
+    if compiling or torch._C._is_any_autocast_enabled():
+        dtype = compute_dtype(x)
+    if dispatch.transforming():
+        with reference.without_autocast(x):
+            return reference.ssvd_activation_ref(x.to(dtype), basis, core, shift)
+    choose = dispatch.linear_backend.__wrapped__ if compiling else dispatch.linear_backend
+    backend = choose(x.device, dtype, dispatch.forced)
+    if compiling:
+        return SSVDActivationFunction.apply(x, basis, core, shift, dtype, backend)
+    if backend == "triton" and operands is not None:
+        basis, narrow = operands(basis, core, dtype)
+    return apply_activation(x, basis, core, shift, dtype, backend, narrow)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -269,14 +269,17 @@ def ssvd_linear_fwd(
     if weight is None:
         return F.linear(q, U), z if need_z else None, None
     y = F.linear(x, weight if weight.dtype == dtype else weight.to(dtype), bias)
-    # not in place: a selective checkpoint may have cached the first product
-    if dtype == torch.bfloat16:
-        total = add_update(y, F.linear(q, U))
-    elif y.ndim == 2:
-        total = torch.addmm(y, q, U.mT)
-    else:
-        total = torch.addmm(y.reshape(-1, y.shape[-1]), q.reshape(-1, q.shape[-1]), U.mT).view_as(y)
-    return total, z if need_z else None, None
+    return add_product(y, q, U), z if need_z else None, None
+
+
+def add_product(y: Tensor, q: Tensor, basis: Tensor) -> Tensor:
+    """y + q basis^T (..., d) for q (..., k) and basis (d, k), rounded as by `add_update`."""
+    # not in place: a selective checkpoint may have cached y
+    if y.dtype == torch.bfloat16:
+        return add_update(y, F.linear(q, basis))
+    if y.ndim == 2:
+        return torch.addmm(y, q, basis.mT)
+    return torch.addmm(y.reshape(-1, y.shape[-1]), q.reshape(-1, q.shape[-1]), basis.mT).view_as(y)
 
 
 def ssvd_linear_bwd(
@@ -311,3 +314,40 @@ def ssvd_linear_bwd(
         if z is not None:
             dcore = dyU.mT @ z
     return dx, dcore
+
+
+def ssvd_activation_ref(x: Tensor, basis: Tensor, core: Tensor, shift: Tensor | None) -> Tensor:
+    """x + (((x - shift) basis) core^T) basis^T in x's dtype: x (..., d), basis (d, k), core (k, k), shift (d,).
+    Differentiable."""
+    basis, core = basis.to(x.dtype), core.to(x.dtype)
+    z = (x if shift is None else x - shift.to(x.dtype)) @ basis
+    return x + (z @ core.mT) @ basis.mT
+
+
+def ssvd_activation_fwd(x: Tensor, basis: Tensor, core: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(`ssvd_activation_ref`, rounded as by `add_update`; z = (x - shift) basis (..., k))."""
+    basis, core = basis.to(x.dtype), core.to(x.dtype)
+    z = F.linear(x, basis.mT, None if shift is None else -(shift.to(x.dtype) @ basis))
+    return add_product(x, F.linear(z, core), basis), z
+
+
+def ssvd_activation_bwd(
+    dy: Tensor, z: Tensor | None, basis: Tensor, core: Tensor, need_dx: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx = dy + ((dy basis) core) basis^T if `need_dx`, dcore = (dy basis)^T z if z is given: dy (T, d), z (T, k)."""
+    basis, core = basis.to(dy.dtype), core.to(dy.dtype)
+    g = dy @ basis
+    dx = torch.addmm(dy, g @ core, basis.mT) if need_dx else None
+    return dx, None if z is None else g.mT @ z
+
+
+def activation_core_ref(core: Tensor, E: Tensor, sigma: Tensor, side: str, E_out: Tensor | None) -> Tensor:
+    """C (..., k, k) of a core M of `core_ref`, by which a layer's activations change instead of its weight.
+
+    input   C = Sigma^-1 M,  W' = W (I + V C V^T)        output   C = M Sigma^-1,  W' = (I + U C U^T) W
+    both    [C, E_out^T] (..., 2, k, k), C = Sigma^-1 of the input side's M,  W' = (I + U E_out^T U^T) W (I + V C V^T)
+    """
+    if side == "output":
+        return core / sigma.unsqueeze(-2)
+    C = core / sigma.unsqueeze(-1)
+    return C if E_out is None else torch.stack([C, E_out.mT], dim=-3)

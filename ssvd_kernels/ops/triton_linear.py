@@ -57,6 +57,18 @@ def ssvd_linear_bwd(
     return dx, dcore
 
 
+def ssvd_activation_fwd(x: Tensor, basis: Tensor, core: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `reference.ssvd_activation_fwd`; z may have columns of zeros beyond its k."""
+    return kernels().ssvd_activation_fwd(x, basis.to(x.dtype), core, shift)
+
+
+def ssvd_activation_bwd(
+    dy: Tensor, z: Tensor | None, basis: Tensor, core: Tensor, need_dx: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `reference.ssvd_activation_bwd`; dcore may have rows and columns of zeros beyond the core's."""
+    return kernels().ssvd_activation_bwd(dy, z, basis.to(dy.dtype), core, need_dx)
+
+
 def operand(basis: Tensor, dtype: torch.dtype) -> Tensor:
     """U or V (d, k) as the kernels read it: with columns of zeros up to a multiple of ALIGNMENT.
 

@@ -1,6 +1,6 @@
 """On a CUDA device: accuracy of the Cayley op and the linear op, streams, host syncs, graphs, memory, repeatability.
 
-Run as a program (tests/support on PYTHONPATH) it makes one small pass of both ops, for compute-sanitizer.
+Run as a program (tests/support on PYTHONPATH) it makes one small pass of each op, for compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from bounds import DRAWS, TWO_TERMS, assert_right_for_any_k, assert_within, in_float64, twice, twice_of_draws
 from cases import exact_delta, linear_inputs, naive_linear, relative_error, solved_delta, theta_of_norm, together
 from models import op_passes, references
+from test_gpu_activation import activation_is_accurate, activation_on_device
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
@@ -357,6 +358,7 @@ def small_pass() -> None:
             for dtype in (torch.float32, torch.bfloat16):
                 for mode in ("factored", "composed"):
                     linear_is_accurate([on_device(shape, dtype)], dtype, mode)
+                activation_is_accurate([activation_on_device(shape[:2] + shape[3:], dtype)], dtype)
     torch.cuda.synchronize()
     print("small pass: results agree with float64")
 

@@ -19,6 +19,7 @@ ORTHOGONAL = 5e-6  # promised of every number of G^T G - I in float32: 42 eps, f
 # Promised in float32 of any K, ||K||_2 <= 1000: of every number of E, of G^T G - I, and of dtheta relative to its norm.
 ANY_K = {"E": 1e-5, "G^T G": 2e-5, "dtheta": 2e-4}
 TWO_TERMS = 1e-5  # promised where torch's "high" lets float32 numbers be two bfloat16 terms, each of 2^-17 = 7.6e-6
+Results = dict[str, Tensor]
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -50,6 +51,18 @@ def assert_within(value: Tensor, plain: Tensor, exact: Tensor, what: str = "") -
     """`value` has at most twice the error of `plain`, against the float64 result `exact`."""
     error, bound = relative_error(value, exact), twice(plain, exact)
     assert error <= bound, f"{what}: error {error:.2e}, plain PyTorch in {plain.dtype} allows {bound:.2e}".lstrip(": ")
+
+
+def assert_bounded(found: Results, references: Callable[[int], tuple[Results, Results]]) -> None:
+    """What was `found` of draw 0 has at most twice the error of the twin; references(draw) -> (twin's, exact)."""
+    pairs = [references(0)]
+    if any(value.numel() < 64 for value in found.values()):
+        pairs += [references(draw) for draw in range(1, DRAWS)]
+    for name, value in found.items():
+        exact = pairs[0][1][name]
+        bound = twice_of_draws((twin[name], e[name]) for twin, e in (pairs if exact.numel() < 64 else pairs[:1]))
+        assert value.shape == exact.shape
+        assert relative_error(value, exact) <= bound, name
 
 
 def assert_right_for_any_k(theta: Tensor, grad: Tensor, k: int, E: Tensor, dtheta: Tensor) -> None:

@@ -138,3 +138,21 @@ def naive_linear(inputs: dict, dtype: torch.dtype) -> dict[str, Tensor]:
     y = torch.nn.functional.linear(x, cast["weight"], bias) + (z @ core.mT) @ cast["U"].mT
     dx, dcore, dbias = torch.autograd.grad(y, [x, core, bias], cast["dy"])
     return {"y": y.detach(), "dx": dx, "dcore": dcore, "dbias": dbias}
+
+
+def activation_inputs(shape: tuple[int, int, int], dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    """x, orthonormal basis stored transposed, core and shift in float32, dy for (tokens, d, k), as `linear_inputs`."""
+    tokens, d, k = shape
+    inputs = linear_inputs((tokens, d, d, k), dtype, torch.float32, seed)
+    basis = inputs["V"].to(dtype).mT.contiguous().mT
+    return {"x": inputs["x"], "basis": basis, "core": inputs["core"], "shift": inputs["bias"], "dy": inputs["dy"]}
+
+
+def naive_activation(inputs: dict, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Output, z and gradients by PyTorch's autograd in `dtype` from the formula, as `naive_linear`."""
+    cast = {name: tensor.detach().to(dtype) for name, tensor in inputs.items()}
+    x, core = (cast[name].requires_grad_() for name in ("x", "core"))
+    z = (x - cast["shift"]) @ cast["basis"]
+    out = x + (z @ core.mT) @ cast["basis"].mT
+    dx, dcore = torch.autograd.grad(out, [x, core], cast["dy"])
+    return {"out": out.detach(), "z": z.detach(), "dx": dx, "dcore": dcore}

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import ssvd_kernels as sk
 from ssvd_kernels.layers.base import AdaptedLinear
 from ssvd_kernels.ops import dispatch
+from ssvd_kernels.ops.functional import activation
 
 RANK = 5
 Result = TypeVar("Result")
@@ -193,6 +194,14 @@ def op_passes(inputs: dict, mode: str) -> dict[str, Tensor]:
     y = sk.ssvd_linear(x, inputs["weight"], inputs["U"], inputs["V"], core, bias, mode=mode)
     dx, dcore, dbias = torch.autograd.grad(y, [x, core, bias], inputs["dy"])
     return {"y": y.detach(), "dx": dx, "dcore": dcore, "dbias": dbias}
+
+
+def activation_passes(inputs: dict, op: Callable[..., Tensor] = activation) -> dict[str, Tensor]:
+    """Output and gradients by the activation op."""
+    x, core = (inputs[name].detach().clone().requires_grad_() for name in ("x", "core"))
+    out = op(x, inputs["basis"], core, inputs["shift"])
+    dx, dcore = torch.autograd.grad(out, [x, core], inputs["dy"])
+    return {"out": out.detach(), "dx": dx, "dcore": dcore}
 
 
 def passes(network: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
-"""compose: W' = W + (U core) V^T, accumulated in float32, each element written once.
+"""add_product: y + q basis^T, accumulated in float32, each element written once; compose: W' = W + (U core) V^T.
 
-For bf16, W is rounded to nearest, the update is added, and the sum is rounded stochastically; other dtypes round to
-nearest. The reference implementation is `reference.compose_operand_ref`.
+The reference implementations are `reference.add_product` and `reference.compose_operand_ref`.
 """
 
 from __future__ import annotations
@@ -12,72 +11,91 @@ import triton.language as tl
 from torch import Tensor
 
 from ssvd_kernels.ops.kernels.launch import aligned, current_device, padded_core
-from ssvd_kernels.ops.kernels.tile_sizes import COMPOSE_PRECISION, GROUP, compose_config, table_key
+from ssvd_kernels.ops.kernels.tile_sizes import COMPOSE_PRECISION, GROUP, TileConfig, compose_config, table_key
 from ssvd_kernels.ops.kernels.tiles import accumulate, cast, grouped_program, round_stochastically
 
 
-@triton.jit
-def _compose_kernel(
-    w_ptr,
-    stride_w_n,
-    stride_w_d,
-    p_ptr,
-    stride_p_n,
-    stride_p_k,
-    v_ptr,
-    stride_v_d,
-    stride_v_k,
+@triton.jit(do_not_specialize=["T"])
+def _add_product_kernel(
+    y_ptr,
+    stride_y_t,
+    stride_y_d,
+    q_ptr,
+    stride_q_t,
+    stride_q_k,
+    basis_ptr,
+    stride_basis_d,
+    stride_basis_k,
     out_ptr,
-    stride_out_n,
+    stride_out_t,
     stride_out_d,
-    d_out,
-    d_in,
+    T,
+    d,
+    n,
     k,
-    BLOCK_N: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_N: tl.constexpr,
+    GROUP_T: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    pid_n, pid_d = grouped_program(d_out, d_in, BLOCK_N, BLOCK_D, GROUP_N)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid_t, pid_d = grouped_program(T, d, BLOCK_T, BLOCK_D, GROUP_T)
+    offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_n, mask_d = offs_n < d_out, offs_d < d_in
-    mask = mask_n[:, None] & mask_d[None, :]
-    acc = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)  # [BLOCK_N, BLOCK_D]
+    mask_t, mask_d = offs_t < T, offs_d < d
+    mask = mask_t[:, None] & mask_d[None, :]
+    acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)  # [BLOCK_T, BLOCK_D]
     acc = accumulate(
-        acc, p_ptr, stride_p_n, stride_p_k, v_ptr, stride_v_d, stride_v_k,
-        offs_n, mask_n, offs_d, mask_d, 0, k, BLOCK_K, PRECISION,
+        acc, q_ptr, stride_q_t, stride_q_k, basis_ptr, stride_basis_d, stride_basis_k,
+        offs_t, mask_t, offs_d, mask_d, 0, n, BLOCK_K, PRECISION, k,
     )  # fmt: skip
-    row_n, row_d = offs_n.to(tl.int64)[:, None], offs_d.to(tl.int64)[None, :]
-    w = tl.load(w_ptr + row_n * stride_w_n + row_d * stride_w_d, mask=mask, other=0.0)
+    row_t, row_d = offs_t.to(tl.int64)[:, None], offs_d.to(tl.int64)[None, :]
+    y = tl.load(y_ptr + row_t * stride_y_t + row_d * stride_y_d, mask=mask, other=0.0)
     dtype = out_ptr.dtype.element_ty
-    if dtype == tl.bfloat16:
-        acc += cast(w, dtype).to(tl.float32)
-        out = round_stochastically(acc, row_n, row_d)
+    if STOCHASTIC:
+        acc += cast(y, dtype).to(tl.float32)
+        out = round_stochastically(acc, row_t, row_d)
     else:
-        acc += w.to(tl.float32)
+        acc += y.to(tl.float32)
         out = cast(acc, dtype)
-    tl.store(out_ptr + row_n * stride_out_n + row_d * stride_out_d, out, mask=mask)
+    tl.store(out_ptr + row_t * stride_out_t + row_d * stride_out_d, out, mask=mask)
+
+
+def add_product(
+    y: Tensor,
+    q: Tensor,
+    basis: Tensor,
+    dtype: torch.dtype,
+    stochastic: bool,
+    config: TileConfig,
+    precision: str = "ieee",
+) -> Tensor:
+    """y + q basis^T (T, d) in `dtype`: y (T, d), q (T, n), basis (d, k), q zero beyond its k columns; any strides.
+
+    The sum is rounded to nearest; `stochastic`, for bfloat16: y to nearest, and the sum stochastically.
+    """
+    T, d = y.shape
+    out = torch.empty((T, d), dtype=dtype, device=y.device)
+    if T:
+        with current_device(y):
+            _add_product_kernel[(triton.cdiv(T, config.rows) * triton.cdiv(d, config.cols),)](
+                y, *y.stride(), q, *q.stride(), basis, *basis.stride(), out, *out.stride(),
+                T, d, q.shape[1], basis.shape[1],
+                STOCHASTIC=stochastic, BLOCK_T=config.rows, BLOCK_D=config.cols, BLOCK_K=config.depth, GROUP_T=GROUP,
+                PRECISION=precision, **config.options,
+            )  # fmt: skip
+    return out
 
 
 def compose(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dtype) -> Tensor:
     """W' = W + U core V^T: weight (d_out, d_in), U (d_out, k), V (d_in, k), core (k, k) -> (d_out, d_in) in `dtype`.
 
-    core may be smaller where the last columns of U and V are zero. Half outputs take the products through the tensor
-    cores (tf32, for float16 in three terms): what that loses is below the rounding of the sum, whatever the size of the
-    update.
+    core may be smaller where the last columns of U and V are zero. bfloat16 is rounded stochastically. Half outputs
+    take the products through the tensor cores (tf32, for float16 in three terms): what that loses is below the rounding
+    of the sum, whatever the size of the update.
     """
-    (d_out, d_in), k = weight.shape, V.shape[1]
-    P = U.to(torch.float32) @ padded_core(core, k, torch.float32)
-    out = torch.empty((d_out, d_in), dtype=dtype, device=weight.device)
+    P = U.to(torch.float32) @ padded_core(core, V.shape[1], torch.float32)
     key = table_key(dtype, (weight.dtype, V.dtype), dtype != torch.float16 and aligned(weight, P, V))
-
-    config = compose_config(key, d_out, d_in)
-    with current_device(weight):
-        _compose_kernel[(triton.cdiv(d_out, config.rows) * triton.cdiv(d_in, config.cols),)](
-            weight, *weight.stride(), P, *P.stride(), V, *V.stride(), out, *out.stride(), d_out, d_in, k,
-            BLOCK_N=config.rows, BLOCK_D=config.cols, BLOCK_K=config.depth, GROUP_N=GROUP,
-            PRECISION=COMPOSE_PRECISION[dtype], **config.options,
-        )  # fmt: skip
-    return out
+    config = compose_config(key, *weight.shape)
+    return add_product(weight, P, V, dtype, dtype == torch.bfloat16, config, COMPOSE_PRECISION[dtype])

@@ -51,9 +51,16 @@ def _backward(
     return _or_empty(dx, dy), _or_empty(dcore, core)
 
 
-def _backward_fake(dy, z, weight, U, V, core, need_dx):
-    size = 0 if z is None else U.shape[1]
-    return _lead(dy, weight.shape[1], need_dx), _float32(core, size, size) if size else core.new_empty(0)
+def _activation_backward(
+    dy: Tensor, z: Tensor | None, basis: Tensor, core: Tensor, need_dx: bool
+) -> tuple[Tensor, Tensor]:
+    dx, dcore = launchers.ssvd_activation_bwd(dy, z, basis, core, need_dx)
+    return _or_empty(dx, dy), _or_empty(dcore, core)
+
+
+def _gradients(dy: Tensor, z: Tensor | None, core: Tensor, width: int, need_dx: bool) -> tuple[Tensor, Tensor]:
+    dcore = core.new_empty(0) if z is None else _float32(core, z.shape[1], z.shape[1])
+    return _lead(dy, width, need_dx), dcore
 
 
 cayley_delta = _operator("cayley_delta", launchers.cayley_delta, lambda theta, k: _square(theta, theta.shape[0], k))
@@ -74,7 +81,21 @@ _linear_fwd = _operator(
     _forward,
     lambda x, weight, U, V, core, bias, need_z: (_lead(x, weight.shape[0]), _lead(x, V.shape[1], need_z)),
 )
-_linear_bwd = _operator("linear_bwd", _backward, _backward_fake)
+_linear_bwd = _operator(
+    "linear_bwd",
+    _backward,
+    lambda dy, z, weight, U, V, core, need_dx: _gradients(dy, z, core, weight.shape[1], need_dx),
+)
+ssvd_activation_fwd = _operator(
+    "activation_fwd",
+    launchers.ssvd_activation_fwd,
+    lambda x, basis, core, shift: (_lead(x, x.shape[-1]), _lead(x, basis.shape[1] + -basis.shape[1] % 16)),
+)
+_activation_bwd = _operator(
+    "activation_bwd",
+    _activation_backward,
+    lambda dy, z, basis, core, need_dx: _gradients(dy, z, core, dy.shape[1], need_dx),
+)
 
 
 def ssvd_linear_fwd(*arguments: Any) -> tuple[Tensor, Tensor | None]:
@@ -85,5 +106,14 @@ def ssvd_linear_fwd(*arguments: Any) -> tuple[Tensor, Tensor | None]:
 
 def ssvd_linear_bwd(*arguments: Any) -> tuple[Tensor | None, Tensor | None]:
     """As `ssvd_linear.ssvd_linear_bwd`."""
-    dx, dcore = _linear_bwd(*arguments)
+    return _or_none(_linear_bwd, arguments)
+
+
+def ssvd_activation_bwd(*arguments: Any) -> tuple[Tensor | None, Tensor | None]:
+    """As `ssvd_activation.ssvd_activation_bwd`."""
+    return _or_none(_activation_bwd, arguments)
+
+
+def _or_none(backward: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Tensor | None, Tensor | None]:
+    dx, dcore = backward(*arguments)
     return dx if arguments[-1] else None, None if arguments[1] is None else dcore

@@ -88,10 +88,12 @@ def accumulate(
     stop,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    stop_b=None,
 ):
     """acc[row, col] + sum over start <= j < stop of a[row, j] b[col, j]; b's tiles are cast to a's dtype.
 
-    Offsets and steps are 64-bit: rows times stride passes 2^31 for long batches.
+    From `stop_b` on, b counts as zero, so that a, of padded rows, can be read in wide loads. Offsets and steps are
+    64-bit: rows times stride passes 2^31 for long batches.
     """
     offs_k = start + tl.arange(0, BLOCK_K).to(tl.int64)
     a_ptrs = a_ptr + offs_row.to(tl.int64)[:, None] * stride_a_row + offs_k[None, :] * stride_a_k
@@ -100,6 +102,8 @@ def accumulate(
     for j in range(start, stop, BLOCK_K):
         mask_k = j + tl.arange(0, BLOCK_K) < stop
         a = tl.load(a_ptrs, mask=mask_row[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_ROWS, BLOCK_K]
+        if stop_b is not None:
+            mask_k = j + tl.arange(0, BLOCK_K) < stop_b
         b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_col[None, :], other=0.0)  # [BLOCK_K, BLOCK_COLS]
         acc = product(a, cast(b, a.dtype), acc, PRECISION)
         a_ptrs += step * stride_a_k

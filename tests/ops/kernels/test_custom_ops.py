@@ -8,13 +8,14 @@ pytest.importorskip("triton")
 
 import torch
 from bounds import DRAWS, assert_within, twice_of_draws
-from cases import linear_inputs, naive_linear, relative_error
-from models import assert_all_within, assert_right, trained_layer
+from cases import activation_inputs, linear_inputs, naive_activation, naive_linear, relative_error
+from models import activation_passes, assert_all_within, assert_right, trained_layer
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
 from ssvd_kernels.layers import running
 from ssvd_kernels.ops import dispatch, reference
+from ssvd_kernels.ops.functional import activation
 from ssvd_kernels.ops.kernels import custom_ops
 from ssvd_kernels.ops.kernels.compose import compose
 from ssvd_kernels.ops.kernels.linear_and_projection import concat
@@ -260,6 +261,31 @@ def test_compiled_graphs_call_the_kernels(mode, dtype):
         assert called == expected | {"compose", "core_grad"} | ({"concat"} if dtype == BF16 else set())
 
 
+def test_the_activation_op():
+    """Its operands padded here, or as a layer keeps them."""
+    case = {name: tensor.to(DEVICE) for name, tensor in activation_inputs((7, D, K), BF16).items()}
+
+    def keeping(x: Tensor, basis: Tensor, core: Tensor, shift: Tensor) -> Tensor:
+        return activation(x, basis, core, shift, lambda b, c, dtype: (b, core_operand(c.detach(), dtype)))
+
+    found, kept = activation_passes(case), activation_passes(case, keeping)
+    plain, exact = (naive_activation(case, dtype) for dtype in (BF16, torch.float64))
+    assert_all_within(found, {name: plain[name] for name in found}, {name: exact[name] for name in found})
+    assert found["dcore"].dtype == F32 and all(torch.equal(kept[name], found[name]) for name in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_compiled_graph_calls_the_kernels_of_the_activation_op(dtype):
+    torch._dynamo.reset()
+    case = {name: tensor.to(DEVICE) for name, tensor in activation_inputs((7, D, K), dtype).items()}
+    with torch.profiler.profile() as profile:
+        compiled = activation_passes(case, torch.compile(activation, fullgraph=True, backend="aot_eager"))
+    called = {event.name.rpartition("::triton_")[2] for event in profile.events() if "::triton_" in event.name}
+    assert called == {"activation_fwd", "activation_bwd"}
+    assert all(torch.equal(value, compiled[name]) for name, value in activation_passes(case).items())
+
+
 def test_the_operators_are_well_formed():
     case = {name: t.to(DEVICE) for name, t in linear_inputs((5, 32, 48, 16), F32).items()}
     params = [case[name] for name in ("weight", "U", "V", "core")]
@@ -269,6 +295,12 @@ def test_the_operators_are_well_formed():
     torch.library.opcheck(custom_ops._linear_fwd, (case["x"], *params, None, False), test_utils=checks)
     torch.library.opcheck(custom_ops._linear_bwd, (case["dy"], z, *params, True), test_utils=checks)
     torch.library.opcheck(custom_ops._linear_bwd, (case["dy"], None, *params, True), test_utils=checks)
+    activations = case["x"], case["V"], case["core"]
+    for shift in (None, case["x"][0]):
+        torch.library.opcheck(custom_ops.ssvd_activation_fwd, (*activations, shift), test_utils=checks)
+    for given, need_dx in ((z, True), (z, False), (None, True)):
+        arguments = (case["x"], given, *activations[1:], need_dx)
+        torch.library.opcheck(custom_ops._activation_bwd, arguments, test_utils=checks)
     torch.library.opcheck(custom_ops.compose, (*params, F32), test_utils=checks)
     torch.library.opcheck(custom_ops.concat, (case["x"], case["weight"], case["V"], case["bias"]), test_utils=checks)
     torch.library.opcheck(custom_ops.core_grad, (z, z), test_utils=checks)

@@ -21,10 +21,10 @@ from triton_driver import SHARED, Launch, compiling, gpu
 
 import ssvd_kernels as sk
 from ssvd_kernels.ops import dispatch
-from ssvd_kernels.ops.autograd import apply_linear
+from ssvd_kernels.ops.autograd import apply_activation, apply_linear
 from ssvd_kernels.ops.kernels import cayley, split_k, tile_sizes
 from ssvd_kernels.ops.kernels.tile_sizes import ONE_PASS_MAX_T, TileConfig
-from ssvd_kernels.ops.triton_linear import operand
+from ssvd_kernels.ops.triton_linear import core_operand, operand
 
 pytestmark = pytest.mark.xdist_group("launches")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -60,6 +60,17 @@ def linear(
     with gpu(capability) as launches:
         y = apply_linear(x, W, U, V, core, b, mode, dtype, "triton", True)
         torch.autograd.grad(y, leaves, dy)
+    return launches
+
+
+def activation(capability: int, dtype: torch.dtype, T: int, k: int, d: int = 256) -> list[Launch]:
+    """Of the op forward and backward, with the operands that a layer keeps: the basis is stored transposed."""
+    basis, core = torch.zeros(k, d, dtype=dtype).mT, torch.zeros(k, k)
+    x, dy = torch.zeros(T, d, dtype=dtype), torch.zeros(T, d, dtype=dtype)
+    leaves, narrow = (x.requires_grad_(), core.requires_grad_()), core_operand(core.detach(), dtype)
+    with gpu(capability) as launches:
+        out = apply_activation(x, basis, core, None, dtype, "triton", narrow)
+        torch.autograd.grad(out, leaves, dy)
     return launches
 
 
@@ -119,6 +130,8 @@ def with_tile(capability: int, table: str, key: str, rank: int, tile: TileConfig
             else:
                 for mode in ("composed", "factored") if table == "LINEAR" else ("composed",):
                     found += linear(capability, dtype, ONE_PASS_MAX_T + 1, 16, weight, d, mode)
+                for k in (13, 16) if table == "LINEAR" and weight == dtype else ():
+                    found += activation(capability, dtype, ONE_PASS_MAX_T + 1, k, d)
     return found
 
 
@@ -164,6 +177,15 @@ def test_the_linear_op_on_every_gpu(compiler, capability, dtype, weight):
             launches = compiler.submit(linear, capability, dtype, T, k, weight).result()
             assert len(launches) <= launched, launches
             assert_fit(launches)
+
+
+@pytest.mark.parametrize(("T", "k"), [(1, 192), (200, 200)])
+def test_the_activation_op(compiler, T, k):
+    """Two products of the library and one kernel forward and backward, and the gradient of the core."""
+    launches = compiler.submit(activation, ADA, BF16, T, k).result()
+    one_way = ["new_zeros"] * (k % 16 > 0) + ["mm", "mm", "_add_product_kernel"]
+    assert [launch.name for launch in launches] == [*one_way, *one_way, "_core_grad_kernel"]
+    assert_fit(launches)
 
 
 @pytest.mark.slow

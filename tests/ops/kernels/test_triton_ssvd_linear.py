@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from bounds import DRAWS, twice_of_draws
-from cases import linear_inputs, relative_error
+from bounds import Results, assert_bounded
+from cases import linear_inputs
 from torch import Tensor
 
 from ssvd_kernels.ops import reference
@@ -45,21 +45,6 @@ def inputs(
 def force(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     if path == "products":
         monkeypatch.setattr(tables, "ONE_PASS_MAX_T", -1)
-
-
-Results = dict[str, Tensor]
-
-
-def assert_bounded(found: Results, references: Callable[[int], tuple[Results, Results]]) -> None:
-    """What was `found` of draw 0 has at most twice the error of the twin; references(draw) -> (twin's, exact)."""
-    pairs = [references(0)]
-    if any(value.numel() < 64 for value in found.values()):
-        pairs += [references(draw) for draw in range(1, DRAWS)]
-    for name, value in found.items():
-        exact = pairs[0][1][name]
-        bound = twice_of_draws((twin[name], e[name]) for twin, e in (pairs if exact.numel() < 64 else pairs[:1]))
-        assert value.shape == exact.shape
-        assert relative_error(value, exact) <= bound, name
 
 
 def check_linear(shape: tuple[int, int, int, int], dtype: torch.dtype, params: torch.dtype, bias: bool = True) -> None:
