@@ -120,13 +120,13 @@ class ESPnetSSVDLinear(SSVDLinear):
         super().__init__(linear, config, factorization)
         self.factorized = bool(self.basis.sketch.any())
 
-    def core(self) -> Tensor:
+    def own_core(self) -> Tensor:
         if not self.factorized:
             raise RuntimeError(
                 "no pretrained weight was loaded into this SSVD layer, so it has no singular vectors: load one "
                 "(init_param) first, or give adapter_conf weights='now' for a model that brings its own"
             )
-        return super().core()
+        return super().own_core()
 
     def get_extra_state(self) -> Tensor:
         """(7, k): sketch of the basis, and the index of the rotation: floats, as ESPnet averages what it saved."""

@@ -18,7 +18,7 @@ from ..basis.linears import base_weight, check_adaptable, parameter_count
 from ..config import Config
 from ..layers.adapter import Adapter
 from ..layers.base import AdaptedLinear, check_not_adapted, module_paths
-from ..layers.quantized import adapt, check_method
+from ..layers.adapt import adapt, check_method
 from ..layers.saved import SavedModule
 from .lookup import check_not_ddp, replace_modules
 from .planner import RankPlan

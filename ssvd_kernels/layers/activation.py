@@ -1,0 +1,149 @@
+"""The activation form of SSVD: what a layer reads and writes changes instead of its weight."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..basis.factorize import MATCH_TOLERANCE, Factorization, fingerprint, match_signs, sketch
+from ..basis.linears import is_quantized
+from ..config import SSVDConfig
+from ..ops.functional import activation
+from ..utils.fsdp import assign, gathered
+from .quantized import SSVDQuantizedLinear
+from .ssvd import SSVDAdapter, SSVDLinear
+
+KEPT = {"input": ("V",), "output": ("U",), "both": ("U", "V")}
+SMALLEST = {torch.float64: 1e-8, torch.float32: 1e-4}  # sigma_k / sigma_1
+SMALLEST_HALF = 1e-3
+
+
+class ActivationForm(SSVDAdapter):
+    """W' = (I + U C_out U^T) W (I + V C V^T), computed without W' and, on one side, from one basis.
+
+    input    y = W x' + b,              x' = x + ((x V) C^T) V^T,                       C = Sigma^-1 M
+    output   y = y0 + (((y0 - b) U) C^T) U^T,   y0 = W x + b,                           C = M Sigma^-1
+    both     one after the other; Sigma and its shift belong to the input side.
+
+    It is the W' = W + U M V^T of `SSVDLinear`, as U = W V Sigma^-1; the base computes W x + b by itself, whatever it
+    is. The basis of a side that changes is kept as "Vh" (k, d_in) or "Uh" (k, d_out), in `SSVDConfig.basis_dtype`; the
+    other one is computed when it is asked for. In bfloat16 x' and y are rounded stochastically (see
+    `reference.add_update`). Raises ValueError where sigma_k is so small that Sigma^-1 would lose precision.
+    """
+
+    composes = False
+
+    def __init__(self, linear: nn.Linear, config: SSVDConfig, factorization: Factorization | None = None) -> None:
+        super().__init__(linear, config, factorization)
+        full = self.sigma.dtype
+        half = is_quantized(linear) or linear.weight.dtype.itemsize < 4
+        dtype = {"auto": torch.bfloat16 if half else full}.get(config.basis_dtype) or getattr(torch, config.basis_dtype)
+        self._check_sigma(dtype)
+        for name in ("U", "V"):
+            basis: Tensor = self._parameters.pop(name)  # type: ignore[assignment]
+            if name in KEPT[self.side]:
+                kept = basis.detach().to(dtype).mT.contiguous()
+                self.register_parameter(f"{name}h", nn.Parameter(kept, requires_grad=False))
+
+    def _check_sigma(self, dtype: torch.dtype) -> None:
+        ratio = float(self.sigma[-1] / self.sigma[0])
+        least = SMALLEST.get(dtype, SMALLEST_HALF)
+        if not ratio >= least:
+            raise ValueError(
+                f"form='activation' divides by the singular values, but sigma_k / sigma_1 is {ratio:.1e} at k = {self.k}, "
+                f"below {least:g} ({dtype}): use a smaller rank, or form='weight'"
+            )
+
+    @property
+    def kind(self) -> Any:
+        return super().kind._replace(form="activation")
+
+    # -- the basis ---------------------------------------------------------------------------------------------
+
+    @property
+    def U(self) -> Tensor:  # type: ignore[override]
+        """(d_out, k) in sigma's dtype: as kept, or W V Sigma^-1."""
+        return self._basis("U")
+
+    @property
+    def V(self) -> Tensor:  # type: ignore[override]
+        """(d_in, k) in sigma's dtype: as kept, or W^T U Sigma^-1."""
+        return self._basis("V")
+
+    def _basis(self, name: str) -> Tensor:
+        sigma, kept = gathered(self.sigma), self._parameters.get(f"{name}h")
+        if kept is not None:
+            return gathered(kept).mT.to(sigma.dtype)
+        W = gathered(self.base_weight).detach().to(sigma.dtype)
+        other = gathered(self._parameters["Vh" if name == "U" else "Uh"]).mT.to(sigma.dtype)
+        return (W if name == "U" else W.mT) @ other / sigma
+
+    def hold_basis(self, found: Factorization) -> None:
+        for name in ("U", "sigma", "V"):  # not by setattr: U and V are properties
+            self._parameters[name] = nn.Parameter(getattr(found, name), requires_grad=False)
+
+    def replace_basis(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            if name == "sigma":
+                assign(self.sigma, value)
+            elif name in KEPT[self.side]:
+                assign(self._parameters[f"{name}h"], value.mT)
+
+    def recognise_basis(self) -> None:
+        """As for the weight form; but a kept basis in half precision is the known one, rounded."""
+        found, known = sketch(self.U, self.V), self.basis
+        kept = self._parameters[f"{KEPT[self.side][0]}h"]
+        assert kept is not None
+        tolerance = max(MATCH_TOLERANCE, 8 * torch.finfo(kept.dtype).eps)
+        same = match_signs(known.sketch, found, tolerance) is not None
+        self.basis = known._replace(
+            fingerprint=fingerprint(gathered(self.base_weight)),
+            gap=known.gap if same else 0.0,
+            sketch=known.sketch if same else found,
+        )
+
+    # -- the forward -------------------------------------------------------------------------------------------
+
+    def call_factors(self) -> tuple[Tensor, ...]:
+        return (self.own_core(),)
+
+    def core(self) -> Tensor:
+        C, sigma = self.own_core(), self.sigma
+        if self.side == "output":
+            return C * sigma
+        if self.side == "input":
+            return sigma.unsqueeze(-1) * C
+        C, C_out = C.unbind()
+        right = sigma.unsqueeze(-1) * C
+        return right + C_out * sigma + C_out @ right
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fixed(x) if self.idle else self.adapted(x)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        if self.mode == "composed":
+            raise ValueError(f"`mode` must be 'auto' or 'factored' for form='activation', got {self.mode!r}")
+        core, Vh, Uh = self.core_for_call(), self._parameters.get("Vh"), self._parameters.get("Uh")
+        if Vh is not None:
+            x = self._changed(x, Vh, core, 0)
+        y = self.fixed(x)
+        return y if Uh is None else self._changed(y, Uh, core, 1, self.bias)
+
+    def _changed(self, x: Tensor, basis: Tensor, core: Tensor, side: int, shift: Tensor | None = None) -> Tensor:
+        one = core if core.ndim == 2 else core[side]
+        return activation(x, basis.mT, one, shift, partial(self._narrow, core, side))
+
+    def _narrow(self, core: Tensor, side: int, dtype: torch.dtype) -> Tensor | None:
+        narrow = self.narrow_core(core, dtype)
+        return narrow if narrow is None or core.ndim == 2 else narrow[side]
+
+
+class SSVDActivationLinear(ActivationForm, SSVDLinear):
+    """`SSVDLinear` in the activation form."""
+
+
+class SSVDActivationQuantizedLinear(ActivationForm, SSVDQuantizedLinear):
+    """`SSVDQuantizedLinear` in the activation form."""
