@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from ..basis.batch import Plan, factorize_all
 from ..basis.factorize import BASIS, SAFE_GAP, Factorization, basis_error, fingerprint, match_signs
 from ..basis.linears import base_weight, check_adaptable
+from ..layers.adapt import check_method
 from ..layers.base import AdaptedLinear, module_paths, own_layers
 from ..layers.inactive import own_tensors
-from ..layers.adapt import check_method
 from ..layers.saved import SavedModule
 from ..model.inject import install
 from ..model.lookup import check_not_ddp, require_layers, saved_modules, unwrapped

@@ -6,13 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..basis.factorize import MATCH_TOLERANCE, Factorization, fingerprint, match_signs, sketch
-from ..basis.linears import is_quantized
-from ..config import SSVDConfig
-from ..ops.functional import activation
-from ..utils.fsdp import assign, gathered
+from ..ops.functional import activation, linear
+from ..utils.fsdp import gathered
 from .quantized import SSVDQuantizedLinear
 from .ssvd import SSVDAdapter, SSVDLinear
 
@@ -36,25 +34,23 @@ class ActivationForm(SSVDAdapter):
 
     composes = False
 
-    def __init__(self, linear: nn.Linear, config: SSVDConfig, factorization: Factorization | None = None) -> None:
-        super().__init__(linear, config, factorization)
-        full = self.sigma.dtype
-        half = is_quantized(linear) or linear.weight.dtype.itemsize < 4
-        dtype = {"auto": torch.bfloat16 if half else full}.get(config.basis_dtype) or getattr(torch, config.basis_dtype)
-        self._check_sigma(dtype)
-        for name in ("U", "V"):
-            basis: Tensor = self._parameters.pop(name)  # type: ignore[assignment]
-            if name in KEPT[self.side]:
-                kept = basis.detach().to(dtype).mT.contiguous()
-                self.register_parameter(f"{name}h", nn.Parameter(kept, requires_grad=False))
+    def hold_basis(self, found: Factorization, config: Any, dtype: torch.dtype) -> None:
+        if config.basis_dtype != "auto":
+            dtype = getattr(torch, config.basis_dtype)
+        else:
+            dtype = torch.bfloat16 if self.quantized or dtype.itemsize < 4 else found.sigma.dtype
+        self._check_sigma(found.sigma, dtype)
+        side = config.resolve_side(self.in_features, self.out_features)
+        bases = {f"{name}h": getattr(found, name).to(dtype).mT.contiguous() for name in KEPT[side]}
+        self.store({"sigma": found.sigma, **bases})
 
-    def _check_sigma(self, dtype: torch.dtype) -> None:
-        ratio = float(self.sigma[-1] / self.sigma[0])
+    def _check_sigma(self, sigma: Tensor, dtype: torch.dtype) -> None:
+        ratio = float(sigma[-1] / sigma[0])
         least = SMALLEST.get(dtype, SMALLEST_HALF)
         if not ratio >= least:
             raise ValueError(
-                f"form='activation' divides by the singular values, but sigma_k / sigma_1 is {ratio:.1e} at k = {self.k}, "
-                f"below {least:g} ({dtype}): use a smaller rank, or form='weight'"
+                f"form='activation' divides by singular values: sigma_k / sigma_1 must be at least {least:g} for a basis "
+                f"in {dtype}, got {ratio:.1e} at k = {self.k}: use a smaller rank, or form='weight'"
             )
 
     @property
@@ -73,29 +69,26 @@ class ActivationForm(SSVDAdapter):
         """(d_in, k) in sigma's dtype: as kept, or W^T U Sigma^-1."""
         return self._basis("V")
 
+    def kept(self, name: str) -> Tensor | None:
+        """The transpose of U or V, if it is kept."""
+        return self._parameters.get(f"{name}h")
+
     def _basis(self, name: str) -> Tensor:
-        sigma, kept = gathered(self.sigma), self._parameters.get(f"{name}h")
+        sigma, kept = gathered(self.sigma), self.kept(name)
         if kept is not None:
             return gathered(kept).mT.to(sigma.dtype)
         W = gathered(self.base_weight).detach().to(sigma.dtype)
-        other = gathered(self._parameters["Vh" if name == "U" else "Uh"]).mT.to(sigma.dtype)
+        other = gathered(self.kept("V" if name == "U" else "U")).mT.to(sigma.dtype)
         return (W if name == "U" else W.mT) @ other / sigma
 
-    def hold_basis(self, found: Factorization) -> None:
-        for name in ("U", "sigma", "V"):  # not by setattr: U and V are properties
-            self._parameters[name] = nn.Parameter(getattr(found, name), requires_grad=False)
-
     def replace_basis(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            if name == "sigma":
-                assign(self.sigma, value)
-            elif name in KEPT[self.side]:
-                assign(self._parameters[f"{name}h"], value.mT)
+        stored = {f"{name}h": value.mT for name, value in values.items() if name in KEPT[self.side]}
+        super().replace_basis(stored | {name: value for name, value in values.items() if name == "sigma"})
 
     def recognise_basis(self) -> None:
         """As for the weight form; but a kept basis in half precision is the known one, rounded."""
         found, known = sketch(self.U, self.V), self.basis
-        kept = self._parameters[f"{KEPT[self.side][0]}h"]
+        kept = self.kept(KEPT[self.side][0])
         assert kept is not None
         tolerance = max(MATCH_TOLERANCE, 8 * torch.finfo(kept.dtype).eps)
         same = match_signs(known.sketch, found, tolerance) is not None
@@ -104,6 +97,9 @@ class ActivationForm(SSVDAdapter):
             gap=known.gap if same else 0.0,
             sketch=known.sketch if same else found,
         )
+
+    def update(self, x: Tensor) -> Tensor:
+        return linear(x, None, *self.update_factors(), None, self.mode)
 
     # -- the forward -------------------------------------------------------------------------------------------
 
@@ -126,7 +122,7 @@ class ActivationForm(SSVDAdapter):
     def adapted(self, x: Tensor) -> Tensor:
         if self.mode == "composed":
             raise ValueError(f"`mode` must be 'auto' or 'factored' for form='activation', got {self.mode!r}")
-        core, Vh, Uh = self.core_for_call(), self._parameters.get("Vh"), self._parameters.get("Uh")
+        core, Vh, Uh = self.core_for_call(), self.kept("V"), self.kept("U")
         if Vh is not None:
             x = self._changed(x, Vh, core, 0)
         y = self.fixed(x)

@@ -120,6 +120,7 @@ class SSVDQuantizedLinear(SSVDLinear):
 
     base: nn.Linear
     base_layer = QuantizedBase()
+    quantized = True
     unloaded_dtype: torch.dtype | None = None  # by default what the library dequantises to
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from ..basis.batch import Plan, factorize_all
 from ..basis.factorize import Factorization, check_weight
 from ..basis.linears import base_weight, check_adaptable, parameter_count
 from ..config import Config
+from ..layers.adapt import adapt, check_method
 from ..layers.adapter import Adapter
 from ..layers.base import AdaptedLinear, check_not_adapted, module_paths
-from ..layers.adapt import adapt, check_method
 from ..layers.saved import SavedModule
 from .lookup import check_not_ddp, replace_modules
 from .planner import RankPlan
