@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..adapters.file_format import AdapterError
 from ..basis.factorize import BASIS, SAFE_GAP, SKETCH_ROWS, Factorization, factorize, match_signs
 from ..basis.forwards import casts
-from ..basis.linears import base_weight, check_adaptable
+from ..basis.linears import base_weight, check_adaptable, features
 from ..config import SSVDConfig, check_strength
 from ..layers.activation import ActivationForm
 from ..layers.merging import merged_weight
@@ -43,7 +43,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         self.training = base_layer.training
         self.base_layer: nn.Linear = base_layer  # type: ignore[assignment]
         self.name = name
-        self.in_features, self.out_features = self.base_layer.in_features, self.base_layer.out_features
+        self.in_features, self.out_features = features(base_layer)
         self.ssvd_adapter = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self.running: list[PeftAdapter] = []  # what the forward applies: active, not disabled, not merged

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..basis.factorize import MATCH_TOLERANCE, Factorization, fingerprint, match_signs, sketch
 from ..ops.functional import activation, linear
 from ..utils.fsdp import gathered
+from .base_layer import PointwiseBase
 from .quantized import SSVDQuantizedLinear
 from .ssvd import SSVDAdapter, SSVDLinear
 
@@ -33,6 +34,7 @@ class ActivationForm(SSVDAdapter):
     """
 
     composes = False
+    channels = -1  # the dimension of x and y that W maps
 
     def hold_basis(self, found: Factorization, config: Any, dtype: torch.dtype) -> None:
         if config.basis_dtype != "auto":
@@ -49,8 +51,8 @@ class ActivationForm(SSVDAdapter):
         least = SMALLEST.get(dtype, SMALLEST_HALF)
         if not ratio >= least:
             raise ValueError(
-                f"form='activation' divides by singular values: sigma_k / sigma_1 must be at least {least:g} for a basis "
-                f"in {dtype}, got {ratio:.1e} at k = {self.k}: use a smaller rank, or form='weight'"
+                f"form='activation' divides by singular values: sigma_k / sigma_1 must be at least {least:g} for a "
+                f"basis in {dtype}, got {ratio:.1e} at k = {self.k}: use a smaller rank, or form='weight'"
             )
 
     @property
@@ -129,8 +131,11 @@ class ActivationForm(SSVDAdapter):
         return y if Uh is None else self._changed(y, Uh, core, 1, self.bias)
 
     def _changed(self, x: Tensor, basis: Tensor, core: Tensor, side: int, shift: Tensor | None = None) -> Tensor:
-        one = core if core.ndim == 2 else core[side]
-        return activation(x, basis.mT, one, shift, partial(self._narrow, core, side))
+        one, narrow = core if core.ndim == 2 else core[side], partial(self._narrow, core, side)
+        if self.channels == -1:
+            return activation(x, basis.mT, one, shift, narrow)
+        rows = activation(x.movedim(self.channels, -1), basis.mT, one, shift, narrow)
+        return rows.movedim(-1, self.channels).contiguous()
 
     def _narrow(self, core: Tensor, side: int, dtype: torch.dtype) -> Tensor | None:
         narrow = self.narrow_core(core, dtype)
@@ -143,3 +148,15 @@ class SSVDActivationLinear(ActivationForm, SSVDLinear):
 
 class SSVDActivationQuantizedLinear(ActivationForm, SSVDQuantizedLinear):
     """`SSVDQuantizedLinear` in the activation form."""
+
+
+class SSVDPointwise(SSVDActivationLinear):
+    """`SSVDLinear` over a convolution of kernel 1 or transformers' Conv1D, whose Parameters it keeps: x (B, d_in, ...)
+    -> y (B, d_out, ...), or x (..., d_in) -> y (..., d_out)."""
+
+    base_layer = PointwiseBase()
+
+    @property
+    def channels(self) -> int:  # type: ignore[override]
+        """-2 for Conv1d, -3 for Conv2d."""
+        return 1 - max(self._parameters["weight"].ndim, 2)  # type: ignore[union-attr]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..basis.factorize import Factorization
 from ..basis.linears import is_quantized
+from ..basis.pointwise import is_pointwise, is_transposed
 from ..config import Config, SpectralFTConfig, SSVDConfig
-from .activation import SSVDActivationLinear, SSVDActivationQuantizedLinear
+from .activation import SSVDActivationLinear, SSVDActivationQuantizedLinear, SSVDPointwise
 from .base import AdaptedLinear
 from .quantized import SSVDQuantizedLinear
 from .spectralft import SpectralFTLinear
@@ -19,23 +22,30 @@ ACTIVATION: dict[type[SSVDLinear], type[SSVDLinear]] = {
 }
 
 
-def check_method(linear: nn.Linear, config: Config, name: str) -> None:
-    """Raises TypeError for a quantised layer that the method of `config` cannot adapt."""
-    if isinstance(config, SpectralFTConfig) and is_quantized(linear):
+def check_method(layer: nn.Module, config: Config, name: str) -> None:
+    """Raises TypeError for a layer that the method or the form of `config` cannot adapt."""
+    kind = type(layer).__name__
+    if isinstance(config, SpectralFTConfig) and is_quantized(layer):
         raise TypeError(
-            f"{name} is a quantised {type(linear).__name__}: SpectralFT supports unquantised nn.Linear layers only, "
-            "SSVD supports both"
+            f"{name} is a quantised {kind}: SpectralFT supports unquantised nn.Linear layers only, SSVD supports both"
         )
+    if not isinstance(layer, nn.Linear):
+        if isinstance(config, SpectralFTConfig):
+            raise TypeError(f"{name} is a {kind}: SpectralFT supports nn.Linear layers only")
+        if config.form == "weight":
+            raise TypeError(f"{name} is a {kind}: `form` must be 'activation' or 'auto' for it, got 'weight'")
 
 
-def in_form(kind: type[SSVDLinear], config: SSVDConfig) -> type[SSVDLinear]:
-    """`kind` in the form that `config` names."""
+def in_form(kind: type[SSVDLinear], layer: nn.Module, config: SSVDConfig) -> type[SSVDLinear]:
+    """`kind`, or its subclass for this layer and the form that `config` names."""
+    if kind is SSVDLinear and (is_pointwise(layer) or is_transposed(layer)):
+        return SSVDPointwise
     return ACTIVATION.get(kind, kind) if config.form == "activation" else kind
 
 
-def adapt(linear: nn.Linear, config: Config, factorization: Factorization | None = None) -> AdaptedLinear:
-    """The layer of the method that `config` asks for, in place of a plain or (SSVD only) a quantised linear layer."""
+def adapt(layer: Any, config: Config, factorization: Factorization | None = None) -> AdaptedLinear:
+    """The adapted layer of the method that `config` asks for."""
     if isinstance(config, SpectralFTConfig):
-        return SpectralFTLinear(linear, config, factorization)
-    kind = SSVDQuantizedLinear if is_quantized(linear) else SSVDLinear
-    return in_form(kind, config)(linear, config, factorization)
+        return SpectralFTLinear(layer, config, factorization)
+    kind = SSVDQuantizedLinear if is_quantized(layer) else SSVDLinear
+    return in_form(kind, layer, config)(layer, config, factorization)

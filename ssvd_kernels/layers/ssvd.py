@@ -164,4 +164,4 @@ class SSVDLinear(AdaptedLinear, SSVDAdapter):
         """Factorises `linear` and adapts it as `config` says; see the class."""
         from .adapt import in_form  # the forms are subclasses
 
-        return in_form(cls, config)(linear, config)
+        return in_form(cls, linear, config)(linear, config)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..basis.factorize import check_weight
-from ..basis.linears import base_weight, parameter_count
+from ..basis.linears import base_weight, features, parameter_count
 from ..config import ALLOCATIONS, METHODS, Allocation, Config, Method, SpectralFTConfig, SSVDConfig, check_choice
 from ..layers.base import check_not_adapted
 from .budget import PEFT_METHODS, Shape, inner_outer, ranks, trainable
@@ -318,4 +318,4 @@ def _targeting(targets: str | Sequence[str], exclude: str | Sequence[str]) -> SS
 
 
 def _shapes(linears: dict[str, nn.Linear]) -> dict[str, Shape]:
-    return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    return {name: features(linear)[::-1] for name, linear in linears.items()}
