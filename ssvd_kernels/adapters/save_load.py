@@ -252,7 +252,9 @@ def _plan(file: AdapterFile, model: nn.Module) -> Plan:
             config.triplets(d_in, d_out)
         except (TypeError, ValueError) as error:
             raise error if isinstance(error, AdapterError) else AdapterError(f"{file.path}: {name}: {error}") from None
-        _check_precision(file, name, file.trained(name), torch.promote_types(linear.weight.dtype, torch.float32))
+        _check_precision(
+            file, name, file.trained(name), torch.promote_types(linear.get_parameter("weight").dtype, torch.float32)
+        )
         plan[name] = (linear, config)
     return plan
 
