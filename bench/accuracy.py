@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import ssvd_kernels as sk
 from bench.cases import cayley_by_solve
 from ssvd_kernels.integrations.peft import SSVDPeftConfig
-from ssvd_kernels.layers.quantized import adapt
+from ssvd_kernels.layers.adapt import adapt
 from ssvd_kernels.layers.ssvd import SSVDAdapter
 from ssvd_kernels.ops.reference import skew
 

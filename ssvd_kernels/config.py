@@ -137,7 +137,8 @@ class SSVDConfig(_Configuration):
         check_choice("basis_dtype", self.basis_dtype, BASIS_DTYPES)
         if self.form == "weight" and self.basis_dtype != "auto":
             raise ValueError(
-                f"`basis_dtype` must be left at 'auto' for form='weight', whose bases are float32, got {self.basis_dtype!r}"
+                "`basis_dtype` must be left at 'auto' for form='weight', whose bases are in float32 at least, "
+                f"got {self.basis_dtype!r}"
             )
         self._check_targets()
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from ..basis.batch import Plan, factorize_all
 from ..basis.factorize import BASIS, SAFE_GAP, Factorization, basis_error, fingerprint, match_signs
-from ..basis.linears import base_weight, check_adaptable
+from ..basis.linears import base_weight, check_adaptable, features
+from ..layers.adapt import check_method
 from ..layers.base import AdaptedLinear, module_paths, own_layers
 from ..layers.inactive import own_tensors
-from ..layers.quantized import check_method
 from ..layers.saved import SavedModule
 from ..model.inject import install
 from ..model.lookup import check_not_ddp, require_layers, saved_modules, unwrapped
@@ -241,18 +241,20 @@ def _plan(file: AdapterFile, model: nn.Module) -> Plan:
             )
         try:
             check_adaptable(linear, name)
-            assert isinstance(linear, nn.Linear)
-            shape = [linear.out_features, linear.in_features]
+            d_in, d_out = features(linear)
+            shape = [d_out, d_in]
             if shape != layer["shape"]:
                 raise AdapterError(
                     f"{file.path} was saved for {name} of shape {layer['shape']}, but the model has {shape}"
                 )
             config = config_of(layer)
             check_method(linear, config, name)
-            config.triplets(linear.in_features, linear.out_features)
+            config.triplets(d_in, d_out)
         except (TypeError, ValueError) as error:
             raise error if isinstance(error, AdapterError) else AdapterError(f"{file.path}: {name}: {error}") from None
-        _check_precision(file, name, file.trained(name), torch.promote_types(linear.weight.dtype, torch.float32))
+        _check_precision(
+            file, name, file.trained(name), torch.promote_types(linear.get_parameter("weight").dtype, torch.float32)
+        )
         plan[name] = (linear, config)
     return plan
 

@@ -15,13 +15,13 @@ from ..config import Config
 from .cache import cache_folder, load, store
 from .distributed import Task, Tasks, several_processes, share_out
 from .factorize import Factorization, factorize
-from .linears import base_weight
+from .linears import base_weight, features
 from .truncated_svd import cost
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"  # tqdm's own, without the cost's digits
 
 
-Plan = Mapping[str, tuple[nn.Linear, Config]]  # module name -> the layer and how to adapt it
+Plan = Mapping[str, tuple[nn.Module, Config]]  # module name -> the layer and how to adapt it
 
 
 def factorize_all(
@@ -31,7 +31,7 @@ def factorize_all(
     folder = cache_folder(cache_dir)
     tasks = {}
     for name, (linear, config) in plan.items():
-        d_in, d_out = linear.in_features, linear.out_features
+        d_in, d_out = features(linear)
         k = config.triplets(d_in, d_out)
         tasks[name] = Task(partial(base_weight, linear, name), k, cost(d_out, d_in, k))
     if share and several_processes():

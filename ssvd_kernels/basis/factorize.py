@@ -97,13 +97,13 @@ def basis_error(weight: Tensor, U: Tensor, sigma: Tensor, V: Tensor) -> float:
     return float((U.mT @ W @ V - torch.diag(sigma)).norm() / W.norm())
 
 
-def match_signs(saved: Tensor, found: Tensor) -> Tensor | None:
+def match_signs(saved: Tensor, found: Tensor, tolerance: float = MATCH_TOLERANCE) -> Tensor | None:
     """Signs (k,) that turn the basis with sketch `found` into the one with sketch `saved`; None if none do."""
     if saved.shape != found.shape:
         return None
     signs = torch.where((saved * found).sum(0) < 0, -1.0, 1.0)
     scale = torch.maximum(saved.norm(dim=0), saved.new_tensor(1.0))
-    matches = (found * signs - saved).norm(dim=0) <= MATCH_TOLERANCE * scale
+    matches = (found * signs - saved).norm(dim=0) <= tolerance * scale
     return signs if bool(matches.all()) else None
 
 

@@ -1,4 +1,4 @@
-"""The layers that can be adapted: plain linear layers, and those quantised by bitsandbytes or torchao.
+"""The layers that can be adapted: plain linear layers, those quantised by bitsandbytes or torchao, and pointwise ones.
 
 This module does not import a quantisation library: code that has such a layer has already imported its library.
 """
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..utils.fsdp import is_sharded
 from .forwards import computed_as
+from .pointwise import CONVOLUTIONS, is_pointwise, is_transposed, matrix_of, why_not_pointwise
 
 _LINEAR = "an nn.Linear with its own weight and forward (which may only cast the weight to x's dtype)"
 
@@ -32,8 +33,16 @@ def is_quantized(module: object) -> TypeGuard[nn.Linear]:
 
 
 def is_adaptable(module: object) -> bool:
-    """Whether SSVD can adapt `module`: a plain nn.Linear or a quantised one."""
-    return is_quantized(module) or is_linear(module)
+    """Whether SSVD can adapt `module`: a plain nn.Linear, a quantised or a pointwise layer."""
+    return is_quantized(module) or is_linear(module) or is_pointwise(module) or is_transposed(module)
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of a layer that `is_adaptable`."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    d_out, d_in = base_weight(module).shape
+    return d_in, d_out
 
 
 def check_linear(module: object, name: str) -> None:
@@ -51,6 +60,11 @@ def check_adaptable(module: nn.Module, name: str, origin: str = "") -> None:
     """Raises TypeError unless `module` `is_adaptable` and computes what its class does; `origin` follows its name in
     the message."""
     if not is_adaptable(module):
+        if isinstance(module, CONVOLUTIONS) and (reason := why_not_pointwise(module)) is not None:
+            raise TypeError(
+                f"`{name}`{origin} must be a convolution of kernel size 1, stride 1, no padding and one group, got "
+                f"{type(module).__name__} with {reason}"
+            )
         raise TypeError(
             f"`{name}`{origin} must be {_LINEAR}, or one quantised by bitsandbytes or torchao, "
             f"got {type(module).__name__}"
@@ -75,12 +89,15 @@ def move_hooks(source: nn.Module, target: nn.Module) -> None:
     share_hooks(nn.Identity(), source)  # a new module's: none
 
 
-def base_weight(linear: nn.Linear, name: str = "linear") -> Tensor:
-    """W (d_out, d_in) of a plain or quantised layer, the latter dequantised anew by its own library.
+def base_weight(linear: nn.Module, name: str = "linear") -> Tensor:
+    """W (d_out, d_in) of a layer that `is_adaptable`; a quantised one's is dequantised anew by its own library.
 
     Raises ValueError for a bitsandbytes layer that holds no quantised weight (such layers quantise when they are moved
     to their device), or one repacked for inference, which cannot be dequantised.
     """
+    if not isinstance(linear, nn.Linear):
+        weight: Tensor = linear.weight  # type: ignore[assignment]
+        return matrix_of(weight, linear)
     if _is_torchao(linear):
         return linear.weight.detach().dequantize()
     if not is_bitsandbytes(linear):

@@ -42,7 +42,7 @@ from ..basis.factorize import (
     match_signs,
     sketch,
 )
-from ..basis.linears import check_linear
+from ..basis.linears import check_linear, features
 from ..config import SSVDConfig, check_choice
 from ..layers.base import adapted_layers
 from ..layers.ssvd import SSVDLinear
@@ -120,13 +120,13 @@ class ESPnetSSVDLinear(SSVDLinear):
         super().__init__(linear, config, factorization)
         self.factorized = bool(self.basis.sketch.any())
 
-    def core(self) -> Tensor:
+    def own_core(self) -> Tensor:
         if not self.factorized:
             raise RuntimeError(
                 "no pretrained weight was loaded into this SSVD layer, so it has no singular vectors: load one "
                 "(init_param) first, or give adapter_conf weights='now' for a model that brings its own"
             )
-        return super().core()
+        return super().own_core()
 
     def get_extra_state(self) -> Tensor:
         """(7, k): sketch of the basis, and the index of the rotation: floats, as ESPnet averages what it saved."""
@@ -225,12 +225,13 @@ def _names_that_end(model: nn.Module, endings: Sequence[str]) -> list[str]:
     return [name for name in names if name.endswith(tuple(endings))]
 
 
-def _placeholder(linear: nn.Linear, config: SSVDConfig) -> Factorization:
+def _placeholder(linear: nn.Module, config: SSVDConfig) -> Factorization:
     """Zeros in the shapes that a factorisation will have."""
-    k = config.triplets(linear.in_features, linear.out_features)
-    zeros = linear.weight.new_zeros
-    dtype = torch.promote_types(linear.weight.dtype, torch.float32)
-    U, sigma, V = (zeros(shape, dtype=dtype) for shape in ((linear.out_features, k), (k,), (linear.in_features, k)))
+    d_in, d_out = features(linear)
+    k = config.triplets(d_in, d_out)
+    weight = linear.get_parameter("weight")
+    zeros, dtype = weight.new_zeros, torch.promote_types(weight.dtype, torch.float32)
+    U, sigma, V = (zeros(shape, dtype=dtype) for shape in ((d_out, k), (k,), (d_in, k)))
     return Factorization(U, sigma, V, "", 0.0, torch.zeros(2 * SKETCH_ROWS, k))
 
 

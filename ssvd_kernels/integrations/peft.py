@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..basis.linears import is_quantized, move_hooks
-from ..config import PRESETS, Rotation, Side, SSVDConfig, check_names, check_strength
+from ..config import PRESETS, BasisDtype, Form, Rotation, Side, SSVDConfig, check_names, check_strength
 from ..layers.base import AdaptedLinear
 from ..layers.quantized import forget_quantization
 from ..model.lookup import replace_modules
@@ -65,7 +65,8 @@ SSVD: Any = _Method("SSVD")
 class SSVDPeftConfig(PeftConfig):
     """SSVD (arXiv 2509.02830) for `peft.get_peft_model`, `model.add_adapter` and the like.
 
-    rank, ratio, side, rotation, rank_out, ratio_out, band   as in `ssvd_kernels.SSVDConfig`; rank or ratio is needed
+    rank, ratio, side, rotation, rank_out, ratio_out, band, form, basis_dtype   as in `ssvd_kernels.SSVDConfig`; rank or
+                         ratio is needed
     strength             see `ssvd_kernels.set_strength`; layers have set_scale, scale_layer and unscale_layer as LoRA's
     target_modules       a list of module-name suffixes, a regular expression, "all-linear", a preset ("whisper",
                          "wav2vec2", "hubert", "wavlm"), or None: the preset of the model's type, else "all-linear"
@@ -83,6 +84,8 @@ class SSVDPeftConfig(PeftConfig):
     rank_out: int | None = None
     ratio_out: float | None = None
     band: int | None = None
+    form: Form = "auto"
+    basis_dtype: BasisDtype = "auto"
     strength: float = 1.0
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
@@ -120,6 +123,8 @@ class SSVDPeftConfig(PeftConfig):
             rank_out=self.rank_out,
             ratio_out=self.ratio_out,
             band=self.band,
+            form=self.form,
+            basis_dtype=self.basis_dtype,
         )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..adapters.file_format import AdapterError
 from ..basis.factorize import BASIS, SAFE_GAP, SKETCH_ROWS, Factorization, factorize, match_signs
 from ..basis.forwards import casts
-from ..basis.linears import base_weight, check_adaptable
+from ..basis.linears import base_weight, check_adaptable, features
 from ..config import SSVDConfig, check_strength
+from ..layers.activation import ActivationForm
 from ..layers.merging import merged_weight
 from ..layers.running import structure
 from ..layers.ssvd import SSVDAdapter
@@ -42,7 +43,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         self.training = base_layer.training
         self.base_layer: nn.Linear = base_layer  # type: ignore[assignment]
         self.name = name
-        self.in_features, self.out_features = self.base_layer.in_features, self.base_layer.out_features
+        self.in_features, self.out_features = features(base_layer)
         self.ssvd_adapter = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self.running: list[PeftAdapter] = []  # what the forward applies: active, not disabled, not merged
@@ -56,12 +57,18 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
             k = config.triplets(self.in_features, self.out_features)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
-        self.ssvd_adapter[adapter_name] = PeftAdapter(self, config, self._factorization(k), strength)
+        activation = config.form == "activation"
+        kind = PeftActivationAdapter if activation else PeftAdapter
+        adapter = kind(self, config, self._factorization(k, activation), strength)
+        for other in self._adapters():
+            adapter.share_basis(other)
+        self.ssvd_adapter[adapter_name] = adapter
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _factorization(self, k: int) -> Factorization:
+    def _factorization(self, k: int, rounded: bool) -> Factorization:
+        """rounded: whether that of an adapter in the activation form does, of which one basis is rounded."""
         for adapter in self._adapters():
-            if adapter.k == k and adapter.basis.gap >= SAFE_GAP:
+            if adapter.k == k and adapter.basis.gap >= SAFE_GAP and (rounded or adapter.composes):
                 return Factorization(adapter.U, adapter.sigma, adapter.V, *adapter.basis)
         return factorize(self.base_weight, k, f"{self.name}.weight")
 
@@ -185,8 +192,8 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
             self._unmerged = fn(self._unmerged)
         moved: dict[int, tuple[Tensor, Tensor]] = {}
         for adapter in self._adapters():
-            for name in BASIS:
-                tensor: Tensor = getattr(adapter, name)
+            for name in adapter.stored:
+                tensor: Tensor = adapter.__dict__[name]
                 if id(tensor) not in moved:
                     new = fn(tensor)
                     wide = torch.promote_types(new.dtype, tensor.dtype)
@@ -204,16 +211,27 @@ class PeftAdapter(SSVDAdapter):
     """
 
     layer: SSVDPeftLinear
+    stored: tuple[str, ...]
     managed_by = "PEFT"
 
     def __init__(self, layer: SSVDPeftLinear, config: SSVDConfig, found: Factorization, strength: float = 1.0) -> None:
+        self.__dict__["layer"] = layer  # not a submodule, but the other way round
         super().__init__(layer.base_weight, config, found)
         self.strength = self.configured_strength = strength
-        self.__dict__["layer"] = layer  # not a submodule, but the other way round
         self.training, self.casts = layer.training, casts(layer.base_layer)
 
-    def hold_basis(self, found: Factorization) -> None:
-        self.__dict__.update(U=found.U, sigma=found.sigma, V=found.V)
+    @property
+    def quantized(self) -> bool:  # type: ignore[override]
+        return self.layer.quantized
+
+    def store(self, basis: Mapping[str, Tensor]) -> None:
+        self.__dict__.update(basis, stored=tuple(basis))
+
+    def share_basis(self, other: PeftAdapter) -> None:
+        """Uses the tensors of `other`, if they are of the same basis."""
+        own, theirs = self.__dict__, other.__dict__
+        if self.stored == other.stored and all(torch.equal(own[name], theirs[name]) for name in self.stored):
+            own.update({name: theirs[name] for name in self.stored})
 
     def replace_basis(self, values: dict[str, Tensor]) -> None:
         """By new tensors: other adapters share the present ones."""
@@ -243,7 +261,7 @@ class PeftAdapter(SSVDAdapter):
             [] if self.layer.quantized else [(frozen, name) for name in ("weight", "bias") if frozen[name] is not None]
         )
         trained = [(self._parameters, name) for name in self.adapter()]
-        return [*base, *((self.__dict__, name) for name in BASIS), *trained]
+        return [*base, *((self.__dict__, name) for name in self.stored), *trained]
 
     def fixed(self, x: Tensor) -> Tensor:
         return self.layer.base_layer(x)
@@ -255,7 +273,7 @@ class PeftAdapter(SSVDAdapter):
         parts = [torch.tensor([_FORMAT_VERSION, *bytes.fromhex(self.basis.fingerprint)]), self.basis.sketch.flatten()]
         if self.basis.gap < SAFE_GAP:
             parts += [getattr(self, name).detach().flatten().cpu() for name in BASIS]
-        return torch.cat([part.to(self.U.dtype) for part in parts])
+        return torch.cat([part.to(self.sigma.dtype) for part in parts])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Compares the basis that an adapter was trained on with this one, and repairs signs (in any order with theta).
@@ -296,6 +314,13 @@ class PeftAdapter(SSVDAdapter):
             args[-1].append(f"{prefix[:-1]} is merged: unmerge before loading")
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class PeftActivationAdapter(ActivationForm, PeftAdapter):
+    """`PeftAdapter` in the activation form."""
+
+    def kept(self, name: str) -> Tensor | None:
+        return self.__dict__.get(f"{name}h")
 
 
 def _sum(adapters: list[PeftAdapter]) -> tuple[Tensor, Tensor, Tensor]:

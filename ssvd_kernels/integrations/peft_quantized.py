@@ -22,6 +22,8 @@ class SSVDPeftQuantizedLinear(SSVDPeftLinear):
     unloaded_dtype: torch.dtype | None = None  # by default the dequantised weight's
 
     def forward(self, x: Tensor) -> Tensor:
+        if len(self.running) == 1 and not self.running[0].composes:
+            return self.running[0].forward(x)
         y = self.base_layer(x)
         updates = [adapter.update(x) for adapter in self.running]
         return add_update(y, sum(updates[1:], updates[0])) if updates else y

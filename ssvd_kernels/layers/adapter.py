@@ -31,6 +31,7 @@ class Adapter(nn.Module, ABC):
     config_type: ClassVar[type[Config]]
     trained_names: ClassVar[tuple[str, ...]]  # of an adapter's Parameters; every layer has the first
     managed_by: ClassVar[str | None] = None  # another library, e.g. PEFT
+    quantized = False
     composes = True  # whether W' may be composed, and kept, to serve several calls
     casts = False  # whether the layer takes x of any dtype and casts W and b to it, as the layer that it adapts
 
@@ -52,7 +53,7 @@ class Adapter(nn.Module, ABC):
         self.basis = BasisIdentity(found.fingerprint, found.gap, found.sketch)
         self.cache = LayerCache()
         self.idle = False  # merged, disabled or inactive: a forward of the model does not need its update
-        self.hold_basis(found)
+        self.hold_basis(found, config, weight.dtype)
         structure.changed()
 
     # -- what a method defines ---------------------------------------------------------------------------------
@@ -113,11 +114,14 @@ class Adapter(nn.Module, ABC):
     def fixed(self, x: Tensor) -> Tensor:
         """What an idle adapter computes: x W^T + b, or with a merged W'."""
 
-    def hold_basis(self, found: Factorization) -> None:
-        """Makes U, sigma and V attributes of the layer."""
-        for name in BASIS:
+    def hold_basis(self, found: Factorization, config: Config, dtype: torch.dtype) -> None:
+        """Makes U, sigma and V of a weight of `dtype` attributes of the layer."""
+        self.store({name: getattr(found, name) for name in BASIS})
+
+    def store(self, basis: Mapping[str, Tensor]) -> None:
+        for name, tensor in basis.items():
             # frozen parameters, not buffers: DDP broadcasts buffers, even non-persistent ones, every step
-            self.register_parameter(name, nn.Parameter(getattr(found, name), requires_grad=False))
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def replace_basis(self, values: dict[str, Tensor]) -> None:
         """Overwrites the basis with `values` of the same shapes; called with gradients off."""

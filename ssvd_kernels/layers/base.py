@@ -8,15 +8,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..basis.factorize import BASIS, Factorization
-from ..basis.forwards import cast_linear
 from ..config import Config
 from ..utils.fsdp import is_sharded
 from .adapter import Adapter
-from .base_layer import BaseLayer
+from .base_layer import BASES, BaseLayer
 from .inactive import InactiveAdapter, other_adapters
 from .merging import merged_weight
 
@@ -72,7 +70,7 @@ class AdaptedLinear(Adapter):
             kind = type(self).__name__
             raise RuntimeError(f"this {kind} is merged and would not train: call unmerge() first, or eval()")
         weight = self.base_weight if merged is None else merged
-        return (cast_linear if self.casts else F.linear)(x, weight, self._parameters["bias"])
+        return self.base_layer.product(self, x, weight)
 
     # -- adapters ----------------------------------------------------------------------------------------------
 
@@ -180,7 +178,7 @@ class AdaptedLinear(Adapter):
             error_msgs.append(refusal)
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if f"{prefix}U" in state_dict or f"{prefix}V" in state_dict:
+        if any(f"{prefix}{name}" in state_dict for name in BASES):
             self.recognise_basis()
 
     def extra_repr(self) -> str:

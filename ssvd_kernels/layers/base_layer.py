@@ -6,16 +6,19 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..basis.forwards import casts
-from ..basis.linears import check_linear, share_hooks
+from ..basis.forwards import cast_linear, casts
+from ..basis.linears import base_weight, check_linear, share_hooks
+from ..basis.pointwise import convolve, is_pointwise, is_transposed, like, matrix_of
 
 if TYPE_CHECKING:
     from .base import AdaptedLinear
 
 OTHER_WEIGHT = "differs from the base weight whose singular vectors this layer holds"
 REMEDY = "load base weights before inject"
+BASES = ("U", "V", "Uh", "Vh")
 
 
 class BaseLayer:
@@ -32,7 +35,7 @@ class BaseLayer:
     def attach(self, layer: AdaptedLinear, linear: nn.Linear) -> None:
         """Puts the frozen `linear` below `layer`."""
         layer.__dict__["_original"] = linear.requires_grad_(False)  # not a submodule: `original()` gives it back
-        layer.casts = casts(linear)
+        layer.casts = isinstance(linear, nn.Linear) and casts(linear)
         share_hooks(linear, layer)
         others = dict(layer._parameters)
         layer._parameters.clear()  # for the weight must come first: its dtype is taken for the model's
@@ -46,6 +49,10 @@ class BaseLayer:
 
     def bias(self, layer: AdaptedLinear) -> nn.Parameter | None:
         return layer._parameters["bias"]
+
+    def product(self, layer: AdaptedLinear, x: Tensor, weight: Tensor) -> Tensor:
+        """What the layer computes with `weight` (d_out, d_in) for W."""
+        return (cast_linear if layer.casts else F.linear)(x, weight, layer._parameters["bias"])
 
     def original(self, layer: AdaptedLinear) -> nn.Linear:
         """The layer that was adapted, with the present weight and bias."""
@@ -66,9 +73,31 @@ class BaseLayer:
 
     def load_refusal(self, layer: AdaptedLinear, state_dict: Mapping[str, Any], prefix: str) -> str | None:
         """Why `layer` cannot load a state dict: another base weight than the one that its basis belongs to."""
-        loaded, W = state_dict.get(f"{prefix}weight"), layer.base_weight
-        if loaded is None or loaded.shape != W.shape or {f"{prefix}U", f"{prefix}V"} <= state_dict.keys():
+        loaded, W = state_dict.get(f"{prefix}weight"), layer._parameters["weight"]
+        bases = {f"{prefix}{name}" for name in layer._parameters if name in BASES}
+        if loaded is None or W is None or loaded.shape != W.shape or bases <= state_dict.keys():
             return None  # load_state_dict itself refuses another shape
         if torch.equal(loaded.to(W.device, W.dtype), W):
             return None
-        return f"{prefix}weight {OTHER_WEIGHT}, and the state dict has no U and V: {REMEDY}"
+        return f"{prefix}weight {OTHER_WEIGHT}, and the state dict has no basis of it: {REMEDY}"
+
+
+class PointwiseBase(BaseLayer):
+    """A convolution of kernel 1 or transformers' Conv1D: Parameters under the same keys, in their own shapes."""
+
+    def read(self, linear: nn.Module) -> Tensor:
+        if not (is_pointwise(linear) or is_transposed(linear)):
+            raise TypeError(f"`linear` must be a convolution of kernel 1 or transformers' Conv1D, got {linear}")
+        return base_weight(linear)
+
+    def weight(self, layer: AdaptedLinear) -> Tensor:
+        return matrix_of(super().weight(layer), layer.__dict__["_original"])
+
+    def product(self, layer: AdaptedLinear, x: Tensor, weight: Tensor) -> Tensor:
+        own, original, bias = super().weight(layer), layer.__dict__["_original"], layer._parameters["bias"]
+        if is_transposed(original):
+            return F.linear(x, weight, bias)
+        return convolve(x, like(own, weight, original), bias)
+
+    def unloaded(self, layer: AdaptedLinear, weight: Tensor) -> nn.Linear:
+        return super().unloaded(layer, like(super().weight(layer), weight, self.original(layer)))

@@ -111,7 +111,11 @@ class LayerCache:
         """W', if a call of `adapter` on x is to use it: in float32 and float64, where composing loses nothing."""
         dtype, device = x.dtype, x.device
         check_choice("mode", adapter.mode, dispatch.MODES)
-        if adapter.mode == "factored" or not adapter.composes or not dtype == adapter.base_weight.dtype == adapter.sigma.dtype:
+        if (
+            adapter.mode == "factored"
+            or not adapter.composes
+            or not dtype == adapter.base_weight.dtype == adapter.sigma.dtype
+        ):
             return None
         if dtype.itemsize < 4 or torch.is_autocast_enabled(device.type) or not self.serves(adapter):
             return None
@@ -140,7 +144,8 @@ class LayerCache:
         if made.composed is not None:
             return made.composed.read()[0]
         with torch.inference_mode(False), torch.no_grad():
-            weight = reference.compose_ref(adapter.base_weight, *made.factors.read())
+            U, V, core = made.factors.read()
+            weight = reference.compose_ref(adapter.base_weight, U, V, core)
         if not capturing(weight):
             made.hold(weight)
         return weight

@@ -14,32 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..basis.factorize import Factorization
 from ..basis.linears import base_weight, is_bitsandbytes, is_quantized, share_hooks
-from ..config import Config, SpectralFTConfig
 from ..ops.functional import add_update
 from .base import AdaptedLinear
 from .base_layer import OTHER_WEIGHT, REMEDY, BaseLayer
-from .spectralft import SpectralFTLinear
 from .ssvd import SSVDLinear
 
 logger = logging.getLogger(__name__)
-
-
-def check_method(linear: nn.Linear, config: Config, name: str) -> None:
-    """Raises TypeError for a quantised layer that the method of `config` cannot adapt."""
-    if isinstance(config, SpectralFTConfig) and is_quantized(linear):
-        raise TypeError(
-            f"{name} is a quantised {type(linear).__name__}: SpectralFT supports unquantised nn.Linear layers only, "
-            "SSVD supports both"
-        )
-
-
-def adapt(linear: nn.Linear, config: Config, factorization: Factorization | None = None) -> AdaptedLinear:
-    """The layer of the method that `config` asks for, in place of a plain or (SSVD only) a quantised linear layer."""
-    if isinstance(config, SpectralFTConfig):
-        return SpectralFTLinear(linear, config, factorization)
-    return (SSVDQuantizedLinear if is_quantized(linear) else SSVDLinear)(linear, config, factorization)
 
 
 def prevent_repacking(model: nn.Module) -> None:
@@ -139,11 +120,15 @@ class SSVDQuantizedLinear(SSVDLinear):
 
     base: nn.Linear
     base_layer = QuantizedBase()
+    quantized = True
     unloaded_dtype: torch.dtype | None = None  # by default what the library dequantises to
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
+        y = self.fixed(x)
         return y if self.idle else add_update(y, self.update(x))
+
+    def fixed(self, x: Tensor) -> Tensor:
+        return self.base(x)
 
     def frozen(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         own: dict[str, Any] = self._parameters

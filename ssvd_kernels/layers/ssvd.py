@@ -29,6 +29,8 @@ class SSVDAdapter(Adapter):
 
     def __init__(self, weight: Tensor, config: SSVDConfig, factorization: Factorization | None = None) -> None:
         super().__init__(weight, config, factorization)
+        if config.form == "activation" and self.composes:
+            raise ValueError(f"`form` must be 'weight' or 'auto' for {type(self).__name__}, got 'activation'")
         self.given = running.Given()
         d_out, d_in = weight.shape
         self.k_in, self.k_out = config.resolve_ranks(d_in, d_out)
@@ -76,11 +78,14 @@ class SSVDAdapter(Adapter):
     def operands(self, core: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """U, V and, unless it would be made for one call alone, `core` as the Triton kernels read them in `dtype`."""
         cache, (_, U, V, _) = LayerCache() if self.sharded else self.cache, self.frozen()  # FSDP2 gathers them anew
-        if (made := cache.made) is not None and core is made.factors.tensors[-1]:
-            narrow: Tensor | None = cache.operand("core", core, dtype)
-        else:
-            narrow = None if core is None else running.narrow(self, core, dtype)
+        narrow = None if core is None else self.narrow_core(core, dtype)
         return cache.operand("U", U, dtype), cache.operand("V", V, dtype), narrow
+
+    def narrow_core(self, core: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """`core` as the Triton kernels read it in `dtype`, unless it would be made for one call alone."""
+        if (made := self.cache.made) is not None and core is made.factors.tensors[-1]:
+            return self.cache.operand("core", core, dtype)
+        return running.narrow(self, core, dtype)
 
     def update(self, x: Tensor) -> Tensor:
         """((x V) core^T) U^T (..., d_out), in x's dtype or autocast's."""
@@ -157,4 +162,6 @@ class SSVDLinear(AdaptedLinear, SSVDAdapter):
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: SSVDConfig) -> SSVDLinear:
         """Factorises `linear` and adapts it as `config` says; see the class."""
-        return cls(linear, config)
+        from .adapt import in_form  # the forms are subclasses
+
+        return in_form(cls, linear, config)(linear, config)

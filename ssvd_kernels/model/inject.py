@@ -14,11 +14,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..basis.batch import Plan, factorize_all
 from ..basis.factorize import Factorization, check_weight
-from ..basis.linears import base_weight, check_adaptable, parameter_count
+from ..basis.linears import base_weight, check_adaptable, features, parameter_count
 from ..config import Config
+from ..layers.adapt import adapt, check_method
 from ..layers.adapter import Adapter
 from ..layers.base import AdaptedLinear, check_not_adapted, module_paths
-from ..layers.quantized import adapt, check_method
 from ..layers.saved import SavedModule
 from .lookup import check_not_ddp, replace_modules
 from .planner import RankPlan
@@ -104,7 +104,7 @@ def inject(
         check_method(linear, layer_config, name)
         check_weight(base_weight(linear, name), f"{name}.weight")
         try:
-            layer_config.triplets(linear.in_features, linear.out_features)
+            layer_config.triplets(*features(linear))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return install(model, plan, factorize_all(plan, progress, cache_dir, share), saved=saved)
@@ -114,7 +114,7 @@ def install(
     model: nn.Module,
     plan: Plan,
     found: Mapping[str, Factorization],
-    make: Callable[[nn.Linear, Any, Factorization], AdaptedLinear] = adapt,
+    make: Callable[[Any, Any, Factorization], AdaptedLinear] = adapt,
     saved: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> InjectReport:
     """The part of `inject` that changes the model, given the factorisations; `make` makes each layer; `saved` train."""

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..basis.linears import check_adaptable, is_adaptable
+from ..basis.pointwise import CONVOLUTIONS
 from ..config import PRESETS, Config
 from ..layers.adapter import Adapter
 from ..layers.base import module_paths
 from ..layers.inactive import own_tensors
 
 
-def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
-    """Name -> nn.Linear for every module that `config` targets, in the model's order.
+def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Module]:
+    """Name -> layer for every module that `config` targets, in the model's order: linear layers, also quantised ones
+    and transformers' Conv1D; where a list or a regular expression names them, convolutions of kernel 1.
 
     Weights that are tied (shared with another module, such as Whisper's proj_out with its token embedding) and the
     model's output embeddings are left alone, unless a list of suffixes names them: a tied one then raises. So does one
@@ -30,7 +32,7 @@ def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
     holders = weight_holders(model)
     output_embeddings = _output_embeddings(model)
     whole = set(find_saved(model, config).values())
-    targets: dict[str, nn.Linear] = {}
+    targets: dict[str, nn.Module] = {}
     for name, module in module_paths(model):  # each once, under its first path
         if module not in wanted or module in excluded:
             continue
@@ -38,7 +40,6 @@ def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
             check_adaptable(module, name, " (named in `targets`)")
         elif not is_adaptable(module):
             continue
-        assert isinstance(module, nn.Linear)
         tied = tied_to(name, module, holders)
         if tied is not None:
             if listed:
@@ -99,11 +100,12 @@ def _match(model: nn.Module, targets: str | Sequence[str]) -> tuple[dict[str, nn
     within = {part for module in model.modules() if isinstance(module, Adapter) for part in module.modules()}
     paths = module_paths(model, remove_duplicate=False)
     modules = {name: module for name, module in paths if name and module not in within}
+    linears = {name: module for name, module in modules.items() if not isinstance(module, CONVOLUTIONS)}
     if targets == "all-linear":
-        return modules, False
+        return linears, False
     if isinstance(targets, str) and targets in PRESETS:
-        names = _match_names(list(modules), PRESETS[targets])
-        return {name: modules[name] for name in names}, False
+        names = _match_names(list(linears), PRESETS[targets])
+        return {name: linears[name] for name in names}, False
     if isinstance(targets, str):
         if re.fullmatch(r"[\w-]+", targets) and targets not in modules:
             presets = ", ".join(map(repr, ("all-linear", *PRESETS)))
@@ -159,9 +161,10 @@ def weight_holders(model: nn.Module) -> dict[tuple, list[str]]:
     return holders
 
 
-def tied_to(name: str, linear: nn.Linear, holders: dict[tuple, list[str]]) -> str | None:
+def tied_to(name: str, linear: nn.Module, holders: dict[tuple, list[str]]) -> str | None:
     """Another name in `holders` under which a parameter is the weight of the module `name`, or None."""
-    return next((other for other in holders.get(_storage(linear.weight), []) if other != f"{name}.weight"), None)
+    found = holders.get(_storage(linear.get_parameter("weight")), [])
+    return next((other for other in found if other != f"{name}.weight"), None)
 
 
 def _storage(tensor: Tensor) -> tuple:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -203,15 +203,19 @@ def linear(
 
 
 def activation(
-    x: Tensor, basis: Tensor, core: Tensor, shift: Tensor | None = None, operands: Callable[..., Any] | None = None
+    x: Tensor,
+    basis: Tensor,
+    core: Tensor,
+    shift: Tensor | None = None,
+    narrow: Callable[[torch.dtype], Tensor | None] | None = None,
 ) -> Tensor:
     """x + (((x - shift) basis) core^T) basis^T, the change of a layer's input (V, C) or output (U, C_out, its bias).
 
     x (..., d), basis (d, k), core (k, k), shift (d,) -> (..., d), in x's dtype or autocast's; a sum in bfloat16 is
     rounded stochastically, so that small updates survive. Gradients reach x and core.
-    operands: gives, of basis, core and dtype, those that the Triton kernels read.
+    narrow: gives the core as the Triton kernels read it in a dtype, where that is made already.
     """
-    compiling, narrow, dtype = torch.compiler.is_compiling(), None, x.dtype
+    compiling, dtype = torch.compiler.is_compiling(), x.dtype
     if compiling or torch._C._is_any_autocast_enabled():
         dtype = compute_dtype(x)
     if dispatch.transforming():
@@ -221,9 +225,8 @@ def activation(
     backend = choose(x.device, dtype, dispatch.forced)
     if compiling:
         return SSVDActivationFunction.apply(x, basis, core, shift, dtype, backend)
-    if backend == "triton" and operands is not None:
-        basis, narrow = operands(basis, core, dtype)
-    return apply_activation(x, basis, core, shift, dtype, backend, narrow)
+    made = narrow(dtype) if backend == "triton" and narrow is not None else None
+    return apply_activation(x, basis, core, shift, dtype, backend, made)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

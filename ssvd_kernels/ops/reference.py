@@ -341,7 +341,7 @@ def ssvd_activation_bwd(
     return dx, None if z is None else g.mT @ z
 
 
-def activation_core_ref(core: Tensor, E: Tensor, sigma: Tensor, side: str, E_out: Tensor | None) -> Tensor:
+def activation_core_ref(core: Tensor, sigma: Tensor, side: str, E_out: Tensor | None) -> Tensor:
     """C (..., k, k) of a core M of `core_ref`, by which a layer's activations change instead of its weight.
 
     input   C = Sigma^-1 M,  W' = W (I + V C V^T)        output   C = M Sigma^-1,  W' = (I + U C U^T) W

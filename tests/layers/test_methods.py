@@ -25,8 +25,8 @@ import ssvd_kernels as sk
 from ssvd_kernels.adapters.file_format import read_adapter
 from ssvd_kernels.basis import batch
 from ssvd_kernels.basis.factorize import SKETCH_ROWS, Factorization
+from ssvd_kernels.layers.adapt import adapt
 from ssvd_kernels.layers.base import AdaptedLinear
-from ssvd_kernels.layers.quantized import adapt
 from ssvd_kernels.ops import kernels as triton_backend
 
 F64 = torch.float64

@@ -1,0 +1,162 @@
+"""The activation form of SSVD: what a layer reads and writes changes instead of its weight."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..basis.factorize import MATCH_TOLERANCE, Factorization, fingerprint, match_signs, sketch
+from ..ops.functional import activation, linear
+from ..utils.fsdp import gathered
+from .base_layer import PointwiseBase
+from .quantized import SSVDQuantizedLinear
+from .ssvd import SSVDAdapter, SSVDLinear
+
+KEPT = {"input": ("V",), "output": ("U",), "both": ("U", "V")}
+SMALLEST = {torch.float64: 1e-8, torch.float32: 1e-4}  # sigma_k / sigma_1
+SMALLEST_HALF = 1e-3
+
+
+class ActivationForm(SSVDAdapter):
+    """W' = (I + U C_out U^T) W (I + V C V^T), computed without W' and, on one side, from one basis.
+
+    input    y = W x' + b,              x' = x + ((x V) C^T) V^T,                       C = Sigma^-1 M
+    output   y = y0 + (((y0 - b) U) C^T) U^T,   y0 = W x + b,                           C = M Sigma^-1
+    both     one after the other; Sigma and its shift belong to the input side.
+
+    It is the W' = W + U M V^T of `SSVDLinear`, as U = W V Sigma^-1; the base computes W x + b by itself, whatever it
+    is. The basis of a side that changes is kept as "Vh" (k, d_in) or "Uh" (k, d_out), in `SSVDConfig.basis_dtype`; the
+    other one is computed when it is asked for. In bfloat16 x' and y are rounded stochastically (see
+    `reference.add_update`). Raises ValueError where sigma_k is so small that Sigma^-1 would lose precision.
+    """
+
+    composes = False
+    channels = -1  # the dimension of x and y that W maps
+
+    def hold_basis(self, found: Factorization, config: Any, dtype: torch.dtype) -> None:
+        if config.basis_dtype != "auto":
+            dtype = getattr(torch, config.basis_dtype)
+        else:
+            dtype = torch.bfloat16 if self.quantized or dtype.itemsize < 4 else found.sigma.dtype
+        self._check_sigma(found.sigma, dtype)
+        side = config.resolve_side(self.in_features, self.out_features)
+        bases = {f"{name}h": getattr(found, name).to(dtype).mT.contiguous() for name in KEPT[side]}
+        self.store({"sigma": found.sigma, **bases})
+
+    def _check_sigma(self, sigma: Tensor, dtype: torch.dtype) -> None:
+        ratio = float(sigma[-1] / sigma[0])
+        least = SMALLEST.get(dtype, SMALLEST_HALF)
+        if not ratio >= least:
+            raise ValueError(
+                f"form='activation' divides by singular values: sigma_k / sigma_1 must be at least {least:g} for a "
+                f"basis in {dtype}, got {ratio:.1e} at k = {self.k}: use a smaller rank, or form='weight'"
+            )
+
+    @property
+    def kind(self) -> Any:
+        return super().kind._replace(form="activation")
+
+    # -- the basis ---------------------------------------------------------------------------------------------
+
+    @property
+    def U(self) -> Tensor:  # type: ignore[override]
+        """(d_out, k) in sigma's dtype: as kept, or W V Sigma^-1."""
+        return self._basis("U")
+
+    @property
+    def V(self) -> Tensor:  # type: ignore[override]
+        """(d_in, k) in sigma's dtype: as kept, or W^T U Sigma^-1."""
+        return self._basis("V")
+
+    def kept(self, name: str) -> Tensor | None:
+        """The transpose of U or V, if it is kept."""
+        return self._parameters.get(f"{name}h")
+
+    def _basis(self, name: str) -> Tensor:
+        sigma, kept = gathered(self.sigma), self.kept(name)
+        if kept is not None:
+            return gathered(kept).mT.to(sigma.dtype)
+        W = gathered(self.base_weight).detach().to(sigma.dtype)
+        other = gathered(self.kept("V" if name == "U" else "U")).mT.to(sigma.dtype)
+        return (W if name == "U" else W.mT) @ other / sigma
+
+    def replace_basis(self, values: dict[str, Tensor]) -> None:
+        stored = {f"{name}h": value.mT for name, value in values.items() if name in KEPT[self.side]}
+        super().replace_basis(stored | {name: value for name, value in values.items() if name == "sigma"})
+
+    def recognise_basis(self) -> None:
+        """As for the weight form; but a kept basis in half precision is the known one, rounded."""
+        found, known = sketch(self.U, self.V), self.basis
+        kept = self.kept(KEPT[self.side][0])
+        assert kept is not None
+        tolerance = max(MATCH_TOLERANCE, 8 * torch.finfo(kept.dtype).eps)
+        same = match_signs(known.sketch, found, tolerance) is not None
+        self.basis = known._replace(
+            fingerprint=fingerprint(gathered(self.base_weight)),
+            gap=known.gap if same else 0.0,
+            sketch=known.sketch if same else found,
+        )
+
+    def update(self, x: Tensor) -> Tensor:
+        return linear(x, None, *self.update_factors(), None, self.mode)
+
+    # -- the forward -------------------------------------------------------------------------------------------
+
+    def call_factors(self) -> tuple[Tensor, ...]:
+        return (self.own_core(),)
+
+    def core(self) -> Tensor:
+        C, sigma = self.own_core(), self.sigma
+        if self.side == "output":
+            return C * sigma
+        if self.side == "input":
+            return sigma.unsqueeze(-1) * C
+        C, C_out = C.unbind()
+        right = sigma.unsqueeze(-1) * C
+        return right + C_out * sigma + C_out @ right
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fixed(x) if self.idle else self.adapted(x)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        if self.mode == "composed":
+            raise ValueError(f"`mode` must be 'auto' or 'factored' for form='activation', got {self.mode!r}")
+        core, Vh, Uh = self.core_for_call(), self.kept("V"), self.kept("U")
+        if Vh is not None:
+            x = self._changed(x, Vh, core, 0)
+        y = self.fixed(x)
+        return y if Uh is None else self._changed(y, Uh, core, 1, self.bias)
+
+    def _changed(self, x: Tensor, basis: Tensor, core: Tensor, side: int, shift: Tensor | None = None) -> Tensor:
+        one, narrow = core if core.ndim == 2 else core[side], partial(self._narrow, core, side)
+        if self.channels == -1:
+            return activation(x, basis.mT, one, shift, narrow)
+        rows = activation(x.movedim(self.channels, -1), basis.mT, one, shift, narrow)
+        return rows.movedim(-1, self.channels).contiguous()
+
+    def _narrow(self, core: Tensor, side: int, dtype: torch.dtype) -> Tensor | None:
+        narrow = self.narrow_core(core, dtype)
+        return narrow if narrow is None or core.ndim == 2 else narrow[side]
+
+
+class SSVDActivationLinear(ActivationForm, SSVDLinear):
+    """`SSVDLinear` in the activation form."""
+
+
+class SSVDActivationQuantizedLinear(ActivationForm, SSVDQuantizedLinear):
+    """`SSVDQuantizedLinear` in the activation form."""
+
+
+class SSVDPointwise(SSVDActivationLinear):
+    """`SSVDLinear` over a convolution of kernel 1 or transformers' Conv1D, whose Parameters it keeps: x (B, d_in, ...)
+    -> y (B, d_out, ...), or x (..., d_in) -> y (..., d_out)."""
+
+    base_layer = PointwiseBase()
+
+    @property
+    def channels(self) -> int:  # type: ignore[override]
+        """-2 for Conv1d, -3 for Conv2d."""
+        return 1 - max(self._parameters["weight"].ndim, 2)  # type: ignore[union-attr]
