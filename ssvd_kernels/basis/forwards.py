@@ -26,9 +26,9 @@ def cast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def casts(linear: nn.Linear) -> bool:
+def casts(linear: nn.Module) -> bool:
     """Whether `linear` casts its weight and bias to x's dtype."""
-    return computed_as(linear) is CastingLinear
+    return isinstance(linear, nn.Linear) and computed_as(linear) is CastingLinear
 
 
 def computed_as(linear: nn.Linear) -> type[nn.Linear] | None:

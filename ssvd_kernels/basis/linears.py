@@ -15,6 +15,7 @@ from ..utils.fsdp import is_sharded
 from .forwards import computed_as
 from .pointwise import CONVOLUTIONS, is_pointwise, is_transposed, matrix_of, why_not_pointwise
 
+_OTHER_LIBRARIES = {"hqq": "HQQ", "awq": "AutoAWQ", "auto_gptq": "AutoGPTQ", "gptqmodel": "GPTQModel"}
 _LINEAR = "an nn.Linear with its own weight and forward (which may only cast the weight to x's dtype)"
 
 
@@ -30,6 +31,35 @@ def is_linear(module: object) -> bool:
 def is_quantized(module: object) -> TypeGuard[nn.Linear]:
     """Whether `module` is a linear layer whose weight one of the libraries above has quantised, or is about to."""
     return is_bitsandbytes(module) or _is_torchao(module)
+
+
+def is_foreign(module: object) -> bool:
+    """Whether `module` is a linear layer that another library has quantised."""
+    kind = type(module)
+    return kind.__module__.partition(".")[0] in _OTHER_LIBRARIES and "Linear" in kind.__name__
+
+
+def check_library(module: nn.Module, name: str) -> None:
+    """Raises TypeError for a layer that `is_foreign`."""
+    if is_foreign(module):
+        library = _OTHER_LIBRARIES[type(module).__module__.partition(".")[0]]
+        raise TypeError(
+            f"`{name}` is a {type(module).__name__} of {library}, whose weights SSVD cannot read: quantise by "
+            "bitsandbytes or torchao, or leave it out (`exclude`)"
+        )
+
+
+def quantizes_input(linear: nn.Linear) -> bool:
+    """Whether a layer that `is_quantized` rounds not only its weight but x, too (to 8 bits, say)."""
+    kinds = "act_quant_kwargs", "activation_quantization"  # as torchao's weights say
+    own = any(getattr(linear.weight, kind, None) is not None for kind in kinds)
+    return own or is_bitsandbytes(linear, "Linear8bitLt")
+
+
+def input_dtype(linear: nn.Linear, dtype: torch.dtype) -> torch.dtype:
+    """The dtype to which `linear` rounds an x of `dtype`: bitsandbytes' 4-bit layers may have a narrower one."""
+    own = linear.compute_dtype if is_bitsandbytes(linear, "Linear4bit") and linear.compute_type_is_set else None
+    return own if isinstance(own, torch.dtype) and own.itemsize < dtype.itemsize else dtype
 
 
 def is_adaptable(module: object) -> bool:
@@ -60,6 +90,7 @@ def check_adaptable(module: nn.Module, name: str, origin: str = "") -> None:
     """Raises TypeError unless `module` `is_adaptable` and computes what its class does; `origin` follows its name in
     the message."""
     if not is_adaptable(module):
+        check_library(module, name)
         if isinstance(module, CONVOLUTIONS) and (reason := why_not_pointwise(module)) is not None:
             raise TypeError(
                 f"`{name}`{origin} must be a convolution of kernel size 1, stride 1, no padding and one group, got "

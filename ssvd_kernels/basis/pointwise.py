@@ -45,6 +45,11 @@ def like(weight: Tensor, matrix: Tensor, module: object) -> Tensor:
     return matrix.mT.contiguous() if is_transposed(module) else matrix.reshape(weight.shape)
 
 
+def channels_of(weight: Tensor) -> int:
+    """The dimension of x and y that the Parameter `weight` maps: -1, -2 of a Conv1d, -3 of a Conv2d."""
+    return 1 - max(weight.ndim, 2)
+
+
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What the convolution with the Parameter `weight` (d_out, d_in, 1) or (d_out, d_in, 1, 1) computes."""
     return (torch.conv1d if weight.ndim == 3 else torch.conv2d)(x, weight, bias)

@@ -13,8 +13,10 @@ from ..adapters.file_format import AdapterError
 from ..basis.factorize import BASIS, SAFE_GAP, SKETCH_ROWS, Factorization, factorize, match_signs
 from ..basis.forwards import casts
 from ..basis.linears import base_weight, check_adaptable, features
+from ..basis.pointwise import channels_of, like
 from ..config import SSVDConfig, check_strength
 from ..layers.activation import ActivationForm
+from ..layers.adapt import check_basis, in_activation_form
 from ..layers.merging import merged_weight
 from ..layers.running import structure
 from ..layers.ssvd import SSVDAdapter
@@ -57,9 +59,10 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
             k = config.triplets(self.in_features, self.out_features)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
-        activation = config.form == "activation"
-        kind = PeftActivationAdapter if activation else PeftAdapter
-        adapter = kind(self, config, self._factorization(k, activation), strength)
+        activation = in_activation_form(self.base_layer, config, self.name)
+        found = self._factorization(k, activation)
+        check_basis(self.base_layer, config, found, self.name)
+        adapter = (PeftActivationAdapter if activation else PeftAdapter)(self, config, found, strength)
         for other in self._adapters():
             adapter.share_basis(other)
         self.ssvd_adapter[adapter_name] = adapter
@@ -96,7 +99,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         if len(running) == 1:
             return running[0].weight
         if not running:
-            return self.base_layer.weight if self.merged else self.base_weight.detach().clone()
+            return base_weight(self.base_layer) if self.merged else self.base_weight.detach().clone()
         return compose(self.base_weight, *_sum(running))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,7 +108,9 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
             return running[0].forward(x)
         if running:
             W = self.base_weight
-            return ssvd_linear(x, W.to(x.dtype) if running[0].casts else W, *_sum(running), self.base_layer.bias)
+            rows = x.movedim(running[0].channels, -1)
+            y = ssvd_linear(rows, W.to(x.dtype) if running[0].casts else W, *_sum(running), self.base_layer.bias)
+            return y.movedim(-1, running[0].channels)
         if self.disable_adapters and self.merged:
             self.unmerge()
         return self.base_layer(x)
@@ -152,9 +157,13 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         together = [*self.merged_adapters, *names]
         merged = self._merged_weight(together)
         self._unmerged = self.base_weight.data
-        self.base_layer.weight.data = merged
+        self._put(merged)
         self.merged_adapters = together
         self._choose()
+
+    def _put(self, matrix: Tensor) -> None:
+        weight = self.base_layer.weight
+        weight.data = matrix if isinstance(self.base_layer, nn.Linear) else like(weight, matrix, self.base_layer)
 
     def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
         return [name for name in check_adapters_to_merge(self, adapter_names) if name in self.ssvd_adapter]
@@ -166,7 +175,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         if self._unmerged is not None:
-            self.base_layer.weight.data = self._unmerged
+            self._put(self._unmerged)
         self._unmerged, self.merged_adapters = None, []
         self._choose()
 
@@ -213,6 +222,7 @@ class PeftAdapter(SSVDAdapter):
     layer: SSVDPeftLinear
     stored: tuple[str, ...]
     managed_by = "PEFT"
+    channels = -1  # the dimension of x and y that W maps
 
     def __init__(self, layer: SSVDPeftLinear, config: SSVDConfig, found: Factorization, strength: float = 1.0) -> None:
         self.__dict__["layer"] = layer  # not a submodule, but the other way round
@@ -321,6 +331,14 @@ class PeftActivationAdapter(ActivationForm, PeftAdapter):
 
     def kept(self, name: str) -> Tensor | None:
         return self.__dict__.get(f"{name}h")
+
+    @property
+    def base(self) -> nn.Linear:  # type: ignore[override]
+        return self.layer.base_layer
+
+    @property
+    def channels(self) -> int:  # type: ignore[override]
+        return channels_of(self.base.weight)
 
 
 def _sum(adapters: list[PeftAdapter]) -> tuple[Tensor, Tensor, Tensor]:

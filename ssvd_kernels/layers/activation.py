@@ -6,9 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..basis.factorize import MATCH_TOLERANCE, Factorization, fingerprint, match_signs, sketch
+from ..basis.linears import input_dtype
+from ..basis.pointwise import channels_of
 from ..ops.functional import activation, linear
 from ..utils.fsdp import gathered
 from .base_layer import PointwiseBase
@@ -18,6 +20,20 @@ from .ssvd import SSVDAdapter, SSVDLinear
 KEPT = {"input": ("V",), "output": ("U",), "both": ("U", "V")}
 SMALLEST = {torch.float64: 1e-8, torch.float32: 1e-4}  # sigma_k / sigma_1
 SMALLEST_HALF = 1e-3
+
+
+def kept_dtype(sigma: Tensor, config: Any, weight: torch.dtype, quantized: bool, name: str = "`linear`") -> torch.dtype:
+    """Of the bases over a base weight of dtype `weight`. Raises ValueError for a sigma that is too small for it."""
+    dtype = torch.bfloat16 if quantized or weight.itemsize < 4 else sigma.dtype
+    if config.basis_dtype != "auto":
+        dtype = getattr(torch, config.basis_dtype)
+    ratio, least = float(sigma[-1] / sigma[0]), SMALLEST.get(dtype, SMALLEST_HALF)
+    if not ratio >= least:
+        raise ValueError(
+            f"{name}: form='activation' divides by singular values, so sigma_k / sigma_1 must be at least {least:g} "
+            f"for a basis in {dtype}, got {ratio:.1e} at k = {len(sigma)}: use a smaller rank, or form='weight'"
+        )
+    return dtype
 
 
 class ActivationForm(SSVDAdapter):
@@ -33,31 +49,16 @@ class ActivationForm(SSVDAdapter):
     `reference.add_update`). Raises ValueError where sigma_k is so small that Sigma^-1 would lose precision.
     """
 
+    base: nn.Linear  # of a quantised layer
+    form = "activation"
     composes = False
     channels = -1  # the dimension of x and y that W maps
 
     def hold_basis(self, found: Factorization, config: Any, dtype: torch.dtype) -> None:
-        if config.basis_dtype != "auto":
-            dtype = getattr(torch, config.basis_dtype)
-        else:
-            dtype = torch.bfloat16 if self.quantized or dtype.itemsize < 4 else found.sigma.dtype
-        self._check_sigma(found.sigma, dtype)
+        dtype = kept_dtype(found.sigma, config, dtype, self.quantized)
         side = config.resolve_side(self.in_features, self.out_features)
         bases = {f"{name}h": getattr(found, name).to(dtype).mT.contiguous() for name in KEPT[side]}
         self.store({"sigma": found.sigma, **bases})
-
-    def _check_sigma(self, sigma: Tensor, dtype: torch.dtype) -> None:
-        ratio = float(sigma[-1] / sigma[0])
-        least = SMALLEST.get(dtype, SMALLEST_HALF)
-        if not ratio >= least:
-            raise ValueError(
-                f"form='activation' divides by singular values: sigma_k / sigma_1 must be at least {least:g} for a "
-                f"basis in {dtype}, got {ratio:.1e} at k = {self.k}: use a smaller rank, or form='weight'"
-            )
-
-    @property
-    def kind(self) -> Any:
-        return super().kind._replace(form="activation")
 
     # -- the basis ---------------------------------------------------------------------------------------------
 
@@ -126,9 +127,20 @@ class ActivationForm(SSVDAdapter):
             raise ValueError(f"`mode` must be 'auto' or 'factored' for form='activation', got {self.mode!r}")
         core, Vh, Uh = self.core_for_call(), self.kept("V"), self.kept("U")
         if Vh is not None:
-            x = self._changed(x, Vh, core, 0)
+            x = self._input(x, Vh, core)
         y = self.fixed(x)
+        if Vh is not None and x.requires_grad and not y.requires_grad:
+            raise RuntimeError(
+                f"the base layer, a {type(self.base).__name__}, passes no gradient to its input, through which "
+                "form='activation' trains: use form='weight'"
+            )
         return y if Uh is None else self._changed(y, Uh, core, 1, self.bias)
+
+    def _input(self, x: Tensor, Vh: Tensor, core: Tensor) -> Tensor:
+        """x'. A base that reads x in a narrower dtype would round x' to nearest: it is rounded to that before."""
+        if not self.quantized:
+            return self._changed(x, Vh, core, 0)
+        return self._changed(x.to(input_dtype(self.base, x.dtype)), Vh, core, 0).to(x.dtype)
 
     def _changed(self, x: Tensor, basis: Tensor, core: Tensor, side: int, shift: Tensor | None = None) -> Tensor:
         one, narrow = core if core.ndim == 2 else core[side], partial(self._narrow, core, side)
@@ -159,4 +171,4 @@ class SSVDPointwise(SSVDActivationLinear):
     @property
     def channels(self) -> int:  # type: ignore[override]
         """-2 for Conv1d, -3 for Conv2d."""
-        return 1 - max(self._parameters["weight"].ndim, 2)  # type: ignore[union-attr]
+        return channels_of(self._parameters["weight"])  # type: ignore[arg-type]

@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from ..basis.factorize import Factorization
-from ..basis.linears import is_quantized
+from ..basis.linears import is_quantized, quantizes_input
 from ..basis.pointwise import is_pointwise, is_transposed
 from ..config import Config, SpectralFTConfig, SSVDConfig
-from .activation import SSVDActivationLinear, SSVDActivationQuantizedLinear, SSVDPointwise
+from .activation import SSVDActivationLinear, SSVDActivationQuantizedLinear, SSVDPointwise, kept_dtype
 from .base import AdaptedLinear
 from .quantized import SSVDQuantizedLinear
 from .spectralft import SpectralFTLinear
@@ -24,23 +24,43 @@ ACTIVATION: dict[type[SSVDLinear], type[SSVDLinear]] = {
 
 def check_method(layer: nn.Module, config: Config, name: str) -> None:
     """Raises TypeError for a layer that the method or the form of `config` cannot adapt."""
-    kind = type(layer).__name__
-    if isinstance(config, SpectralFTConfig) and is_quantized(layer):
+    if isinstance(config, SSVDConfig):
+        in_activation_form(layer, config, name)
+    elif is_quantized(layer):
         raise TypeError(
-            f"{name} is a quantised {kind}: SpectralFT supports unquantised nn.Linear layers only, SSVD supports both"
+            f"{name} is a quantised {type(layer).__name__}: SpectralFT supports unquantised nn.Linear layers only, "
+            "SSVD supports both"
         )
-    if not isinstance(layer, nn.Linear):
-        if isinstance(config, SpectralFTConfig):
-            raise TypeError(f"{name} is a {kind}: SpectralFT supports nn.Linear layers only")
+    elif not isinstance(layer, nn.Linear):
+        raise TypeError(f"{name} is a {type(layer).__name__}: SpectralFT supports nn.Linear layers only")
+
+
+def in_activation_form(layer: nn.Module, config: SSVDConfig, name: str = "`linear`") -> bool:
+    """Whether `config` asks for the activation form of `layer`. Raises TypeError for a form that cannot serve it."""
+    kind = type(layer).__name__
+    if is_pointwise(layer) or is_transposed(layer):
         if config.form == "weight":
             raise TypeError(f"{name} is a {kind}: `form` must be 'activation' or 'auto' for it, got 'weight'")
+        return True
+    if config.form == "activation" and is_quantized(layer) and quantizes_input(layer):
+        raise TypeError(
+            f"{name} is a quantised {kind} that rounds its input as well, and with it a small change of the input: "
+            "`form` must be 'weight' or 'auto' for it, got 'activation'"
+        )
+    return config.form == "activation"
+
+
+def check_basis(layer: nn.Module, config: Config, found: Factorization, name: str) -> None:
+    """Raises ValueError for singular values that the form of `config` cannot divide by."""
+    if isinstance(config, SSVDConfig) and in_activation_form(layer, config, name):
+        kept_dtype(found.sigma, config, layer.weight.dtype, is_quantized(layer), name)
 
 
 def in_form(kind: type[SSVDLinear], layer: nn.Module, config: SSVDConfig) -> type[SSVDLinear]:
-    """`kind`, or its subclass for this layer and the form that `config` names."""
+    """`kind`, or its subclass for this layer and the form that `config` asks for."""
     if kind is SSVDLinear and (is_pointwise(layer) or is_transposed(layer)):
         return SSVDPointwise
-    return ACTIVATION.get(kind, kind) if config.form == "activation" else kind
+    return ACTIVATION.get(kind, kind) if in_activation_form(layer, config) else kind
 
 
 def adapt(layer: Any, config: Config, factorization: Factorization | None = None) -> AdaptedLinear:

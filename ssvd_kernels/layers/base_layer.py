@@ -35,7 +35,7 @@ class BaseLayer:
     def attach(self, layer: AdaptedLinear, linear: nn.Linear) -> None:
         """Puts the frozen `linear` below `layer`."""
         layer.__dict__["_original"] = linear.requires_grad_(False)  # not a submodule: `original()` gives it back
-        layer.casts = isinstance(linear, nn.Linear) and casts(linear)
+        layer.casts = casts(linear)
         share_hooks(linear, layer)
         others = dict(layer._parameters)
         layer._parameters.clear()  # for the weight must come first: its dtype is taken for the model's

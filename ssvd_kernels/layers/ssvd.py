@@ -22,6 +22,7 @@ class SSVDAdapter(Adapter):
 
     config_type = SSVDConfig
     trained_names = TRAINED
+    form = "weight"
 
     theta: nn.Parameter
     theta_out: nn.Parameter | None
@@ -42,7 +43,7 @@ class SSVDAdapter(Adapter):
     @property
     def kind(self) -> Kind:
         """What, with the Parameters, makes the core."""
-        return Kind(self.k, self.k_in, self.k_out, self.side, self.rotation, self.band, self.strength)
+        return Kind(self.k, self.k_in, self.k_out, self.side, self.rotation, self.band, self.strength, self.form)
 
     def core(self) -> Tensor:
         """M (k, k) with W' = W + U M V^T, in float32 at least; exactly zero before training.

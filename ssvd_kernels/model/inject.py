@@ -16,7 +16,7 @@ from ..basis.batch import Plan, factorize_all
 from ..basis.factorize import Factorization, check_weight
 from ..basis.linears import base_weight, check_adaptable, features, parameter_count
 from ..config import Config
-from ..layers.adapt import adapt, check_method
+from ..layers.adapt import adapt, check_basis, check_method
 from ..layers.adapter import Adapter
 from ..layers.base import AdaptedLinear, check_not_adapted, module_paths
 from ..layers.saved import SavedModule
@@ -122,6 +122,8 @@ def install(
     for module in model.modules():
         if module._modules.get("_orig_mod") in linears:
             raise ValueError("`model` has a linear layer that torch.compile wraps by itself: adapt it before compiling")
+    for name, (linear, config) in plan.items():
+        check_basis(linear, config, found[name], name)
     trainable_before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     total = parameter_count(model)
     model.requires_grad_(False)

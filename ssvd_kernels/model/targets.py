@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..basis.linears import check_adaptable, is_adaptable
+from ..basis.linears import check_adaptable, check_library, is_adaptable, is_foreign
 from ..basis.pointwise import CONVOLUTIONS
 from ..config import PRESETS, Config
 from ..layers.adapter import Adapter
@@ -23,11 +23,12 @@ def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Module]:
     Weights that are tied (shared with another module, such as Whisper's proj_out with its token embedding) and the
     model's output embeddings are left alone, unless a list of suffixes names them: a tied one then raises. So does one
     of `modules_to_save`. Raises ValueError if nothing matches, if a listed suffix or `exclude` matches nothing, for an
-    unknown preset, and TypeError if a listed suffix matches a module that is not a linear layer.
+    unknown preset, and TypeError if a listed suffix matches a module that is not a linear layer, or one that another
+    library quantised (HQQ, GPTQ, AWQ) is targeted.
     """
     matched, listed = _match(model, config.targets)
     wanted = set(matched.values())
-    names = [name for name, module in matched.items() if listed or is_adaptable(module)]
+    names = [name for name, module in matched.items() if listed or is_adaptable(module) or is_foreign(module)]
     excluded = {matched[name] for name in _excluded(names, config.exclude)}
     holders = weight_holders(model)
     output_embeddings = _output_embeddings(model)
@@ -39,6 +40,7 @@ def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Module]:
         if listed:
             check_adaptable(module, name, " (named in `targets`)")
         elif not is_adaptable(module):
+            check_library(module, name)
             continue
         tied = tied_to(name, module, holders)
         if tied is not None:

@@ -111,7 +111,7 @@ NO_LINEAR = r"\(named in `targets`\) must be an nn\.Linear .*got"
         ({"exclude": ["upper"]}, ValueError, rf"`exclude` must be a list.*got 'upper' in \['upper'\], {NONE}"),
         ({"exclude": "u"}, ValueError, rf"`exclude` must be .*got 'u', {NONE}, e\.g\. 'up'"),
         ({"exclude": ["up", "down"]}, ValueError, rf"{UNTIED}.*exclude=\['up', 'down'\]"),
-        ({"targets": ["conv"]}, TypeError, rf"`conv` {NO_LINEAR} Conv1d"),
+        ({"targets": ["conv"], "form": "weight"}, TypeError, r"conv is a Conv1d: `form` must be 'activation' or 'auto'"),
         ({"targets": ["up", "embed"]}, TypeError, rf"`embed` {NO_LINEAR} Embedding"),
         ({"targets": ["head"]}, ValueError, r"'head'.*tied.*'embed\.weight'"),
     ],
@@ -179,7 +179,7 @@ class _Custom(nn.Linear):
         return super().forward(x) + 1
 
 
-@pytest.mark.parametrize("module", [nn.Conv1d(3, 3, 1), nn.Identity(), nn.Bilinear(2, 2, 2), _Custom(3, 3), None, 3])
+@pytest.mark.parametrize("module", [nn.Conv1d(3, 3, 3), nn.Identity(), nn.Bilinear(2, 2, 2), _Custom(3, 3), None, 3])
 def test_from_linear_refuses_other_modules(module):
     with pytest.raises(TypeError, match=rf"`linear` must be an nn\.Linear .*got {type(module).__name__}"):
         sk.SSVDLinear.from_linear(module, sk.SSVDConfig(rank=2))
