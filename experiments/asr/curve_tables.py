@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.asr import figures
-from experiments.asr.entries import Results, counts, interval
+from experiments.asr.entries import Results, counts, with_interval
 from experiments.asr.methods import METHODS
 from experiments.asr.runfolder import write_atomically
 
@@ -77,22 +77,12 @@ def table(of_shift: Sequence[Curve]) -> str:
         trained = next(c for c in of_shift if (c.method, c.lr, c.how) == (curve.method, curve.lr, "weights"))
         for alpha, results in curve.points.items():
             cells = [curve.title, f"{curve.lr:g}", f"{alpha:g}", str(len(results)) if alpha else ""]
-            cells += [_with_interval(results, sets) for sets in (["test"], curve.others)]
+            cells += [with_interval(results, sets) for sets in (["test"], curve.others)]
             same = alpha == 1 and curve.how != "average"
             against = trained.points[1.0]
-            cells += ["" if same else _with_interval(results, s, against) for s in (["test"], curve.others)]
+            cells += ["" if same else with_interval(results, s, against) for s in (["test"], curve.others)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _with_interval(results: Results, sets: Sequence[str], against: Results = ()) -> str:
-    def mean(of: Results) -> float:
-        return statistics.fmean(float(errors.sum() / words.sum()) for errors, words in (counts(r, sets) for r in of))
-
-    low, high = (100 * bound for bound in interval(results, sets, against))
-    if against:
-        return f"{100 * (mean(results) - mean(against)):+.1f} ({low:+.1f} to {high:+.1f})"
-    return f"{100 * mean(results):.1f} ({low:.1f} to {high:.1f})"
 
 
 def rotations_against_means(of_shift: Sequence[Curve]) -> list[str]:
@@ -104,7 +94,7 @@ def rotations_against_means(of_shift: Sequence[Curve]) -> list[str]:
         plain = next(c for c in of_shift if (c.method, c.lr, c.how) == (curve.method, curve.lr, "weights"))
         for alpha in (a for a in curve.points if a not in (0, 1) and a in plain.points):
             target, others = (
-                _with_interval(curve.points[alpha], sets, plain.points[alpha]) for sets in (["test"], curve.others)
+                with_interval(curve.points[alpha], sets, plain.points[alpha]) for sets in (["test"], curve.others)
             )
             lines.append(
                 f"- alpha K minus mean of weights, lr {curve.lr:g}, alpha {alpha:g}: target {target}, others {others}"

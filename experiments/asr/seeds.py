@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.asr import DemoError
 from experiments.asr.commands import exit_status
-from experiments.asr.entries import Results, counts, interval
+from experiments.asr.entries import counts, with_interval
 
 STATES = ("before", "strength 1", "chosen")
 
@@ -42,18 +42,10 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
     for place, name in enumerate(names[0]):
         runs = {state: [report["rows"][place]["scores"][state] for report in reports] for state in STATES}
         words = int(counts(runs["before"][0], ["all"])[1].sum())
-        cells = [name, str(words), *(_rate(runs[state]) for state in STATES), _rate(runs["chosen"], runs["strength 1"])]
+        cells = [name, str(words), *(with_interval(runs[state], ["all"]) for state in STATES)]
+        cells.append(with_interval(runs["chosen"], ["all"], runs["strength 1"]))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _rate(results: Results, against: Results = ()) -> str:
-    def mean(some: Results) -> float:
-        return 100 * sum(r["scores"]["all"]["wer"] for r in some) / len(some) if some else 0.0
-
-    low, high = (100 * bound for bound in interval(results, ["all"], against))
-    sign = "+" if against else ""
-    return f"{mean(results) - mean(against):{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

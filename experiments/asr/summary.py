@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.asr import figures
-from experiments.asr.entries import Entry, entries, interval
+from experiments.asr.entries import Entry, entries, interval, with_interval
 from experiments.asr.methods import METHODS
 from experiments.asr.runfolder import write_atomically
 from experiments.asr.speech import AS_RECORDED
@@ -50,14 +50,14 @@ def table(found: Sequence[Entry], memory: Peaks) -> str:
 
 def _row(entry: Entry, peak: int | None) -> list[str]:
     trained = entry.method != "zero-shot"
-    wers, (low, high) = entry.rates(["test"]), interval(entry.results, ["test"])
+    wers = entry.rates(["test"])
     return [
         entry.title,
         entry.results[0]["ranks"],
         f"{entry.results[0]['trainable']:,}" if trained else "",
         f"{entry.share:.2%}" if trained else "",
         str(len(entry.results)) if trained else "",
-        f"{100 * statistics.fmean(wers):.1f} ({100 * low:.1f} to {100 * high:.1f})",
+        with_interval(entry.results, ["test"]),
         f"{100 * statistics.stdev(wers):.1f}" if len(wers) > 1 else "",
         _percent(entry.rates(["test"], "cer")),
         _percent(entry.rates([AS_RECORDED])) if AS_RECORDED in entry.results[0]["scores"] else "",
