@@ -35,6 +35,7 @@ _HOMES = {
         "set_adapter",
         "set_strength",
     ],
+    "model.parameter_groups": ["parameter_groups"],
     "model.planner": ["RankPlan", "plan"],
     "model.check_training": ["TrainingReport", "check_training"],
     "integrations.espnet_checkpoints": ["ConversionError", "from_espnet", "to_espnet"],
@@ -70,6 +71,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "merge",
+    "parameter_groups",
     "plan",
     "remove",
     "save_adapter",
@@ -106,6 +108,7 @@ if TYPE_CHECKING:
     from .model.inject import InjectReport, inject
     from .model.lookup import ssvd_layers
     from .model.merge import merge, remove, unmerge
+    from .model.parameter_groups import parameter_groups
     from .model.planner import RankPlan, plan
     from .ops.dispatch import use_backend
     from .ops.functional import cayley, cayley_delta, ssvd_linear

@@ -58,7 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="resume, and refuse to start where there is nothing to resume")
     add("--steps", type=int, default=Recipe.steps, help="optimizer steps (default: %(default)s)")
     add("--batch", type=int, default=Recipe.batch, help="clips a step (default: %(default)s)")
-    add("--lr", type=float, default=Recipe.lr, help="peak learning rate (default: %(default)s)")
+    add("--lr", type=float, default=Recipe.lr, help="peak learning rate at rank 153 (default: %(default)s)")
     add("--rank", type=int, help="adapted rank k of every layer")
     add("--ratio", type=float, help=f"adapted rank as a share of the layer's full rank (default: {RATIO})")
     add("--side", default="input", help="input, output, smaller or both (default: input)")
@@ -249,7 +249,8 @@ def run(args: argparse.Namespace) -> bool:
     injected = sk.inject(recognizer.model, config)
     print(injected)
     recognizer.set_window(window)
-    history = train(recognizer, training, recipe, folder)
+    groups = sk.parameter_groups(recognizer.model, recipe.lr)
+    history = train(recognizer, training, recipe, folder, groups=groups)
     adapter = out / ADAPTER
     sk.save_adapter(recognizer.model, adapter)
     weights = sha256_file(adapter)[:16]  # at strength 1

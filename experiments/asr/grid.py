@@ -13,6 +13,7 @@ from experiments.asr.cell import MEMORY_STEPS, Cell
 from experiments.asr.methods import METHODS
 from experiments.asr.runfolder import write_atomically
 from experiments.asr.shifts import SHIFTS
+from ssvd_kernels.model.parameter_groups import EXPONENT
 
 TUNED = Path(__file__).with_name("results") / "tuned.csv"
 TUNING_SEED, FACTOR, ROUNDS = 100, 3.0, 3
@@ -153,8 +154,16 @@ def candidates(grid: Grid, tried: Mapping[Trained, Mapping[float, Any]]) -> list
     """
     wanted = []
     for trained in grid.trained:
-        wanted += [(trained, lr) for lr in next_rates(tried.get(trained, {}), METHODS[trained[1]].lr)]
+        wanted += [(trained, lr) for lr in next_rates(tried.get(trained, {}), starting_rate(*trained[1:]))]
     return wanted
+
+
+def starting_rate(method: str, budget: float | None) -> float:
+    """METHODS' learning rate; of SSVD, whose rank goes by the root of the budget, as `sk.parameter_groups` has it."""
+    how = METHODS[method]
+    if budget is None or (how.arguments or {}).get("method") not in ("ssvd", "ssvd-o"):
+        return how.lr
+    return how.lr * (MIDDLE / budget) ** (EXPONENT / 2)
 
 
 def next_rates(known: Mapping[float, Any], start: float, factor: float = FACTOR, most: int = 3 + ROUNDS) -> list[float]:
@@ -189,7 +198,7 @@ def _trained(row: Mapping[str, str]) -> Trained:
 def read_rates(grid: Grid, path: Path = TUNED) -> dict[Trained, float]:
     """The learning rates chosen for this grid's recipe. Raises DemoError where one was never tuned."""
     if not grid.tuned:
-        return {trained: METHODS[trained[1]].lr for trained in grid.trained}
+        return {trained: starting_rate(*trained[1:]) for trained in grid.trained}
     rates = {_trained(row): float(row["lr"]) for row in _read(path) if row["chosen"] and _recipe(row) == grid.recipe}
     for trained in grid.trained:
         if trained not in rates:

@@ -19,7 +19,7 @@ PEFT = ("lora", "dora", "pissa", "vera", "oft", "psoft")
 
 @dataclass(frozen=True)
 class Method:
-    """`arguments` are those of `sk.plan`, None where nothing is planned; `lr` is where tuning starts."""
+    """`arguments` are those of `sk.plan`, None where nothing is planned; at `lr` tuning starts, of SSVD with 2 %."""
 
     title: str
     lr: float
@@ -84,6 +84,8 @@ def apply(model: nn.Module, name: str, budget: float | None, rank: int | None = 
             _train_everything(model)
         return Applied(_trainable(model), "", lambda path: _save_trained(model, path), lambda: None)
     if rank is not None:
+        if arguments["method"] != "ssvd":
+            raise ValueError(f"`rank` requires SSVD on one side, got {name!r}")
         options = {key: value for key, value in arguments.items() if key != "method"}
         sk.inject(model, sk.SSVDConfig(rank=rank, **options), progress=False)
         return Applied(_trainable(model), str(rank), lambda path: _save_own(model, path), lambda: sk.merge(model))

@@ -25,7 +25,7 @@ from experiments.asr.commands import exit_status
 from experiments.asr.experiment import UNFINISHED, Runner, contents
 from experiments.asr.fetch import BASE, MODEL, default_data, ensure
 from experiments.asr.grid import GRIDS, next_rates
-from experiments.asr.rates_report import Series, Tried, losses_of
+from experiments.asr.rates_report import TRAINING, VALIDATION, Series, Tried, losses_of
 from experiments.asr.shifts import parts_of
 from experiments.asr.transcribe import pick_device
 
@@ -44,11 +44,11 @@ def _series(model: str, ranks: Sequence[int], shifts: Sequence[str], **which: An
 SHIFTS = ("child", "telephone", "spanish")
 ALL = [  # what matters most first: the lowest and the highest rank
     *_series("tiny.en", (153, 242, 48), SHIFTS[:1]),
-    *_series("tiny.en", (242, 48), SHIFTS[1:]),
-    *_series("base", (204, 96), SHIFTS[:1]),
-    *_series("tiny.en", (153, 242), SHIFTS[1:2], by_spectrum=True),
-    *_series("base", (204, 96), SHIFTS[1:]),
-    *_series("tiny.en", (153, 242), (SHIFTS[0], SHIFTS[2]), by_spectrum=True),
+    *_series("tiny.en", (242, 48), SHIFTS[1:2]),
+    *_series("tiny.en", (153, 242), SHIFTS[:1], by_spectrum=True),
+    *_series("tiny.en", (242, 48), SHIFTS[2:]),
+    *_series("base", (204, 96), SHIFTS),
+    *_series("tiny.en", (153, 242), SHIFTS[1:], by_spectrum=True),
     *_series("tiny.en", (153,), SHIFTS[1:]),
     *_series("tiny.en", (204, 96), SHIFTS),
     *_series("tiny.en", (153, 242, 48), SHIFTS, seed=1),
@@ -67,7 +67,10 @@ def _start(series: Series, tried: Tried) -> float:
 
 
 class Explorer:
-    """Trains series at further rates. results: of each series, by learning rate."""
+    """Trains series at further rates. results: of each series, by learning rate.
+
+    A series is finished when its best rate is inside of those tried, by the loss on validation speech and in training.
+    """
 
     def __init__(self, run: Runner, data: Path, device: str) -> None:
         self.run, self.data, self.device = run, data, device
@@ -94,11 +97,12 @@ class Explorer:
         return bool(found)
 
     def finish(self, series: Series) -> bool:
-        """Whether its best rate could be found in time."""
+        """Whether its best rates could be found in time."""
         start = _start(series, losses_of(self.results))
         while True:
-            known = losses_of(self.results).get(series, {})
-            wanted = {self.cell(series, lr): lr for lr in next_rates(known, start, FACTOR, MOST)}
+            known = [losses_of(self.results, which).get(series, {}) for which in (VALIDATION, TRAINING)]
+            rates = [lr for losses in known for lr in next_rates(losses, start, FACTOR, MOST)]
+            wanted = {self.cell(series, lr): lr for lr in rates}
             if not wanted:
                 return True
             found = self.run(list(wanted), f"{series.model} {series.shift} k={series.rank}")

@@ -14,7 +14,10 @@ import numpy as np
 from experiments.asr.grid import TUNED
 from experiments.asr.runfolder import write_atomically
 
-COLUMNS = ("model", "shift", "rank", "seed", "by spectrum", "lr", "loss", "trainable", "seconds/step", "machine")
+COLUMNS = (
+    *("model", "shift", "rank", "seed", "by spectrum", "lr", "validation loss", "training loss"),
+    *("trainable", "seconds/step", "machine"),
+)
 RANKS = (48, 96, 153, 204, 242)  # between which the growth of gradients is given
 EXPONENTS = (2.0, 1.5, 1.0, 0.0)  # of the rules lr = c / k^p that are compared
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito's
@@ -30,7 +33,7 @@ class Series(NamedTuple):
     by_spectrum: bool = False  # see `Cell`
 
 
-EARLIER = "tiny.en, earlier"  # model of the series that `earlier` reads
+VALIDATION, TRAINING, EARLIER = "on validation speech", "in training", "on validation speech, earlier"
 EARLIER_RANKS = {"0.006": 83, "0.02": 153, "0.05": 242}  # of tiny.en at these budgets
 
 Results = Mapping[Series, Mapping[float, Mapping[str, Any]]]  # learning rate -> result of a cell
@@ -39,9 +42,19 @@ Losses = Mapping[float, float]  # learning rate -> loss, infinite where training
 Tried = Mapping[Series, Losses]
 
 
-def losses_of(results: Results) -> dict[Series, dict[float, float]]:
-    """On validation speech, infinite where training diverged."""
-    return {s: {lr: float(result.get("loss", "inf")) for lr, result in found.items()} for s, found in results.items()}
+def losses_of(results: Results, which: str = VALIDATION) -> dict[Series, dict[float, float]]:
+    """After training on validation speech, or the mean in the last two thirds of training; infinite where it diverged.
+
+    The latter varies less: it has more clips, most of which are new to the model.
+    """
+
+    def one(result: Mapping[str, Any]) -> float:
+        if result.get("diverged"):
+            return math.inf
+        losses = result["losses"]
+        return float(result["loss"] if which == VALIDATION else np.mean(losses[len(losses) // 3 :]))
+
+    return {series: {lr: one(result) for lr, result in found.items()} for series, found in results.items()}
 
 
 def earlier(path: Path = TUNED) -> tuple[dict[Series, dict[float, float]], dict[Series, float]]:
@@ -51,7 +64,7 @@ def earlier(path: Path = TUNED) -> tuple[dict[Series, dict[float, float]], dict[
     with path.open(newline="") as stream:
         for row in csv.DictReader(stream):
             if (row["method"], row["model"], row["steps"]) == ("ssvd", "", "36"):
-                series, lr = Series(EARLIER, row["shift"], EARLIER_RANKS[row["budget"]]), float(row["lr"])
+                series, lr = Series("tiny.en", row["shift"], EARLIER_RANKS[row["budget"]]), float(row["lr"])
                 tried.setdefault(series, {})[lr] = float(row["validation loss"])
                 if row["chosen"]:
                     chosen[series] = lr
@@ -88,8 +101,8 @@ def loss_at(lr: float, losses: Losses) -> float:
 
 
 def lost(lr: float, losses: Losses) -> float:
-    """Nats above the lowest loss that was measured."""
-    return loss_at(lr, losses) - min(losses.values())
+    """Nats above the lowest loss that was measured, not below 0."""
+    return max(0.0, loss_at(lr, losses) - min(losses.values()))
 
 
 def exponent(rates: Mapping[Series, float]) -> tuple[float, float] | None:
@@ -197,7 +210,7 @@ def _exponent_lines(tried: Tried) -> list[str]:
 def _rule_lines(tried: Tried) -> list[str]:
     lines = [_line(["rule", "c", "mean lost", "worst", "mean, a c for each model and shift", "worst"])]
     lines.append("|---|" + "---:|" * 5)
-    for p in EXPONENTS:
+    for p in EXPONENTS if tried else ():
         mean, worst, c = regret(p, tried)
         apart = _regret_apart(p, tried)
         name = f"c / k^{p:g}" if p else "c"
@@ -205,60 +218,64 @@ def _rule_lines(tried: Tried) -> list[str]:
     return lines
 
 
-def table(tried: Tried, chosen: Mapping[Series, float], gradients: Gradients, rule: float) -> str:
-    """Markdown, in sections."""
-    whole = {series: losses for series, losses in sorted(tried.items()) if inside(losses)}
-    uniform = {series: losses for series, losses in whole.items() if not series.by_spectrum}
-    sections = {
-        f"The best rate of each rank, and what the rate {rule} / k^2 loses (nats per token)": _best_lines(whole, rule),
-        "The exponent": _exponent_lines(uniform),
-        "Rules compared by what they lose (nats per token)": _rule_lines(uniform),
-        "How the sum of |dL / d theta| before training grows with k, as an exponent": _gradient_lines(gradients, RANKS),
-        "What the earlier choices, by error rate among rates a factor of 3 apart, lose": _chosen_lines(tried, chosen),
-    }
+def table(views: Mapping[str, Tried], chosen: Mapping[Series, float], gradients: Gradients, rule: float) -> str:
+    """Markdown, in sections; the views are losses of different kinds."""
+    sections = {}
+    for view, tried in views.items():
+        whole = {series: losses for series, losses in sorted(tried.items()) if inside(losses)}
+        uniform = {series: losses for series, losses in whole.items() if not series.by_spectrum}
+        sections[f"Loss {view}: best rates, and what {rule} / k^2 loses (nats per token)"] = _best_lines(whole, rule)
+        sections[f"Loss {view}: the exponent"] = _exponent_lines(uniform)
+        sections[f"Loss {view}: what rules lose (nats per token)"] = _rule_lines(uniform)
+    growth = "How the sum of |dL / d theta| before training grows with k, as an exponent"
+    sections[growth] = _gradient_lines(gradients, RANKS)
+    coarse = "What the earlier choices, by error rate among rates a factor of 3 apart, lose"
+    sections[coarse] = _chosen_lines(views[EARLIER], chosen)
     return "\n".join(line for title, lines in sections.items() for line in (f"## {title}", "", *lines, ""))
 
 
-def draw(tried: Tried, rule: float, path: Path) -> None:
-    """Loss against rate, a line a rank, for each model and shift; and the best rate against the rank."""
+def draw(views: Mapping[str, Tried], rule: float, path: Path) -> None:
+    """A row for each view: loss against rate, a line a rank, for each model and shift; best rate against rank."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = {s: losses for s, losses in sorted(tried.items()) if not s.by_spectrum and inside(losses)}
-    pairs = list(dict.fromkeys((s.model, s.shift) for s in shown))
-    ranks = sorted({s.rank for s in shown})
-    columns = 3
-    rows = -(-(len(pairs) + 1) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(5 * columns, 4 * rows), layout="constrained", squeeze=False)
-    *panels, last = grid.flat[: len(pairs) + 1]
-    for unused in grid.flat[len(pairs) + 1 :]:
-        unused.set_axis_off()
-    for panel, pair in zip(panels, pairs, strict=True):
-        for series, losses in shown.items():
-            if series[:2] == pair:
-                colour = COLOURS[ranks.index(series.rank) % len(COLOURS)]
+    kept = {view: {s: losses for s, losses in sorted(tried.items()) if not s.by_spectrum and inside(losses)}
+            for view, tried in views.items()}  # fmt: skip
+    kept = {view: tried for view, tried in kept.items() if tried}
+    pairs = list(dict.fromkeys((s.model, s.shift) for tried in kept.values() for s in tried))
+    ranks = sorted({s.rank for tried in kept.values() for s in tried})
+    size = len(kept), len(pairs) + 1
+    figure, grid = plt.subplots(*size, figsize=(4.5 * size[1], 3.8 * size[0]), layout="constrained", squeeze=False)
+    for (view, tried), row in zip(kept.items(), grid, strict=True):
+        for place, (pair, panel) in enumerate(zip(pairs, row[:-1], strict=True)):
+            own = {s: losses for s, losses in tried.items() if s[:2] == pair}
+            if not own:
+                panel.set_axis_off()
+                continue
+            for series, losses in own.items():
+                colour, line = COLOURS[ranks.index(series.rank)], "o:" if series.seed else "o-"
                 known = sorted((lr, loss) for lr, loss in losses.items() if math.isfinite(loss))
-                label = f"k = {series.rank}" if series.seed == 0 else None
-                panel.plot(*zip(*known, strict=True), "o-" if label else "o:", color=colour, label=label, markersize=4)
+                label = None if series.seed else f"k = {series.rank}"
+                panel.plot(*zip(*known, strict=True), line, color=colour, label=label, markersize=4)
                 panel.axvline(rule / series.rank**2, color=colour, linewidth=0.8, linestyle="--", alpha=0.6)
-        panel.set(xscale="log", xlabel="learning rate", ylabel="validation cross-entropy, nats per token")
-        panel.set_title(f"{pair[0]}, {pair[1]} (dashed: {rule:g} / k²)", fontsize=11)
-        panel.legend(frameon=False, fontsize=8)
-    for place, pair in enumerate(pairs):
-        points = [(s.rank, best_rate(losses)) for s, losses in shown.items() if s[:2] == pair]
-        marker, colour = "os^Dv<>"[place % 7], COLOURS[place % len(COLOURS)]
-        last.plot(*zip(*points, strict=True), marker, color=colour, label=", ".join(pair), markersize=6)
-    k = np.geomspace(min(ranks), max(ranks), 20)
-    for p, style in zip(EXPONENTS, ("-", "--", "-.", ":"), strict=True):
-        last.plot(k, regret(p, shown)[2] / k**p, style, color="#999999", label=f"1 / k^{p:g}" if p else "one for all")
-    last.set(xscale="log", yscale="log", xlabel="rank k", ylabel="best learning rate")
-    last.set_title("Best rate against rank", fontsize=11)
-    last.set_xticks(ranks, map(str, ranks))
-    last.minorticks_off()
-    last.legend(frameon=False, fontsize=8)
-    for each in (*panels, last):
+            panel.set(xscale="log", xlabel="learning rate", ylabel=f"loss {view}, nats")
+            panel.set_title(f"{pair[0]}, {pair[1]} (dashed: {rule:g} / k²)", fontsize=10)
+            panel.legend(frameon=False, fontsize=8)
+            points = [(s.rank, best_rate(losses)) for s, losses in own.items()]
+            marker, colour = "os^Dv<>"[place], COLOURS[place]
+            row[-1].plot(*zip(*points, strict=True), marker, color=colour, label=", ".join(pair), markersize=6)
+        k = np.geomspace(ranks[0], ranks[-1], 20)
+        for p, style in zip(EXPONENTS, ("--", "-", "-.", ":"), strict=True):
+            label = f"c / k^{p:g}" if p else "c"
+            row[-1].plot(k, regret(p, tried)[2] / k**p, style, color="#999999", label=label)
+        row[-1].set(xscale="log", yscale="log", xlabel="rank k", ylabel="best learning rate")
+        row[-1].set_title("Best rate against rank", fontsize=10)
+        row[-1].set_xticks(ranks, map(str, ranks))
+        row[-1].minorticks_off()
+        row[-1].legend(frameon=False, fontsize=8)
+    for each in grid.flat:
         each.grid(alpha=0.3)
         each.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130, format="png")
@@ -276,18 +293,18 @@ def _write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
 def write(results: Results, gradients: Gradients, rule: float, out: Path) -> str:
     """Writes cells.csv, gradients.csv, table.md and rates.png into `out`; returns the table."""
     rows: list[Sequence[object]] = [COLUMNS]
-    losses = losses_of(results)
+    before, chosen = earlier()
+    views = {VALIDATION: losses_of(results), TRAINING: losses_of(results, TRAINING), EARLIER: before}
     for series, found in sorted(results.items()):
         for lr, result in sorted(found.items()):
             seconds = f"{np.median(result['seconds']):.2f}" if "seconds" in result else ""
+            losses = [f"{views[view][series][lr]:.5f}" for view in (VALIDATION, TRAINING)]
             tail = (result.get("trainable", ""), seconds, result.get("machine", ""))
-            rows.append((*series[:4], int(series.by_spectrum), lr, f"{losses[series][lr]:.5f}", *tail))
+            rows.append((*series[:4], int(series.by_spectrum), lr, *losses, *tail))
     sums = [(*which, k, f"{value:.6g}") for which, found in gradients.items() for k, value in enumerate(found, 1)]
-    before, chosen = earlier()
-    tried = losses | before
-    text = table(tried, chosen, gradients, rule)
+    text = table(views, chosen, gradients, rule)
     _write_csv(out / "cells.csv", rows)
     _write_csv(out / "gradients.csv", [("model", "shift", "rank", "sum"), *sums])
     write_atomically(out / "table.md", lambda path: path.write_text(text, encoding="utf-8"))
-    write_atomically(out / "rates.png", lambda path: draw(tried, rule, path))
+    write_atomically(out / "rates.png", lambda path: draw(views, rule, path))
     return text

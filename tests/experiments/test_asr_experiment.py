@@ -19,6 +19,7 @@ from experiments.asr.grid import GRIDS, Grid, candidates, read_rates, tuning_cel
 from experiments.asr.methods import METHODS
 from experiments.asr.shifts import SHIFTS
 from experiments.asr.speech import AS_RECORDED
+from ssvd_kernels.model.parameter_groups import EXPONENT
 
 SMALL = Grid("small", {"child": [("zero-shot", None), ("full", None), ("ssvd", 0.02)]}, 2, 4, 2, 3.0)
 RATES = {("child", "full", None): 3e-5, ("child", "ssvd", 0.02): 1e-3}
@@ -73,6 +74,16 @@ def test_tuning_goes_on_beyond_the_edge_and_stops_inside():
     assert min(known) < min(known, key=lambda lr: known[lr]) < max(known)
 
 
+def test_tuning_of_ssvd_begins_at_a_rate_for_its_rank():
+    """Four times the parameters are twice the rank."""
+    for method in ("ssvd", "ssvd-o", "ssvd-linear"):
+        first = grid.starting_rate(method, 0.02)
+        assert first == METHODS[method].lr
+        assert grid.starting_rate(method, 0.08) == pytest.approx(first * 2**-EXPONENT)
+    for method, budget in (("lora", 0.08), ("svft", 0.08), ("full", None), ("zero-shot", None)):
+        assert grid.starting_rate(method, budget) == METHODS[method].lr
+
+
 def test_tuning_measures_validation_speech_with_a_seed_of_its_own():
     cell = tuning_cell(SMALL, ("child", "ssvd", 0.02), 1e-3, {})
     assert cell.measure == "validation" and cell.seed not in range(SMALL.seeds)
@@ -98,7 +109,7 @@ def test_rates_are_written_and_read_again(tmp_path):
     for other in (longer, replace(SMALL, model="another"), replace(SMALL, batch=3), replace(SMALL, longest=4.0)):
         with pytest.raises(DemoError, match=r"no learning rate of full on child for .*steps \d, batch \d, .*: --tune"):
             read_rates(other, path)
-    assert read_rates(replace(longer, tuned=False), path) == {t: METHODS[t[1]].lr for t in SMALL.trained}
+    assert read_rates(replace(longer, tuned=False), path) == {t: grid.starting_rate(*t[1:]) for t in SMALL.trained}
 
 
 def test_committed_learning_rates_were_the_best_on_validation_speech():

@@ -35,13 +35,19 @@ def tried(p: float, ranks: tuple[int, ...] = (48, 96, 242)) -> dict[Series, dict
     return found
 
 
+def result(loss: float, training: float | None = None) -> dict[str, object]:
+    """Of a cell; the first third of training does not count."""
+    late = loss if training is None else training
+    return {"loss": loss, "losses": [9.0, late + 0.5, late - 0.5], "seconds": [1.0, 3.0, 2.0]}
+
+
 @pytest.fixture
 def explorer(monkeypatch):
     """Its cells cost nothing: the loss is lowest at 3 / k^1.5, a rate above 0.04 diverges."""
 
     def run(cells: list[Cell], desc: str) -> dict[Cell, dict[str, object]]:
         calls.extend(cells)
-        return {c: {"diverged": True} if c.lr > 0.04 else {"loss": bowl(c.lr, 3 / (c.rank or 1) ** 1.5)} for c in cells}
+        return {c: {"diverged": True} if c.lr > 0.04 else result(bowl(c.lr, 3 / (c.rank or 1) ** 1.5)) for c in cells}
 
     calls: list[Cell] = []
     monkeypatch.setattr(rates, "contents", lambda model, data, shifts, longest, source: dict.fromkeys(shifts, "hash"))
@@ -64,6 +70,17 @@ def test_rates_are_tried_until_the_best_is_inside(explorer):
     assert start == pytest.approx(min(known, key=known.get) * (153 / 20) ** 1.5 / 1.5, rel=0.05)  # of the nearest rank
     assert math.isinf(max(rates_report.losses_of(explorer.results)[Series("tiny.en", "child", 20)].values()))
     assert {(c.measure, c.source, c.amp, c.budget) for c in explorer.calls} == {("loss", False, False, None)}
+
+
+def test_a_series_is_finished_when_the_best_rate_in_training_is_inside_as_well(explorer, monkeypatch):
+    def run(cells, desc):
+        return {c: result(bowl(c.lr, 6.3 / 153**2), bowl(c.lr, 20 / 153**2)) for c in cells}
+
+    monkeypatch.setattr(explorer, "run", run)
+    series = Series("tiny.en", "child", 153)
+    assert explorer.finish(series)
+    for which in (rates_report.VALIDATION, rates_report.TRAINING):
+        assert rates_report.inside(rates_report.losses_of(explorer.results, which)[series])
 
 
 def test_a_series_that_runs_out_of_time_is_not_finished(explorer, monkeypatch):
@@ -109,19 +126,19 @@ def test_everything_is_written(tmp_path):
     losses[unfinished] = {1e-4: 1.0, 2e-4: 2.0, 3e-4: 3.0}
     results = {
         series: {
-            lr: {"loss": loss, "seconds": [1.0, 3.0]} if math.isfinite(loss) else {"diverged": True}
-            for lr, loss in found.items()
+            lr: result(loss, 2 * loss) if math.isfinite(loss) else {"diverged": True} for lr, loss in found.items()
         }
         for series, found in losses.items()
     }
     gradients = {("tiny.en", "child"): [k**1.25 for k in range(1, 243)]}
     text = rates_report.write(results, gradients, 3.0, tmp_path)
     assert text == (tmp_path / "table.md").read_text()
-    assert "| tiny.en | all | 6 | 2.00 ± 0.00 |" in text
+    assert text.count("| tiny.en | all | 6 | 2.00 ± 0.00 |") == 2
     assert "| tiny.en | child, by spectrum | 96 | 0 | 3 | 2.00e-04 | 0.19 | 1.2000 |" in text and "base" not in text
     rows = rows_of(tmp_path / "cells.csv")
     assert len(rows) == sum(map(len, losses.values())) and {row["seconds/step"] for row in rows} == {"2.00", ""}
-    assert [row["loss"] for row in rows if row["by spectrum"] == "1"] == ["1.50000", "1.20000", "inf"]
+    last = [(row["validation loss"], row["training loss"]) for row in rows if row["by spectrum"] == "1"]
+    assert last == [("1.50000", "3.00000"), ("1.20000", "2.40000"), ("inf", "inf")]
     assert (tmp_path / "rates.png").stat().st_size > 10_000
     assert "| tiny.en | child | 1.25 | 1.25 | 1.25 | 1.25 | 1.25 |" in text
     assert [float(row["sum"]) for row in rows_of(tmp_path / "gradients.csv")][:2] == pytest.approx(
@@ -134,7 +151,7 @@ def test_the_earlier_rates_are_read_with_what_they_lose(tmp_path):
     text = rates_report.write({}, {}, 3.0, tmp_path)
     losses, chosen = rates_report.earlier()
     assert {s.rank for s in losses} == {83, 153, 242} and losses.keys() == chosen.keys()
-    series = Series(rates_report.EARLIER, "child", 153)
+    series = Series("tiny.en", "child", 153)
     assert losses[series][3e-4] == 0.2167 == min(losses[series].values()) and chosen[series] == 1e-4
     assert "| child | 153 | 1.0e-04 | 2.01e-04 | 0.0166 |" in text
 

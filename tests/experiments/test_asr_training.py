@@ -68,6 +68,17 @@ def test_resumed_training_equals_uninterrupted(how, ct2_folder, clips, tmp_path,
     assert signal.getsignal(signal.SIGINT) is on_interrupt
 
 
+def test_groups_keep_their_share_of_the_learning_rate(ct2_folder, clips, tmp_path):
+    recognizer = load_recognizer(str(ct2_folder.path), ct2_folder.path, torch.device("cpu"))
+    sk.inject(recognizer.model, sk.SSVDConfig(rank=4), progress=False)
+    first, *rest = [p for p in recognizer.model.parameters() if p.requires_grad]
+    groups = [{"params": [first], "lr": 3e-2}, {"params": rest}]
+    recipe = train.Recipe(steps=3, batch=2, lr=1e-2)
+    run = runfolder.RunFolder(tmp_path / "run", {})
+    train.train(recognizer, clips, recipe, run, groups=groups)
+    assert [group["lr"] for group in groups] == pytest.approx([3 * recipe.lr_at(2), recipe.lr_at(2)])
+
+
 def test_divergence_is_reported(ct2_folder, clips, tmp_path, monkeypatch):
     loss = train.cross_entropy
     monkeypatch.setattr(train, "cross_entropy", lambda *args: loss(*args) * float("nan"))

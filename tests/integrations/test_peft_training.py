@@ -13,6 +13,9 @@ from models import references
 from peft_models import base_model, config, in_new_process, peft, run, transformers
 from torch import Tensor, nn
 
+import ssvd_kernels as sk
+from ssvd_kernels.model.parameter_groups import EXPONENT
+
 
 def text_data() -> list[dict[str, Tensor]]:
     """Sequences that count upwards by a fixed step: quick to learn."""
@@ -31,6 +34,22 @@ def trainer(folder: Path, model: nn.Module, steps: int = 12, **options) -> trans
 
 def losses(run_: transformers.Trainer) -> list[float]:
     return [entry["loss"] for entry in run_.state.log_history if "loss" in entry]
+
+
+def test_trainer_trains_the_adapter_in_use_at_the_rate_of_its_rank(tmp_path):
+    model = peft.get_peft_model(base_model("llama"), config(rank=4))
+    model.add_adapter("b", config(rank=6))
+    run_ = trainer(tmp_path, model, steps=2)
+    for name, rates in (("default", {1e-3}), ("b", {1e-3 * (4 / 6) ** EXPONENT})):
+        model.set_adapter(name)
+        groups = sk.parameter_groups(model, 1e-3, k_ref=4)
+        given = [parameter for group in groups for parameter in group["params"]]
+        wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert {id(p) for p in given} == {id(p) for p in wanted} and len(given) == len(wanted)
+        assert {group["lr"] for group in groups} == rates
+    run_.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    run_.train()
+    assert {group["lr"] for group in run_.optimizer.param_groups} == rates and losses(run_)[1] < losses(run_)[0]
 
 
 @pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), {"gradient_checkpointing": True}])
