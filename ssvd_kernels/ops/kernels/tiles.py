@@ -102,8 +102,7 @@ def accumulate(
     for j in range(start, stop, BLOCK_K):
         mask_k = j + tl.arange(0, BLOCK_K) < stop
         a = tl.load(a_ptrs, mask=mask_row[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_ROWS, BLOCK_K]
-        if stop_b is not None:
-            mask_k = j + tl.arange(0, BLOCK_K) < stop_b
+        mask_k = j + tl.arange(0, BLOCK_K) < (stop if stop_b is None else stop_b)
         b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_col[None, :], other=0.0)  # [BLOCK_K, BLOCK_COLS]
         acc = product(a, cast(b, a.dtype), acc, PRECISION)
         a_ptrs += step * stride_a_k

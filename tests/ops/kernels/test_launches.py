@@ -130,8 +130,8 @@ def with_tile(capability: int, table: str, key: str, rank: int, tile: TileConfig
             else:
                 for mode in ("composed", "factored") if table == "LINEAR" else ("composed",):
                     found += linear(capability, dtype, ONE_PASS_MAX_T + 1, 16, weight, d, mode)
-                for k in (13, 16) if table == "LINEAR" and weight == dtype else ():
-                    found += activation(capability, dtype, ONE_PASS_MAX_T + 1, k, d)
+                if table == "LINEAR" and weight == dtype:
+                    found += activation(capability, dtype, ONE_PASS_MAX_T + 1, 13, d)
     return found
 
 
