@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssvd_kernels.ops.kernels import constants
-from ssvd_kernels.ops.kernels.constants import LARGE
+from ssvd_kernels.ops.kernels.constants import LARGE, SMALL
 from ssvd_kernels.ops.kernels.launch import current_device
 from ssvd_kernels.ops.kernels.tile_sizes import CAYLEY_LEAF, CAYLEY_PACK, CAYLEY_WIDE, cayley_config
 from ssvd_kernels.ops.kernels.tiles import accumulate
@@ -84,13 +84,38 @@ def _gauss_jordan(a, n, ONE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _cayley_leaf_kernel(n_ptr, stride_n_b, stride_n_row, n, BLOCK: tl.constexpr):
-    """N (n, n) becomes 2 [(I + N)^-1 - I], in float64."""
-    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-    mask = (i < n) & (j < n)
-    ptrs = n_ptr + tl.program_id(0).to(tl.int64) * stride_n_b + i * stride_n_row + j
-    a = tl.load(ptrs, mask=mask, other=0.0).to(tl.float64)  # [BLOCK, BLOCK]
-    tl.store(ptrs, (2 * _gauss_jordan(a, n, 1, BLOCK)).to(tl.float32), mask=mask)
+def _cayley_leaf_kernel(n_ptr, scratch_ptr, stride_b, stride_row, n, SMALL: tl.constexpr, BLOCK: tl.constexpr):
+    """N (n, n) becomes 2 F, F = (I + N)^-1 - I: in float64, or for small N in float32 and refined once by
+    F += R + F R, R = -(N + F + N F).
+
+    That is as accurate, and float64 costs 64 times as much on many GPUs. R and F pass through memory: products of
+    whole tiles in registers would spill them.
+    """
+    offs = tl.arange(0, BLOCK)
+    i, j, inside = offs[:, None], offs[None, :], offs < n
+    mask = inside[:, None] & inside[None, :]
+    start = tl.program_id(0).to(tl.int64) * stride_b
+    n_ptr += start
+    scratch_ptr += start
+    n_ptrs, f_ptrs = n_ptr + i * stride_row + j, scratch_ptr + i * stride_row + j
+    N = tl.load(n_ptrs, mask=mask, other=0.0)  # [BLOCK, BLOCK]
+    if tl.max(tl.sum(N * N, axis=0)) > SMALL:
+        tl.store(n_ptrs, (2 * _gauss_jordan(N.to(tl.float64), n, 1, BLOCK)).to(tl.float32), mask=mask)
+    else:
+        F = _gauss_jordan(N, n, 1, BLOCK)
+        tl.store(f_ptrs, F, mask=mask)
+        tl.debug_barrier()
+        R = -accumulate(
+            N + F, n_ptr, stride_row, 1, scratch_ptr, 1, stride_row, offs, inside, offs, inside, 0, n, 32, "ieee"
+        )
+        tl.debug_barrier()
+        tl.store(n_ptrs, R, mask=mask)
+        tl.debug_barrier()
+        F = accumulate(
+            F + R, scratch_ptr, stride_row, 1, n_ptr, 1, stride_row, offs, inside, offs, inside, 0, n, 32, "ieee"
+        )
+        tl.debug_barrier()
+        tl.store(n_ptrs, 2 * F, mask=mask)
 
 
 @triton.jit
@@ -273,10 +298,13 @@ def cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
 
 
 def _inverse_delta_(N: Tensor, scratch: Tensor, precision: str) -> None:
-    """N (B, n, n) becomes 2 [(I + N)^-1 - I]; the off-diagonal blocks of `scratch` hold L and R. See csrc/cayley.h."""
+    """N (B, n, n) becomes 2 [(I + N)^-1 - I]; the off-diagonal blocks of `scratch` hold L and R, the leaves use the
+    others. See csrc/cayley.h."""
     n = N.shape[-1]
     if n <= LEAF:
-        _cayley_leaf_kernel[(N.shape[0],)](N, *N.stride()[:2], n, BLOCK=CAYLEY_LEAF.rows, **CAYLEY_LEAF.options)
+        _cayley_leaf_kernel[(N.shape[0],)](
+            N, scratch, *N.stride()[:2], n, SMALL=SMALL, BLOCK=CAYLEY_LEAF.rows, **CAYLEY_LEAF.options
+        )
         return
     h = LEAF * (triton.cdiv(n, LEAF) // 2)
     N11, N12, N21, N22 = N[:, :h, :h], N[:, :h, h:], N[:, h:, :h], N[:, h:, h:]

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 
 from ssvd_kernels.ops.kernels import cayley, unavailable_reason
 from ssvd_kernels.ops.kernels import tile_sizes as tables
+from ssvd_kernels.ops.kernels.constants import SMALL
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REASON = unavailable_reason(DEVICE, torch.float32)
@@ -83,6 +84,17 @@ def test_every_configuration(name, position, monkeypatch):
     theta, grad = theta_of_norm(k, 0.5, dtype=torch.float32), torch.randn(1, k, k)
     for value, twin, truth in zip(*(make(theta, grad, k) for make in (passes, plain_passes, exact_passes))):
         assert relative_error(value, truth) <= (twice(twin, truth) if name == "bf16x6" else TWO_TERMS)
+
+
+@pytest.mark.parametrize("structure", ["random", "graded"])
+def test_leaves_in_float32(structure):
+    """The largest that are not eliminated in float64."""
+    k = 48
+    theta = structured_theta(structure, k, 1.0)
+    theta *= (0.99 * SMALL / reference.skew(theta, k).square().sum(-1).max()).sqrt()
+    with sk.use_backend("triton"):
+        E = sk.cayley_delta(theta.to(DEVICE), k).cpu()
+    assert_within(E, solved_delta(theta, k), exact_delta(theta, k))
 
 
 SLOW = [pytest.param(69, structure, marks=pytest.mark.slow) for structure in ("halves", "all ones", "graded")]
