@@ -48,7 +48,7 @@ class SSVDAdapter(Adapter):
         Within a forward of the root it comes from the batch that the root computed for all layers.
         """
         core, grad, compiling = self.given.core, torch.is_grad_enabled(), torch.compiler.is_compiling()
-        if core is not None and (compiling or running.is_running()):
+        if core is not None and (compiling or running.is_running(self.given)):
             if core.requires_grad or not (grad and self.first_trained.requires_grad):
                 if not (grad or compiling) and core.requires_grad:  # a reentrant checkpoint, recomputed with a graph
                     running.forget(self)
