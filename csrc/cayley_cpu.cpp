@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #if defined(__GNUC__) && !defined(SSVD_NO_DIRECT_BLAS)
@@ -93,23 +92,22 @@ void multiply_add(const Matrix<T>& out, double beta, const Matrix<T>& c, double 
 }
 
 // Gauss-Jordan without pivoting on A = N + one I, storing N before the sweeps and A^-1 - one I after: with one = 1
-// nothing is lost of a small N.
-// Rows are padded with zeros to kLeaf columns, so that the inner loop has a fixed length. In float64 for every dtype:
-// in float32 each of the 64 sweeps would round all elements, which for small N is several times the error of a solve.
+// nothing is lost of a small N. Rows are kLeaf apart. In float64 for every dtype: in float32 each of the 64 sweeps would
+// round all elements, which for small N is several times the error of a solve.
 SSVD_CLONES void sweep(double* __restrict__ a, int64_t n, int one) {
   alignas(64) double pivot_row[kLeaf];
   for (int64_t p = 0; p < n; ++p) {
     double* row_p = a + p * kLeaf;
     const double inv = 1 / (one + row_p[p]);
     const double diagonal = one ? -row_p[p] * inv : inv;
-    for (int64_t j = 0; j < kLeaf; ++j) pivot_row[j] = row_p[j] * inv;
+    for (int64_t j = 0; j < n; ++j) pivot_row[j] = row_p[j] * inv;
     for (int64_t i = 0; i < n; ++i) {
       double* row = a + i * kLeaf;
       const double f = row[p];
-      for (int64_t j = 0; j < kLeaf; ++j) row[j] -= f * pivot_row[j];
+      for (int64_t j = 0; j < n; ++j) row[j] -= f * pivot_row[j];
       row[p] = -f * inv;
     }
-    std::memcpy(row_p, pivot_row, sizeof(pivot_row));
+    std::copy_n(pivot_row, n, row_p);
     row_p[p] = diagonal;
   }
 }
@@ -118,10 +116,7 @@ template <class T>
 void leaf_(const Matrix<T>& N) {
   alignas(64) double a[kLeaf * kLeaf];
   const int64_t n = N.n_rows;
-  for (int64_t i = 0; i < n; ++i) {
-    std::copy_n(N.data + i * N.ld, n, a + i * kLeaf);
-    std::fill(a + i * kLeaf + n, a + (i + 1) * kLeaf, 0.0);
-  }
+  for (int64_t i = 0; i < n; ++i) std::copy_n(N.data + i * N.ld, n, a + i * kLeaf);
   sweep(a, n, 1);
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = 0; j < n; ++j) N.data[i * N.ld + j] = static_cast<T>(2 * a[i * kLeaf + j]);
@@ -193,7 +188,7 @@ SSVD_CLONES double excess(const T* E, int64_t k) {
 // what follows. Right for large K, where `inverse_delta_` is not, and slower.
 template <class T>
 void gauss_jordan_(T* K, int64_t k) {
-  alignas(64) double pivot[kLeaf * kLeaf] = {};
+  alignas(64) double pivot[kLeaf * kLeaf];
   std::vector<double> values(K, K + k * k), column(k * kLeaf), row(kLeaf * k);
   const Matrix<double> A{values.data(), k, k, k};
   for (int64_t i = 0; i < k; ++i) A.data[i * k + i] += 1;

@@ -39,6 +39,7 @@ class Given(threading.local):
 
     def __init__(self) -> None:  # in each thread: torch.compile guards on which attributes there are
         self.core: Tensor | None = None
+        self.distance = 0  # frames between the root and whoever asked last whether it is running
 
     def __reduce__(self) -> tuple[type[Given], tuple[()]]:
         return Given, ()
@@ -73,6 +74,7 @@ class _Structure:
 class _Thread(threading.local):
     def __init__(self) -> None:  # as above
         self.forward: Forward | None = None
+        self.distance = 0
 
 
 thread, structure = _Thread(), _Structure()
@@ -81,7 +83,7 @@ _finished: list[weakref.ref[Values]] = []  # of all forwards that may still have
 
 def enter(cores: Cores, batches: list[Batch], caller: FrameType | None) -> None:
     """At the start of a root's forward, called with the frame that calls its hooks."""
-    while thread.forward is not None and thread.forward.caller is not None and not is_running():
+    while thread.forward is not None and thread.forward.caller is not None and not is_running(thread):
         leave()
     before = {layer: layer.given.core for layer in cores}
     for layer, core in cores.items():
@@ -97,14 +99,23 @@ def leave() -> None:
         thread.forward = thread.forward.outer
 
 
-def is_running() -> bool:
-    """Whether the newest forward of this thread is: not after a KeyboardInterrupt, after which no hook of it runs."""
+def is_running(asking: Given | _Thread) -> bool:
+    """Whether the newest forward of this thread is: not after a KeyboardInterrupt, after which no hook of it runs.
+
+    `asking` keeps the distance: Python makes an object of each frame on the way to the root's.
+    """
     forward = thread.forward
     if forward is None or forward.caller is None:
         return forward is not None
-    frame: FrameType | None = sys._getframe(1)
+    try:
+        if sys._getframe(asking.distance) is forward.caller:
+            return True
+    except ValueError:  # the stack is not so deep
+        pass
+    frame: FrameType | None = sys._getframe()
+    asking.distance = 0
     while frame is not None and frame is not forward.caller:
-        frame = frame.f_back
+        frame, asking.distance = frame.f_back, asking.distance + 1
     return frame is not None
 
 

@@ -55,7 +55,7 @@ class SSVDAdapter(Adapter):
     def own_core(self) -> Tensor:
         """`core_of` this layer's kind."""
         core, grad, compiling = self.given.core, torch.is_grad_enabled(), torch.compiler.is_compiling()
-        if core is not None and (compiling or running.is_running()):
+        if core is not None and (compiling or running.is_running(self.given)):
             if core.requires_grad or not (grad and self.first_trained.requires_grad):
                 if not (grad or compiling) and core.requires_grad:  # a reentrant checkpoint, recomputed with a graph
                     running.forget(self)

@@ -39,10 +39,11 @@ class CayleyDeltaFunction(torch.autograd.Function):
 
 
 class SSVDLinearFunction(torch.autograd.Function):
-    """(x, weight, U, V, core, bias) -> y = x (weight + U core V^T)^T + b in `dtype`; without `weight` the update alone.
+    """(x, weight, U, V, core, bias) -> y = x (weight + U core V^T)^T + b in a dtype; without `weight` the update alone.
 
     Gradients reach x, core and bias; weight, U and V are frozen. Of x it saves z = x V (T, k) alone, and in composed
     mode W', which is freed with the graph. `narrow` is the core as the products read it, where that is made already.
+    Autograd casts the gradients to the dtypes of their inputs.
     """
 
     @staticmethod
@@ -54,13 +55,11 @@ class SSVDLinearFunction(torch.autograd.Function):
         V: Tensor,
         core: Tensor,
         bias: Tensor | None,
-        mode: str,
-        dtype: torch.dtype,
-        backend: str,
-        need_z: bool,
+        choices: tuple[str, torch.dtype, str, bool],  # one argument, as autograd looks at each
         narrow: Tensor | None = None,
     ) -> Tensor:
-        ctx.k, ctx.core_dtype = core.shape[0], core.dtype
+        mode, dtype, backend, need_z = choices
+        ctx.k, ctx.backend = core.shape[0], backend
         core = core if narrow is None else narrow
         x = x if x.dtype == dtype else x.to(dtype)
         if mode == "composed" and dtype != torch.float32:
@@ -71,7 +70,6 @@ class SSVDLinearFunction(torch.autograd.Function):
         if z is not None and z.ndim != 2:
             z = z.reshape(-1, z.shape[-1])
         ctx.save_for_backward(z, weight, U, V, core, composed)
-        ctx.backend, ctx.bias_dtype = backend, None if bias is None else bias.dtype
         return y
 
     @staticmethod
@@ -89,10 +87,10 @@ class SSVDLinearFunction(torch.autograd.Function):
             dx, dcore = OPS[ctx.backend].ssvd_linear_bwd(*arguments)
         if dx is not None and dy.ndim != 2:
             dx = dx.view(*dy.shape[:-1], dx.shape[1])
-        if dcore is not None and (ctx.backend == "triton" or dcore.dtype != ctx.core_dtype):
-            dcore = dcore[: ctx.k, : ctx.k].to(ctx.core_dtype)
-        dbias = rows.sum(0).to(ctx.bias_dtype) if needed[5] else None
-        return dx, None, None, None, dcore, dbias, None, None, None, None, None
+        if dcore is not None and ctx.backend == "triton":  # padded
+            dcore = dcore[: ctx.k, : ctx.k]
+        dbias = rows.sum(0) if needed[5] else None
+        return dx, None, None, None, dcore, dbias, None, None
 
 
 class SSVDActivationFunction(torch.autograd.Function):

@@ -195,11 +195,12 @@ def linear(
     if dispatch.transforming():
         with reference.without_autocast(x):
             return reference.ssvd_linear_ref(x.to(dtype), weight, U, V, core, bias, chosen)
+    choices = chosen, dtype, backend, need_z
     if compiling:
-        return SSVDLinearFunction.apply(x, weight, U, V, core, bias, chosen, dtype, backend, need_z)
+        return SSVDLinearFunction.apply(x, weight, U, V, core, bias, choices)
     if backend == "triton" and operands is not None:
         U, V, narrow = operands.operands(core if chosen == "factored" else None, dtype)
-    return apply_linear(x, weight, U, V, core, bias, chosen, dtype, backend, need_z, narrow)
+    return apply_linear(x, weight, U, V, core, bias, choices, narrow)
 
 
 def activation(

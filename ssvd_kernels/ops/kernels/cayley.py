@@ -298,8 +298,8 @@ def cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
 
 
 def _inverse_delta_(N: Tensor, scratch: Tensor, precision: str) -> None:
-    """N (B, n, n) becomes 2 [(I + N)^-1 - I]. `scratch` is cut as N is: its off-diagonal blocks hold L and R, the others
-    are the leaves'. See csrc/cayley.h."""
+    """N (B, n, n) becomes 2 [(I + N)^-1 - I]; the off-diagonal blocks of `scratch` hold L and R, the leaves use the
+    others. See csrc/cayley.h."""
     n = N.shape[-1]
     if n <= LEAF:
         _cayley_leaf_kernel[(N.shape[0],)](

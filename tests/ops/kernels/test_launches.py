@@ -58,7 +58,7 @@ def linear(
     x, core, dy = torch.zeros(T, d, dtype=dtype), torch.zeros(k, k), torch.zeros(T, d, dtype=dtype)
     leaves = x.requires_grad_(), core.requires_grad_()
     with gpu(capability) as launches:
-        y = apply_linear(x, W, U, V, core, b, mode, dtype, "triton", True)
+        y = apply_linear(x, W, U, V, core, b, (mode, dtype, "triton", True))
         torch.autograd.grad(y, leaves, dy)
     return launches
 
