@@ -18,8 +18,9 @@ from .quantized import SSVDQuantizedLinear
 from .ssvd import SSVDAdapter, SSVDLinear
 
 KEPT = {"input": ("V",), "output": ("U",), "both": ("U", "V")}
-SMALLEST = {torch.float64: 1e-8, torch.float32: 1e-4}  # sigma_k / sigma_1
-SMALLEST_HALF = 1e-3
+# sigma_k / sigma_1 at which the update is wrong by 1 % where the basis is in half precision, and by 1e-5 in float32, if
+# delta_sigma is a tenth of sigma_1 ||K||, several times what training gives; the error is eps delta_sigma / sigma_k
+SMALLEST = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 4e-4, torch.bfloat16: 3e-3}
 
 
 def kept_dtype(sigma: Tensor, config: Any, weight: torch.dtype, quantized: bool, name: str = "`linear`") -> torch.dtype:
@@ -27,7 +28,7 @@ def kept_dtype(sigma: Tensor, config: Any, weight: torch.dtype, quantized: bool,
     dtype = torch.bfloat16 if quantized or weight.itemsize < 4 else sigma.dtype
     if config.basis_dtype != "auto":
         dtype = getattr(torch, config.basis_dtype)
-    ratio, least = float(sigma[-1] / sigma[0]), SMALLEST.get(dtype, SMALLEST_HALF)
+    ratio, least = float(sigma[-1] / sigma[0]), SMALLEST[dtype]
     if not ratio >= least:
         raise ValueError(
             f"{name}: form='activation' divides by singular values, so sigma_k / sigma_1 must be at least {least:g} "

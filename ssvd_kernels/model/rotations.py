@@ -19,7 +19,7 @@ from ..layers.quantized import prevent_repacking
 from ..layers.ssvd import SSVDAdapter
 from ..ops.functional import core_of
 
-MAX_BYTES = 2**28  # of one batch of cores
+MAX_BYTES = 2**27  # of one batch of cores, of which a backward holds several temporaries
 PADDING = 1.25  # ranks within this factor share a batch
 
 

@@ -91,14 +91,14 @@ def core_of(kind: Kind, theta: Tensor, theta_out: Tensor | None, delta: Tensor, 
         assert kind.k_out is not None
         E, E_out = (_pad(each, kind.k) for each in (E, rotation_delta(theta_out, kind.k_out, kind.rotation)))
     activation = kind.form == "activation"
-    side = "input" if activation and kind.side == "both" else kind.side
     with reference.without_autocast(E):
         sigma, delta = sigma.to(E.dtype), delta.to(E.dtype)
         if kind.rotation == "banded":
             core = reference.banded_core_ref(E, delta)
-        else:
-            core = reference.core_ref(E, sigma, delta, side, E_out, product)
-        return reference.activation_core_ref(core, sigma, side, E_out) if activation else core
+            return core / sigma.unsqueeze(-1) if activation else core
+        if activation:
+            return reference.activation_core_ref(E, sigma, delta, kind.side, E_out)
+        return reference.core_ref(E, sigma, delta, kind.side, E_out, product)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -341,13 +341,13 @@ def ssvd_activation_bwd(
     return dx, None if z is None else g.mT @ z
 
 
-def activation_core_ref(core: Tensor, sigma: Tensor, side: str, E_out: Tensor | None) -> Tensor:
-    """C (..., k, k) of a core M of `core_ref`, by which a layer's activations change instead of its weight.
+def activation_core_ref(E: Tensor, sigma: Tensor, delta: Tensor, side: str, E_out: Tensor | None) -> Tensor:
+    """C (..., k, k), by which a layer's activations change instead of its weight; arguments and M as in `core_ref`.
 
-    input   C = Sigma^-1 M,  W' = W (I + V C V^T)        output   C = M Sigma^-1,  W' = (I + U C U^T) W
-    both    [C, E_out^T] (..., 2, k, k), C = Sigma^-1 of the input side's M,  W' = (I + U E_out^T U^T) W (I + V C V^T)
+    With R = Sigma^-1 diag(delta), so that no k x k matrix is divided:
+    input   C = Sigma^-1 M = R + (I + R) E,    W' = W (I + V C V^T)
+    output  C = M Sigma^-1 = R + E^T (I + R),  W' = (I + U C U^T) W
+    both    [the input side's C, E_out^T] (..., 2, k, k),  W' = (I + U E_out^T U^T) W (I + V C V^T)
     """
-    if side == "output":
-        return core / sigma.unsqueeze(-2)
-    C = core / sigma.unsqueeze(-1)
+    C = core_ref(E, torch.ones_like(sigma), delta / sigma, "output" if side == "output" else "input")
     return C if E_out is None else torch.stack([C, E_out.mT], dim=-3)
