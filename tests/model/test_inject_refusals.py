@@ -111,7 +111,11 @@ NO_LINEAR = r"\(named in `targets`\) must be an nn\.Linear .*got"
         ({"exclude": ["upper"]}, ValueError, rf"`exclude` must be a list.*got 'upper' in \['upper'\], {NONE}"),
         ({"exclude": "u"}, ValueError, rf"`exclude` must be .*got 'u', {NONE}, e\.g\. 'up'"),
         ({"exclude": ["up", "down"]}, ValueError, rf"{UNTIED}.*exclude=\['up', 'down'\]"),
-        ({"targets": ["conv"], "form": "weight"}, TypeError, r"conv is a Conv1d: `form` must be 'activation' or 'auto'"),
+        (
+            {"targets": ["conv"], "form": "weight"},
+            TypeError,
+            r"conv is a Conv1d: `form` must be 'activation' or 'auto'",
+        ),
         ({"targets": ["up", "embed"]}, TypeError, rf"`embed` {NO_LINEAR} Embedding"),
         ({"targets": ["head"]}, ValueError, r"'head'.*tied.*'embed\.weight'"),
     ],
