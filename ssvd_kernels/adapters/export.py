@@ -85,8 +85,9 @@ def to_lora(
     pairs = {name: _lora_pair(name, layer, rank) for name, layer in bar}
     tensors = {}
     for name, pair in pairs.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = pair.A
-        tensors[f"base_model.model.{name}.lora_B.weight"] = pair.B
+        ones = (1,) * (-1 - layers[name].channels)  # of a convolution's kernel
+        tensors[f"base_model.model.{name}.lora_A.weight"] = pair.A.view(*pair.A.shape, *ones)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = pair.B.view(*pair.B.shape, *ones)
     saved, in_use = saved_modules(model), next(iter(layers.values())).active_adapter
     for name, module in saved.items():
         for key, tensor in module.adapter(in_use).items():
@@ -238,7 +239,7 @@ def _merged_state(model: nn.Module) -> dict[str, Tensor]:
     base = {f"{name}.{key}" for name in layers for key in ("weight", "bias")}
     state = {key: value for key, value in model.state_dict().items() if key in base or not key.startswith(prefixes)}
     for name, layer in layers.items():
-        state[f"{name}.weight"] = layer.composed_for_merge(name).cpu()
+        state[f"{name}.weight"] = layer.base_layer.shaped(layer, layer.composed_for_merge(name)).cpu()
     return state
 
 

@@ -222,7 +222,6 @@ class PeftAdapter(SSVDAdapter):
     layer: SSVDPeftLinear
     stored: tuple[str, ...]
     managed_by = "PEFT"
-    channels = -1  # the dimension of x and y that W maps
 
     def __init__(self, layer: SSVDPeftLinear, config: SSVDConfig, found: Factorization, strength: float = 1.0) -> None:
         self.__dict__["layer"] = layer  # not a submodule, but the other way round

@@ -13,8 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..basis.factorize import BASIS, SAFE_GAP, SKETCH_ROWS, match_signs
-from ..config import Rotation, Side, SSVDConfig
+from ..basis.factorize import SAFE_GAP, SKETCH_ROWS, match_signs
+from ..basis.pointwise import is_pointwise, is_transposed
+from ..config import BasisDtype, Form, Rotation, Side, SSVDConfig
+from ..layers.activation import SSVDActivationLinear, SSVDPointwise
+from ..layers.adapt import check_method
+from ..layers.base_layer import BASES
 from ..layers.inactive import TRAINED
 from ..layers.ssvd import SSVDLinear
 
@@ -26,7 +30,16 @@ class SSVDAdapter(SSVDLinear):
     are loaded: the constructor factorises the weight that `linear` holds, and base weights loaded later are refused.
     `ssvd_kernels.save_adapter`, `load_adapter` and `merge` work on the AdaptedModel. Each layer computes its own
     rotation; `ssvd_kernels.inject` would compute all of them in one batch. Errors as SSVDLinear.
+    `linear` may be a convolution of kernel 1, such as the attribute `conv` of SpeechBrain's own (target "*.conv.conv").
     """
+
+    def __new__(cls, linear: nn.Module | None = None, *args: Any, form: Form = "auto", **options: Any) -> SSVDAdapter:
+        if cls is SSVDAdapter:
+            if is_pointwise(linear) or is_transposed(linear):
+                cls = SSVDPointwiseAdapter
+            elif form == "activation":
+                cls = SSVDActivationAdapter
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -38,8 +51,13 @@ class SSVDAdapter(SSVDLinear):
         rank_out: int | None = None,
         ratio_out: float | None = None,
         band: int | None = None,
+        *,
+        form: Form = "auto",
+        basis_dtype: BasisDtype = "auto",
     ) -> None:
-        config = SSVDConfig(rank, ratio, side, rotation, rank_out=rank_out, ratio_out=ratio_out, band=band)
+        more = {"rank_out": rank_out, "ratio_out": ratio_out, "band": band, "form": form, "basis_dtype": basis_dtype}
+        config = SSVDConfig(rank, ratio, side, rotation, **more)  # type: ignore[arg-type]
+        check_method(linear, config, "`linear`")
         super().__init__(linear, config)
 
     def get_extra_state(self) -> Tensor:
@@ -57,8 +75,11 @@ class SSVDAdapter(SSVDLinear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if keep_vars and self.basis.gap < SAFE_GAP:  # cannot be recomputed safely: to be saved, too
-            for key in BASIS:
+            for key in self._basis_names():
                 destination[prefix + key] = destination[prefix + key].detach().requires_grad_()
+
+    def _basis_names(self) -> list[str]:
+        return [name for name in self._parameters if name in ("sigma", *BASES)]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         error_msgs: list[str] = args[-1]
@@ -83,9 +104,20 @@ class SSVDAdapter(SSVDLinear):
         saved = bytes(map(int, state[1:length])).decode()
         if saved != self._meaning():
             raise ValueError(f"saved for {saved}, but the model has {self._meaning()}")
-        if prefix + "U" in state_dict:
+        given = {name for name in BASES if prefix + name in state_dict}
+        if given:
+            if not given <= set(self._basis_names()):
+                raise ValueError(f"its basis is {', '.join(sorted(given))}, that of another `form`")
             return None
         signs = match_signs(state[length:].detach().view(2 * SKETCH_ROWS, -1), self.basis.sketch)
         if signs is None:
             raise ValueError("its singular vectors cannot be matched with those that were adapted")
         return signs
+
+
+class SSVDActivationAdapter(SSVDActivationLinear, SSVDAdapter):
+    """What `SSVDAdapter` makes for form="activation"."""
+
+
+class SSVDPointwiseAdapter(SSVDPointwise, SSVDAdapter):
+    """What `SSVDAdapter` makes of a convolution of kernel 1."""

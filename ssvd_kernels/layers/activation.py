@@ -53,7 +53,6 @@ class ActivationForm(SSVDAdapter):
     base: nn.Linear  # of a quantised layer
     form = "activation"
     composes = False
-    channels = -1  # the dimension of x and y that W maps
 
     def hold_basis(self, found: Factorization, config: Any, dtype: torch.dtype) -> None:
         dtype = kept_dtype(found.sigma, config, dtype, self.quantized)

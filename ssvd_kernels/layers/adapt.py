@@ -42,12 +42,15 @@ def in_activation_form(layer: nn.Module, config: SSVDConfig, name: str = "`linea
         if config.form == "weight":
             raise TypeError(f"{name} is a {kind}: `form` must be 'activation' or 'auto' for it, got 'weight'")
         return True
-    if config.form == "activation" and is_quantized(layer) and quantizes_input(layer):
-        raise TypeError(
-            f"{name} is a quantised {kind} that rounds its input as well, and with it a small change of the input: "
-            "`form` must be 'weight' or 'auto' for it, got 'activation'"
-        )
-    return config.form == "activation"
+    auto = False
+    if is_quantized(layer):
+        auto = not quantizes_input(layer)
+        if config.form == "activation" and not auto:
+            raise TypeError(
+                f"{name} is a quantised {kind} that rounds its input as well, and with it a small change of the input: "
+                "`form` must be 'weight' or 'auto' for it, got 'activation'"
+            )
+    return config.form == "activation" or (auto and config.form == "auto")
 
 
 def check_basis(layer: nn.Module, config: Config, found: Factorization, name: str) -> None:

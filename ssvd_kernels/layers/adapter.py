@@ -32,6 +32,7 @@ class Adapter(nn.Module, ABC):
     trained_names: ClassVar[tuple[str, ...]]  # of an adapter's Parameters; every layer has the first
     managed_by: ClassVar[str | None] = None  # another library, e.g. PEFT
     quantized = False
+    channels = -1  # the dimension of x and y that W maps
     composes = True  # whether W' may be composed, and kept, to serve several calls
     casts = False  # whether the layer takes x of any dtype and casts W and b to it, as the layer that it adapts
 

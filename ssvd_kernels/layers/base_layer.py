@@ -64,8 +64,12 @@ class BaseLayer:
         """A plain layer with W' for a weight."""
         linear = self.original(layer)
         # a new Parameter: the old one may be in use elsewhere, e.g. in a copy of the base model
-        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.weight = nn.Parameter(self.shaped(layer, weight), requires_grad=False)
         return linear
+
+    def shaped(self, layer: AdaptedLinear, weight: Tensor) -> Tensor:
+        """`weight` (d_out, d_in) as the adapted layer's own Parameter has it."""
+        return weight
 
     def merge_refusal(self, name: str) -> str | None:
         """Why W' cannot take W's place in the layer `name`; None if it can."""
@@ -94,10 +98,10 @@ class PointwiseBase(BaseLayer):
         return matrix_of(super().weight(layer), layer.__dict__["_original"])
 
     def product(self, layer: AdaptedLinear, x: Tensor, weight: Tensor) -> Tensor:
-        own, original, bias = super().weight(layer), layer.__dict__["_original"], layer._parameters["bias"]
-        if is_transposed(original):
+        bias = layer._parameters["bias"]
+        if is_transposed(layer.__dict__["_original"]):
             return F.linear(x, weight, bias)
-        return convolve(x, like(own, weight, original), bias)
+        return convolve(x, self.shaped(layer, weight), bias)
 
-    def unloaded(self, layer: AdaptedLinear, weight: Tensor) -> nn.Linear:
-        return super().unloaded(layer, like(super().weight(layer), weight, self.original(layer)))
+    def shaped(self, layer: AdaptedLinear, weight: Tensor) -> Tensor:
+        return like(super().weight(layer), weight, layer.__dict__["_original"])

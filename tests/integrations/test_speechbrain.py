@@ -65,9 +65,10 @@ def on_x(model: nn.Module) -> Tensor:
     return model(X).detach()
 
 
+@pytest.mark.parametrize("form", ["auto", "activation"])
 @pytest.mark.parametrize("side", ["input", "output", "smaller", "both"])
-def test_adapted_model_starts_as_the_base_and_trains(base, side):
-    model = adapted(base, side=side)
+def test_adapted_model_starts_as_the_base_and_trains(base, side, form):
+    model = adapted(base, side=side, form=form)
     assert torch.equal(model(X), base(X))
     layers = sk.ssvd_layers(model)
     assert list(layers) == ["adapted_model.up", "adapted_model.down"]
@@ -78,7 +79,9 @@ def test_adapted_model_starts_as_the_base_and_trains(base, side):
     assert all(layer.side in (side, "input", "output") and layer.k == 4 for layer in layers.values())
 
 
-@pytest.mark.parametrize("options", [{"side": "both"}, {"rotation": "banded", "band": 1}])
+@pytest.mark.parametrize(
+    "options", [{"side": "both"}, {"rotation": "banded", "band": 1}, {"side": "both", "form": "activation"}]
+)
 def test_saver_keeps_little_and_a_model_with_other_signs_loads_it(base, tmp_path, monkeypatch, options):
     model = train_randomly(adapted(base, **options))
     model.saver(tmp_path / "a.pt")
@@ -100,9 +103,10 @@ def test_saver_keeps_little_and_a_model_with_other_signs_loads_it(base, tmp_path
     assert_within(on_x(again), plain, exact)
 
 
-def test_checkpointer_resumes_bit_for_bit_on_other_signs(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", ["weight", "activation"])
+def test_checkpointer_resumes_bit_for_bit_on_other_signs(base, tmp_path, monkeypatch, form):
     def start() -> tuple[nn.Module, torch.optim.Optimizer, object]:
-        model = adapted(base)
+        model = adapted(base, form=form)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
         recoverables = {"model": model, "optimizer": optimizer}
         return model, optimizer, checkpoints.Checkpointer(tmp_path, recoverables=recoverables)
@@ -156,17 +160,21 @@ def test_checkpoint_without_its_singular_vectors_is_refused(base, tmp_path, monk
         adapted(base).loader(tmp_path / "a.pt", end_of_epoch=True)
 
 
-def test_basis_that_cannot_be_recomputed_travels_along(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("form", "keys"), [("weight", ("U", "sigma", "V")), ("activation", ("sigma", "Vh"))])
+def test_basis_that_cannot_be_recomputed_travels_along(base, tmp_path, monkeypatch, form, keys):
     nn.init.orthogonal_(base.up.weight)
-    model = train_randomly(adapted(base))
+    model = train_randomly(adapted(base, form=form))
     model.saver(tmp_path / "a.pt")
     names = torch.load(tmp_path / "a.pt", weights_only=True)
-    stored = [name for name in names if name.endswith((".U", ".V", ".sigma"))]
-    assert stored == [f"adapted_model.up.{key}" for key in ("U", "sigma", "V")]
-    assert not any(p.requires_grad for p in (model.up.U, model.up.V, model.up.sigma))
+    stored = [name for name in names if name.endswith((".U", ".V", ".sigma", ".Vh"))]
+    assert stored == [f"adapted_model.up.{key}" for key in keys]
+    assert not any(model.up.get_parameter(key).requires_grad for key in keys)
+    with pytest.raises(RuntimeError, match=r"up: its basis is .*, that of another `form`"):
+        other = "weight" if form == "activation" else "activation"
+        adapted(base, form=other).loader(tmp_path / "a.pt", end_of_epoch=True)
     monkeypatch.setattr(adapted_module, "factorize", partial(in_another_basis, gap=1e-6))
     for _ in range(2):
-        fresh = adapted(base)
+        fresh = adapted(base, form=form)
         fresh.loader(tmp_path / "a.pt", end_of_epoch=True)
         assert torch.equal(fresh(X), model(X))
         fresh.saver(tmp_path / "a.pt")  # and again
@@ -198,6 +206,34 @@ def test_whole_state_dicts_our_own_files_and_merging(base, tmp_path):
     sk.merge(model, unload=True)
     assert type(model.adapted_model.up) is nn.Linear
     assert_within(on_x(model), *references(loaded, on_x))
+
+
+def test_convolutions_and_the_other_form(base, tmp_path):
+    """Conv1d of SpeechBrain, whose inner one is adapted; a checkpoint serves both forms."""
+    cnn = _speechbrain("nnet.CNN")[0]
+    plain = nn.Sequential(cnn.Conv1d(12, 1, in_channels=8), cnn.Conv1d(6, 3, in_channels=12))
+    x = X.view(2, 8, 8)
+
+    def adapted_convolutions() -> nn.Module:
+        return adapters.AdaptedModel(
+            copy.deepcopy(plain), SSVDAdapter, target_layers=["0.conv"], adapter_kwargs={"rank": 3}
+        )
+
+    model = adapted_convolutions()
+    assert torch.equal(model(x), plain(x)) and list(sk.ssvd_layers(model)) == ["adapted_model.0.conv"]
+    train_randomly(model).saver(tmp_path / "a.pt")
+    for again in (adapted_convolutions(), copy.deepcopy(model)):
+        again.loader(tmp_path / "a.pt", end_of_epoch=True)
+        assert torch.equal(again(x), model(x))
+    with pytest.raises(TypeError, match=r"`linear` is a Conv1d: `form` must be 'activation' or 'auto'"):
+        SSVDAdapter(plain[0].conv, rank=3, form="weight")
+    with pytest.raises(TypeError, match=r"`linear` must be an nn\.Linear .*got Conv1d"):
+        SSVDAdapter(plain[1].conv, rank=3)
+    weight = train_randomly(adapted(base))
+    weight.saver(tmp_path / "b.pt")
+    activation = adapted(base, form="activation")
+    activation.loader(tmp_path / "b.pt", end_of_epoch=True)
+    assert_within(on_x(activation), *references(weight, on_x))
 
 
 def test_a_checkpoint_of_one_adapter_is_refused_by_a_model_with_two(base, tmp_path):

@@ -22,13 +22,15 @@ from torch.utils.checkpoint import checkpoint
 import ssvd_kernels as sk
 from ssvd_kernels.basis.linears import base_weight, is_adaptable, is_quantized
 
+FORMS = ["weight", "auto"]
+
 # -- the product -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kappa", [1e-4, 1e-2])
+@pytest.mark.parametrize(("form", "kappa"), [("weight", 1e-4), ("weight", 1e-2), ("auto", 1e-3), ("auto", 1e-1)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bf16_update_arrives_at_the_output(kind, kappa):
-    layer = adapted(kind, torch.bfloat16).up
+def test_a_bf16_update_arrives_at_the_output(kind, form, kappa):
+    layer = adapted(kind, torch.bfloat16, form=form).up
     train(layer, kappa)
     U, V, core = (factor.detach().double() for factor in layer.update_factors())
     assert abs(output_gain(layer, layer.base, U @ core @ V.mT, kappa) - 1) <= GAIN
@@ -36,10 +38,11 @@ def test_a_bf16_update_arrives_at_the_output(kind, kappa):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_output_and_gradients_against_float64(kind, dtype, device):
+def test_output_and_gradients_against_float64(kind, form, dtype, device):
     """The base product is taken as its library makes it; what SSVD adds has at most twice plain PyTorch's error."""
-    net = adapted(kind, dtype, device).train()
+    net = adapted(kind, dtype, device, form=form).train()
     layer = net.up
     U, V, sigma, W, k = layer.U, layer.V, layer.sigma, layer.base_weight, layer.k
     P, S, Qt = (factor.to(U.dtype) for factor in torch.linalg.svd(W.double(), full_matrices=False))
@@ -62,7 +65,16 @@ def test_output_and_gradients_against_float64(kind, dtype, device):
     base_y, base_dx = run(layer.base, x)
     exact = run(lambda *args: update(*args, torch.float64), x.double(), *(t.double() for t in trained))
     plain = run(lambda *args: update(*args, dtype), x, *trained)
-    for found in (exact, plain):
+    if not layer.composes:  # the activation form
+
+        def changed(x: Tensor, theta: Tensor, delta: Tensor) -> Tensor:
+            E = solved_delta(theta.unsqueeze(0), k)[0]
+            C = E + (delta / sigma).unsqueeze(1) * (E + torch.eye(k, device=E.device))
+            return layer.base(x + ((x @ V.to(x)) @ C.to(x).mT) @ V.mT.to(x))
+
+        plain = run(changed, x, *trained)
+    added = (exact, plain) if layer.composes else (exact,)
+    for found in added:
         found[0], found[1] = base_y.to(found[0]) + found[0], base_dx.to(found[1]) + found[1]
     leaf = x.clone().requires_grad_()
     y = layer(leaf)
@@ -265,13 +277,13 @@ def test_remove_gives_the_quantised_layers_back(kind):
 def test_what_a_quantised_layer_cannot_do(kind):
     net = adapted(kind)
     net.up.mode = "composed"
-    with pytest.raises(ValueError, match="`mode` must be 'auto' or 'factored' for a quantised layer, got 'composed'"):
+    with pytest.raises(ValueError, match=r"`mode` must be 'auto' or 'factored' for .*, got 'composed'"):
         net(X)
     with pytest.raises(TypeError, match="SSVDQuantizedLinear"):
         sk.SSVDLinear.from_linear(net.down.base, sk.SSVDConfig(rank=K))
     with pytest.raises(TypeError, match="`linear` must be a layer quantised by bitsandbytes or torchao, got "):
         sk.SSVDQuantizedLinear.from_linear(nn.Linear(4, 4), sk.SSVDConfig(rank=2))
-    assert not is_adaptable(nn.Conv1d(4, 4, 1)) and is_adaptable(net.down.base)
+    assert not is_adaptable(nn.Conv1d(4, 4, 3)) and is_adaptable(net.down.base)
 
 
 @pytest.mark.parametrize("kind", BITSANDBYTES)
@@ -299,6 +311,71 @@ def test_state_dict_of_another_base_is_refused(kind):
         net.load_state_dict({name: value for name, value in other.state_dict().items() if ".base." in name}, False)
 
 
+# -- the activation form -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bases_that_round_their_weight_alone_take_the_activation_form(kind, tmp_path):
+    """One basis in bfloat16 in place of two in float32; the same file serves both forms."""
+    net, weight = adapted(kind).train(), adapted(kind, form="weight").train()
+    own = kind.__name__ != "int8"  # bitsandbytes rounds x to 8 bits, too
+    for layer in sk.ssvd_layers(net).values():
+        names = {name for name, _ in layer.named_parameters(recurse=False)}
+        assert names == {"sigma", "theta", "delta_sigma"} | ({"Vh"} if own else {"U", "V"})
+        assert layer.get_parameter("Vh" if own else "V").dtype == (torch.bfloat16 if own else torch.float32)
+    exact = weight(X).detach()
+    assert relative_error(net(X).detach(), exact) <= 2**-8
+    for source, target in ((net, weight), (weight, net)):
+        sk.save_adapter(source, tmp_path / "a.safetensors")
+        for layer in sk.ssvd_layers(target).values():
+            layer.theta.data.zero_()
+        sk.load_adapter(target, tmp_path / "a.safetensors", progress=False)
+        assert relative_error(target(X).detach(), exact) <= 2**-8
+    if not own:
+        with pytest.raises(TypeError, match="rounds its input as well"):
+            inject(net_of(kind), rank=K, form="activation")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="needs torchao")
+def test_a_base_that_quantises_its_input_keeps_the_weight_form():
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    def dynamic(net: nn.Module) -> None:
+        quantize_(net, Int8DynamicActivationInt8WeightConfig())
+
+    assert type(adapted(dynamic).up) is sk.SSVDQuantizedLinear
+    net = net_of(dynamic)
+    with refused(net, TypeError, r"up is a quantised Linear that rounds its input as well.*`form` must be 'weight' or"):
+        inject(net, rank=K, form="activation")
+
+
+@pytest.mark.parametrize("kind", BITSANDBYTES[:1])
+def test_what_a_base_would_round_to_nearest_is_rounded_before(kind):
+    """bitsandbytes casts x to its compute dtype; here x is float32 and has bfloat16's values."""
+    layer = adapted(kind).up
+    layer.base.compute_dtype, layer.base.compute_type_is_set = torch.bfloat16, True
+    train(layer, 1e-3)
+    U, V, core = (factor.detach().double() for factor in layer.update_factors())
+
+    def wide(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        y = call(x.float())
+        assert y.dtype == torch.float32
+        return y.bfloat16()
+
+    found = output_gain(partial(wide, layer), partial(wide, layer.base), U @ core @ V.mT, 1e-3)
+    assert abs(found - 1) <= GAIN
+
+
+@pytest.mark.parametrize("kind", [KINDS[2]])
+def test_a_base_that_passes_no_gradient_to_its_input(kind):
+    net = adapted(kind)
+    net.up.base.forward = lambda x: nn.Linear.forward(net.up.base, x.detach())
+    with pytest.raises(RuntimeError, match=r"the base layer, a Linear, passes no gradient to its input.*form='weight'"):
+        net(X)
+    with torch.no_grad():
+        net(X)
+
+
 # -- transformers ------------------------------------------------------------------------------------------------------
 
 
@@ -311,7 +388,7 @@ def test_whisper_as_transformers_quantises_it(kind, tmp_path):
     models = [quantized(kind.__name__, tmp_path, torch.bfloat16) for _ in range(2)]
     model = models[0]
     assert inject(model, targets="whisper").modules
-    assert all(type(layer) is sk.SSVDQuantizedLinear for layer in sk.ssvd_layers(model).values())
+    assert all(isinstance(layer, sk.SSVDQuantizedLinear) for layer in sk.ssvd_layers(model).values())
     batch = {key: v.bfloat16() if v.is_floating_point() else v for key, v in inputs(model).items()}
     model.train()(**batch)[0].float().square().mean().backward()
     assert all(grad.abs().max() > 0 for grad in gradients(model).values())

@@ -129,7 +129,13 @@ def _trained_alone(model: nn.Module, first: int = 0) -> tuple[Tensor, dict[str, 
     return torch.tensor(losses, dtype=torch.float64), moves
 
 
-@pytest.mark.parametrize(("wrap", "options"), zip([_ddp, *SHARDED], [{"side": "both", "rotation": "linear"}, {}] * 2))
+WRAPPED = [
+    *zip([_ddp, *SHARDED], [{"side": "both", "rotation": "linear"}, {}] * 2),
+    *zip([_ddp, _fsdp, _fsdp_each_layer], [{"form": "activation"}, {"form": "activation", "side": "both"}] * 2),
+]
+
+
+@pytest.mark.parametrize(("wrap", "options"), WRAPPED)
 def test_losses_and_parameters_are_those_of_one_process(group, wrap, options):
     """Two micro-batches a step, gradients exchanged once."""
     start = _adapter(_model(**options))
@@ -144,8 +150,8 @@ def test_losses_and_parameters_are_those_of_one_process(group, wrap, options):
         assert_all_within(ours, drawn[0][0][1], moves)
 
 
-def _gradients(rank: int, wrap: Wrap, mode: str) -> dict[str, Tensor]:
-    model = _model()
+def _gradients(rank: int, wrap: Wrap, mode: str, form: str = "weight") -> dict[str, Tensor]:
+    model = _model(form=form)
     for layer in sk.ssvd_layers(model).values():
         layer.mode = mode
     model = wrap(model)
@@ -167,13 +173,13 @@ def test_gradients_are_those_of_one_process(group, wrap, mode):
         assert_all_within(found, plain, exact)
 
 
-@pytest.mark.parametrize("mode", ["composed", "factored"])
-def test_mixed_precision_policy(group, mode):
+@pytest.mark.parametrize(("mode", "form"), [("composed", "weight"), ("factored", "weight"), ("auto", "activation")])
+def test_mixed_precision_policy(group, mode, form):
     """bfloat16 parameters and activations, float32 theta and gradients outside: as exact as one process in bfloat16."""
     _, exact = references(_model(), _gradients_alone)
     plain, _ = references(_model().bfloat16(), partial(_gradients_alone, dtype=torch.bfloat16))
     allowed = 2 * relative_error(_flat(plain), _flat(exact))
-    for found in group.run(_gradients, _fsdp_bf16, mode):
+    for found in group.run(_gradients, _fsdp_bf16, mode, form):
         assert all(gradient.dtype == torch.float32 for gradient in found.values())
         assert relative_error(_flat(found), _flat(exact)) <= allowed
 
@@ -245,8 +251,10 @@ def test_no_whole_weight_is_kept_alive(group):
 # -- adapters ----------------------------------------------------------------------------------------------------------
 
 
-def _save(rank: int, wrap: Wrap, folder: str, who: str, options: dict[str, Any]) -> dict[str, Tensor]:
-    model = wrap(_model())
+def _save(
+    rank: int, wrap: Wrap, folder: str, who: str, options: dict[str, Any], form: str = "weight"
+) -> dict[str, Tensor]:
+    model = wrap(_model(form=form))
     _train(model, rank, SIZE, range(1))
     name = f"{rank}.safetensors" if who == "each its own" else "a.safetensors"
     if who != "rank 0" or rank == 0:
@@ -261,12 +269,18 @@ def _base() -> nn.Module:
     return model
 
 
+WRITERS = [(_ddp, "rank 0"), (_ddp, "all"), *((wrap, "all") for wrap in SHARDED)]
+
+
 @pytest.mark.parametrize("options", [{}, {"save_bases": True}], ids=["trained", "bases"])
-@pytest.mark.parametrize(("wrap", "who"), [(_ddp, "rank 0"), (_ddp, "all"), *((wrap, "all") for wrap in SHARDED)])
-def test_saved_by_several_processes_loads_in_one_process(group, tmp_path, wrap, who, options):
-    expected, _ = group.run(_save, wrap, str(tmp_path), who, options)
+@pytest.mark.parametrize(
+    ("wrap", "who", "form"),
+    [*((*each, "weight") for each in WRITERS), *((*each, "activation") for each in WRITERS[2:])],
+)
+def test_saved_by_several_processes_loads_in_one_process(group, tmp_path, wrap, who, form, options):
+    expected, _ = group.run(_save, wrap, str(tmp_path), who, options, form)
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
-    model = _base()
+    model = _base() if form == "weight" else _model(form=form)
     sk.load_adapter(model, tmp_path / "a.safetensors", progress=False)
     _same(_adapter(model), expected)
 
@@ -276,12 +290,12 @@ def test_only_rank_0_writes_a_sharded_model(group, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["0.safetensors"]
 
 
-def _load(rank: int, path: str, wrap: Wrap, when: str) -> dict[str, Tensor]:
+def _load(rank: int, path: str, wrap: Wrap, when: str, form: str = "weight") -> dict[str, Tensor]:
     if when == "before wrapping":
         model = _base()
         sk.load_adapter(model, path, progress=False)
         return _adapter(wrap(model))
-    model = _model()
+    model = _model(form=form)
     if when == "beside others":
         sk.add_adapter(model, "b")
     else:
@@ -293,17 +307,18 @@ def _load(rank: int, path: str, wrap: Wrap, when: str) -> dict[str, Tensor]:
 
 
 WAYS = [
-    *product([_ddp, *SHARDED], ["before wrapping", "after wrapping"], [False, True]),
-    (_fsdp, "beside others", True),
+    *product([_ddp, *SHARDED], ["before wrapping", "after wrapping"], [False, True], ["weight"]),
+    (_fsdp, "beside others", True, "weight"),
+    *product([_ddp, _fsdp], ["after wrapping"], [False, True], ["activation"]),
 ]
 
 
-@pytest.mark.parametrize(("wrap", "when", "bases"), WAYS)
-def test_saved_by_one_process_loads_in_several(group, tmp_path, wrap, when, bases):
-    model = _model()
+@pytest.mark.parametrize(("wrap", "when", "bases", "form"), WAYS)
+def test_saved_by_one_process_loads_in_several(group, tmp_path, wrap, when, bases, form):
+    model = _model(form=form)
     _train(model, 0, 1)
     sk.save_adapter(model, tmp_path / "a.safetensors", save_bases=bases)
-    for found in group.run(_load, str(tmp_path / "a.safetensors"), wrap, when):
+    for found in group.run(_load, str(tmp_path / "a.safetensors"), wrap, when, form):
         _same({name: value for name, value in found.items() if ".parked." not in name}, _adapter(model))
 
 
@@ -326,8 +341,8 @@ def test_loading_where_fsdp2_would_lose_it_is_refused(group, tmp_path):
         _same(found, _adapter(model))
 
 
-def _state_dict(rank: int, wrap: Wrap) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    model, other = wrap(_model()), wrap(_model())
+def _state_dict(rank: int, wrap: Wrap, form: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    model, other = wrap(_model(form=form)), wrap(_model(form=form))
     _train(model, rank, SIZE)
     options = StateDictOptions(full_state_dict=True)
     state = get_model_state_dict(model, options=options)
@@ -335,9 +350,9 @@ def _state_dict(rank: int, wrap: Wrap) -> tuple[dict[str, Tensor], dict[str, Ten
     return _adapter(model), _adapter(other)
 
 
-@pytest.mark.parametrize("wrap", [_ddp, *SHARDED])
-def test_distributed_state_dicts_restore_training(group, wrap):
-    for expected, found in group.run(_state_dict, wrap):
+@pytest.mark.parametrize(("wrap", "form"), [*((wrap, "weight") for wrap in (_ddp, *SHARDED)), (_fsdp, "activation")])
+def test_distributed_state_dicts_restore_training(group, wrap, form):
+    for expected, found in group.run(_state_dict, wrap, form):
         _same(found, expected)
 
 

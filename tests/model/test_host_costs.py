@@ -5,6 +5,7 @@ from __future__ import annotations
 import cProfile
 import pstats
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -29,10 +30,10 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def stack(mode: str = "auto", ranks: Callable[[int], int] = lambda i: K) -> nn.Sequential:
+def stack(mode: str = "auto", ranks: Callable[[int], int] = lambda i: K, **options: Any) -> nn.Sequential:
     """Layers of 64 x 64 by way of `inject`, `ranks(i)` the rank of the i-th."""
     model = small_layers(LAYERS, D)
-    sk.inject(model, sk.SSVDConfig(rank=K), progress=False)
+    sk.inject(model, sk.SSVDConfig(rank=K, **options), progress=False)
     for i, layer in enumerate(model):
         if ranks(i) != K:
             model[i] = layer = sk.SSVDLinear.from_linear(layer.original(), sk.SSVDConfig(rank=ranks(i)))
@@ -69,32 +70,42 @@ def test_training_with_a_rank_for_every_layer():
     assert operations(step) <= 14
 
 
-def test_training_under_autocast():
-    step = step_of(stack(), X)
+@pytest.mark.parametrize(("side", "limit", "ops"), [("input", 64, 10), ("output", 66, 13), ("both", 104, 23)])
+def test_training_in_the_activation_form(side, limit, ops):
+    step = step_of(stack(form="activation", side=side), X)
+    assert calls(step) <= limit
+    assert operations(step) <= ops
+
+
+@pytest.mark.parametrize(("form", "limit"), [("weight", 85), ("activation", 87)])
+def test_training_under_autocast(form, limit):
+    step = step_of(stack(form=form), X)
 
     def run() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             step()
 
-    assert calls(run) <= 85
+    assert calls(run) <= limit
 
 
-def test_evaluating_and_merged():
-    model = stack().eval()
+@pytest.mark.parametrize(("form", "limit"), [("weight", 12), ("activation", 64)])
+def test_evaluating_and_merged(form, limit):
+    model = stack(form=form).eval()
     run = torch.no_grad()(lambda: model(X))
-    assert calls(run) <= 12
+    assert calls(run) <= limit
     sk.merge(model)
     assert calls(run) <= 10
 
 
-def test_training_through_peft():
+@pytest.mark.parametrize(("form", "limit"), [("weight", 70), ("activation", 77)])
+def test_training_through_peft(form, limit):
     pytest.importorskip("peft")
     from peft import get_peft_model
 
     from ssvd_kernels.integrations.peft import SSVDPeftConfig
 
-    model = get_peft_model(small_layers(LAYERS, D), SSVDPeftConfig(rank=K, target_modules=r"\d+"))
-    assert calls(step_of(model, X)) <= 70
+    model = get_peft_model(small_layers(LAYERS, D), SSVDPeftConfig(rank=K, form=form, target_modules=r"\d+"))
+    assert calls(step_of(model, X)) <= limit
 
 
 @pytest.mark.parametrize(("reentrant", "computed"), [(None, 1), (False, 1), (True, 1 + LAYERS)])

@@ -16,7 +16,11 @@ import ssvd_kernels as sk
 accelerate = pytest.importorskip("accelerate")
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(5))
-CONFIGS = {"SSVD": sk.SSVDConfig(rank=5), "SpectralFT": sk.SpectralFTConfig(top=5, rank=2)}
+CONFIGS = {
+    "SSVD": sk.SSVDConfig(rank=5),
+    "activation form": sk.SSVDConfig(rank=5, side="both", form="activation"),
+    "SpectralFT": sk.SpectralFTConfig(top=5, rank=2),
+}
 PLACES = {"encoder.blocks.0": "disk", "encoder.blocks.1": "cpu", "head": "cpu"}
 OFFLOADS: dict[str, Callable[[nn.Module, str], object]] = {
     "cpu_offload": lambda model, folder: accelerate.cpu_offload(model, "cpu"),

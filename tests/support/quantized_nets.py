@@ -75,8 +75,8 @@ def net_of(kind: Callable, dtype: torch.dtype = torch.float32, device: str = "cp
     return net
 
 
-def adapted(kind: Callable, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Net:
-    return adapt(net_of(kind, dtype, device), rank=K)
+def adapted(kind: Callable, dtype: torch.dtype = torch.float32, device: str = "cpu", **options) -> Net:
+    return adapt(net_of(kind, dtype, device), rank=K, **options)
 
 
 def numbers(net: nn.Module) -> dict[str, Tensor]:
