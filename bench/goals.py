@@ -147,6 +147,9 @@ CPU = [
     Goal("P8", "saved bytes a token over 4 k", True, 1.00, saved_a_token),
     Goal("", "step of Whisper tiny.en, over LoRA r16", True, 1.15,
          over({"version": "ssvd"}, {"version": "LoRA r16"}, operation="whisper")),
+    *(Goal("P14", f"layer, T = {T}, activation form over the factored mode", True, 1.10,
+           over({**OURS, "mode": "activation"}, {**OURS, "mode": "factored"}, **BIG, T=T))
+      for T in ("64", "256", "1024")),
 ]  # fmt: skip
 
 

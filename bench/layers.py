@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import ssvd_kernels as sk
 from ssvd_kernels.basis.factorize import Factorization, fingerprint, sketch
+from ssvd_kernels.config import Form
+from ssvd_kernels.layers.adapt import adapt
 from ssvd_kernels.ops import reference
 
 
@@ -148,9 +150,9 @@ def linear(f: Factors, trained: bool = False) -> nn.Linear:
     return module
 
 
-def ssvd_layer(f: Factors) -> sk.SSVDLinear:
+def ssvd_layer(f: Factors, form: Form = "weight") -> sk.SSVDLinear:
     """This package's layer, made from the known factors."""
-    return adapted(sk.SSVDLinear(linear(f), sk.SSVDConfig(rank=f.k), f.factorization()), f)
+    return adapted(adapt(linear(f), sk.SSVDConfig(rank=f.k, form=form), f.factorization()), f)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -1,8 +1,10 @@
-"""What a forward leaves behind, counted by storage."""
+"""What a forward leaves behind, and what is alive at the peak of a step, counted by storage."""
 
 from __future__ import annotations
 
 import gc
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -52,4 +54,39 @@ class _Made(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of the storages that are alive, by kind: `live` now, `peak` when there were most of them.
+
+    Counts what is noted, and whatever the operations within it make, by kind_of(result). What an operation allocates
+    and frees inside is not seen.
+    """
+
+    def __init__(self, kind_of: Callable[[Tensor], str]) -> None:
+        super().__init__()
+        self.kind_of, self.live, self.peak, self._known = kind_of, Counter[str](), Counter[str](), set[int]()
+
+    def note(self, tensor: Tensor, kind: str) -> None:
+        """Counts the storage of `tensor`, unless it is counted already."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live[kind] += size
+        weakref.finalize(storage, self._freed, key, kind, size)
+        if self.live.total() > self.peak.total():
+            self.peak = self.live.copy()
+
+    def _freed(self, key: int, kind: str, size: int) -> None:
+        self._known.remove(key)
+        self.live[kind] -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.note(tensor, self.kind_of(tensor))
         return result

@@ -146,6 +146,9 @@ def layer_versions(p: Problem, compile: bool) -> Iterator[Version]:
         run = Passes(run.forward, run.leaves, p.dy, begin=layer.train, within=within(backend))
         found, label = chosen(x.device, dtype, *shape, mode, backend)
         yield version("ssvd", run, exact, bound, layer, computes=found, backend=backend, mode=label)
+    layer = layers.ssvd_layer(f, "activation")
+    run = passes(layer, layer)
+    yield version("ssvd", run, exact, bound, layer, computes="factored", backend="auto", mode="activation form")
     for name in peers.PEERS:
         if why := peers.absent(name):
             yield Version(name, tuple, (), (), absent=why)
