@@ -63,9 +63,9 @@ def _panels(count: int, title: str, width: float = 5.2, height: float = 4.6) -> 
     return figure, list(axes[0])
 
 
-def _legend(figure: Figure, panels: Sequence[Any]) -> None:
+def _legend(figure: Figure, panels: Sequence[Any], most: int = 6) -> None:
     handles = {label: h for panel in panels for h, label in zip(*panel.get_legend_handles_labels())}
-    columns = min(6, 3 * len(panels), len(handles))
+    columns = min(most, 3 * len(panels), len(handles))
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
@@ -279,29 +279,30 @@ def curves(found: Sequence[Entry]) -> Figure | None:
 
 
 def strengths(found: Sequence[Curve]) -> Figure:
-    """Target WER against other speakers', a path of strengths for each method; a cross: the moving average."""
+    """Target WER against other speakers', a path of strengths for each method; single marks: averages beside it."""
     shifts = {shift: [c for c in found if c.shift == shift] for shift in dict.fromkeys(c.shift for c in found)}
     figure, panels = _panels(
         len(shifts), "Strengths between the base model (0) and beyond the trained one (1)", width=7
     )
     for panel, of_shift in zip(panels, shifts.values(), strict=True):
+        rates = sorted({c.lr for c in of_shift if c.method == "ssvd"})
         for curve in of_shift:
             colour, marker = STYLES[curve.method]
+            if curve.method == "ssvd" and curve.lr != rates[-1]:
+                colour = "#56B4E9"
             source, target = curve.means(curve.others), curve.means(["test"])
-            x, y = list(source.values()), list(target.values())
-            label = f"{curve.title} ({curve.lr:g})"
-            if curve.how == "average":
-                panel.plot(x, y, color=colour, marker="x", markersize=9, linestyle="", label=label)
-                continue
-            line = "--" if curve.method == "ssvd" and curve.how == "weights" else "-"
-            panel.plot(x, y, color=colour, marker=marker, markersize=4, linestyle=line, label=label, alpha=0.9)
-            if line == "-":
-                for alpha, left, up in zip(source, x, y, strict=True):
-                    panel.annotate(f"{alpha:g}", (left, up), (4, 4), textcoords="offset points", color=colour, size=8)
+            whole = curve.how == "strength" or (curve.how == "weights" and curve.method != "ssvd")
+            shown = [alpha for alpha in source if whole or curve.how == "average" or alpha not in (0, 1)]
+            x, y = [source[alpha] for alpha in shown], [target[alpha] for alpha in shown]
+            marker = marker if whole else {"average": "x", "weights": "D"}[curve.how]
+            style = {"color": colour, "marker": marker, "linestyle": "-" if whole else "", "fillstyle": "none"}
+            panel.plot(x, y, markersize=4 if whole else 9, label=f"{curve.title}, lr {curve.lr:g}", **style)
+            for alpha, left, up in zip(shown, x, y, strict=True) if whole else ():
+                panel.annotate(f"{alpha:g}", (left, up), (4, 4), textcoords="offset points", color=colour, size=8)
         trained = [value for c in of_shift for alpha, value in c.means(["test"]).items() if alpha]
         panel.set(xlabel="WER of other speakers, %", ylabel="target WER, %", ylim=(0, 1.1 * max(trained)))
         panel.set_title(of_shift[0].domain, fontsize=11)
-    _legend(figure, panels)
+    _legend(figure, panels, most=3)
     return figure
 
 
