@@ -252,7 +252,8 @@ def _plan(file: AdapterFile, model: nn.Module) -> Plan:
             config.triplets(d_in, d_out)
         except (TypeError, ValueError) as error:
             raise error if isinstance(error, AdapterError) else AdapterError(f"{file.path}: {name}: {error}") from None
-        _check_precision(file, name, file.trained(name), torch.promote_types(linear.weight.dtype, torch.float32))
+        weight: Tensor = linear.weight  # type: ignore[assignment]
+        _check_precision(file, name, file.trained(name), torch.promote_types(weight.dtype, torch.float32))
         plan[name] = (linear, config)
     return plan
 

@@ -95,7 +95,7 @@ class RankPlan:
             return f"k = {100 * self.threshold:.1f} % of min(d_out, d_in)"
         return f"{_RANK.get(self.method, 'r')} = {self.threshold:.0f}"
 
-    def assign(self, model: nn.Module) -> dict[str, tuple[nn.Linear, Config]]:
+    def assign(self, model: nn.Module) -> dict[str, tuple[nn.Module, Config]]:
         """Module name -> (layer of `model`, its configuration), as `inject` uses them.
 
         Raises ValueError if the model's targeted layers are not those of the plan, or PEFT provides the method.
@@ -108,7 +108,7 @@ class RankPlan:
         targets = self._targets(model)
         return {layer.name: (targets[layer.name], self._config(layer)) for layer in self.layers}
 
-    def _targets(self, model: nn.Module) -> dict[str, nn.Linear]:
+    def _targets(self, model: nn.Module) -> dict[str, nn.Module]:
         targets = find_targets(model, _targeting(self.targets, self.exclude))
         planned, found = {layer.name: layer.shape for layer in self.layers}, _shapes(targets)
         if planned != found:
@@ -317,5 +317,5 @@ def _targeting(targets: str | Sequence[str], exclude: str | Sequence[str]) -> SS
     return SSVDConfig(rank=1, targets=targets, exclude=exclude)
 
 
-def _shapes(linears: dict[str, nn.Linear]) -> dict[str, Shape]:
+def _shapes(linears: dict[str, nn.Module]) -> dict[str, Shape]:
     return {name: features(linear)[::-1] for name, linear in linears.items()}

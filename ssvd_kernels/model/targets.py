@@ -165,7 +165,8 @@ def weight_holders(model: nn.Module) -> dict[tuple, list[str]]:
 
 def tied_to(name: str, linear: nn.Module, holders: dict[tuple, list[str]]) -> str | None:
     """Another name in `holders` under which a parameter is the weight of the module `name`, or None."""
-    return next((other for other in holders.get(_storage(linear.weight), []) if other != f"{name}.weight"), None)
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    return next((other for other in holders.get(_storage(weight), []) if other != f"{name}.weight"), None)
 
 
 def _storage(tensor: Tensor) -> tuple:
