@@ -83,7 +83,8 @@ def create_adapter(
     weights                "later": a state dict will bring the pretrained weights (init_param, a model file);
                            "now": the model holds them already (Whisper and s3prl models load their own)
 
-    The smaller side rotates (side="smaller"), as in ESPnet. Weights and biases of the adapted layers are frozen; what
+    The smaller side rotates (side="smaller"), as in ESPnet, in the weight form: the pretrained weights, whose
+    singular vectors these are, come later. Weights and biases of the adapted layers are frozen; what
     else trains is left to freeze_param, as with ESPnet's LoRA, and is reported. Raises ValueError or TypeError naming
     the argument, its value and what is allowed, with nothing changed.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..basis.factorize import Factorization
 from ..basis.linears import is_quantized, quantizes_input
@@ -56,7 +56,8 @@ def in_activation_form(layer: nn.Module, config: SSVDConfig, name: str = "`linea
 def check_basis(layer: nn.Module, config: Config, found: Factorization, name: str) -> None:
     """Raises ValueError for singular values that the form of `config` cannot divide by."""
     if isinstance(config, SSVDConfig) and in_activation_form(layer, config, name):
-        kept_dtype(found.sigma, config, layer.weight.dtype, is_quantized(layer), name)
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        kept_dtype(found.sigma, config, weight.dtype, is_quantized(layer), name)
 
 
 def in_form(kind: type[SSVDLinear], layer: nn.Module, config: SSVDConfig) -> type[SSVDLinear]:

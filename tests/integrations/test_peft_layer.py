@@ -41,7 +41,17 @@ def test_output_is_bit_identical_before_training(name, side):
     assert_bit_identical(peft.get_peft_model(copy.deepcopy(base), config(side=side)), base)
 
 
-@pytest.mark.parametrize("options", [{}, {"side": "output"}, {"side": "both", "rank_out": 3}, {"rotation": "free"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"side": "output"},
+        {"side": "both", "rank_out": 3},
+        {"rotation": "free"},
+        {"form": "activation"},
+        {"form": "activation", "side": "both"},
+    ],
+)
 @pytest.mark.parametrize("name", ["whisper", "wavlm", "llama"])
 def test_outputs_and_gradients_are_those_of_this_package_s_own_injection(name, options):
     model = adapted(name, **options).train()
@@ -57,11 +67,11 @@ def test_outputs_and_gradients_are_those_of_this_package_s_own_injection(name, o
 
 
 @pytest.mark.parametrize("names", [["default"], ["default", "b"]], ids=len)
-@pytest.mark.parametrize("kappa", [1e-4, 1e-2])
-def test_a_bf16_update_arrives_at_the_output(kappa, names):
+@pytest.mark.parametrize(("kappa", "form"), [(1e-4, "weight"), (1e-2, "weight"), (1e-3, "activation")])
+def test_a_bf16_update_arrives_at_the_output(kappa, form, names):
     base = nn.Linear(64, 96, dtype=torch.bfloat16)
-    model = peft.get_peft_model(nn.Sequential(copy.deepcopy(base)), config(rank=26, target_modules=["0"]))
-    model.add_adapter("b", config(rank=20, side="output", target_modules=["0"]))
+    model = peft.get_peft_model(nn.Sequential(copy.deepcopy(base)), config(rank=26, form=form, target_modules=["0"]))
+    model.add_adapter("b", config(rank=20, form=form, side="output", target_modules=["0"]))
     model.base_model.set_adapter(names)
     layer, update = model.base_model.model[0], torch.zeros(96, 64, dtype=torch.float64)
     for seed, adapter in enumerate(layer.running):

@@ -141,6 +141,16 @@ def test_inject_refuses_a_second_time(net):
         inject(outer)
 
 
+@pytest.mark.parametrize(("library", "name"), [("hqq.core.quantize", "HQQ"), ("awq.modules.linear.gemm", "AutoAWQ")])
+def test_layers_of_other_quantisation_libraries_are_refused_by_name(net, library, name):
+    kind = type("QuantLinear", (nn.Module,), {"__module__": library})
+    net.up = kind()
+    for options in ({}, {"targets": ["up"]}):
+        with refused(net, TypeError, rf"`up` is a QuantLinear of {name}, whose weights .* leave it out \(`exclude`\)"):
+            inject(net, **options)
+    assert inject(net, exclude=["up"]).modules == ["down"]
+
+
 def test_inject_refuses_a_lone_linear_layer():
     linear = nn.Linear(4, 4)
     with refused(linear, ValueError, r"itself a linear layer.*from_linear"):

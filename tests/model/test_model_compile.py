@@ -92,19 +92,21 @@ class Block(FeedForward):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["weight", "activation"])
 @pytest.mark.parametrize("through", ["inject", "peft"])
-def test_blocks_compiled_one_by_one_share_their_graphs(through):
+def test_blocks_compiled_one_by_one_share_their_graphs(through, form):
     """As LoRA's: one graph for the first block, whose input needs no gradient, one for the others, one in eval."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     if through == "inject":
-        model = adapt(Encoder(None, Block, 4))
+        model = adapt(Encoder(None, Block, 4), form=form)
         blocks = model.blocks
     else:
         peft = pytest.importorskip("peft")
         from ssvd_kernels.integrations.peft import SSVDPeftConfig
 
-        model = peft.get_peft_model(Encoder(None, Block, 4), SSVDPeftConfig(rank=5, target_modules=r".*\d\.[02]"))
+        config = SSVDPeftConfig(rank=5, form=form, target_modules=r".*\d\.[02]")
+        model = peft.get_peft_model(Encoder(None, Block, 4), config)
         blocks = train_randomly(model).base_model.model.blocks
     x, twin = torch.randn(6, 8), copy.deepcopy(model)
     for block in blocks:
