@@ -64,7 +64,8 @@ def in_form(kind: type[SSVDLinear], layer: nn.Module, config: SSVDConfig) -> typ
     """`kind`, or its subclass for this layer and the form that `config` asks for."""
     if kind is SSVDLinear and (is_pointwise(layer) or is_transposed(layer)):
         return SSVDPointwise
-    return ACTIVATION.get(kind, kind) if in_activation_form(layer, config) else kind
+    activation = isinstance(config, SSVDConfig) and in_activation_form(layer, config)
+    return ACTIVATION.get(kind, kind) if activation else kind
 
 
 def adapt(layer: Any, config: Config, factorization: Factorization | None = None) -> AdaptedLinear:

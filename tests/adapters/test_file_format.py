@@ -105,7 +105,10 @@ OTHERWISE = r"a\.safetensors.*(down|up)"
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda base: setattr(base, "down", nn.Conv1d(9, 6, 1)), r"`down` must be an nn\.Linear .*got Conv1d"),
+        (
+            lambda base: setattr(base, "down", nn.Conv1d(9, 6, 3)),
+            r"`down` must be a convolution of kernel size 1.*\(3,\)",
+        ),
         (lambda base: base.to(torch.bfloat16), r"another base model.*up.*save_bases=True"),  # the remedy
         (lambda base: sk.merge(adapt(base, rank=3)), r"merged.*unmerge"),
         (lambda base: adapt(base, rank=3).bfloat16(), r"theta is torch\.float32.*torch\.bfloat16.*lose precision"),

@@ -104,14 +104,14 @@ def test_numbers_of_parameters_are_those_of_this_package(options, capsys):
 
 
 class Odd(nn.Module):
-    """A linear layer, one tied to an embedding, and one of GPT-2's kind."""
+    """A linear layer, one tied to an embedding, and a convolution."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.narrow = nn.Linear(6, 7), nn.Linear(7, 2)
         self.embed, self.tied = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
         self.tied.weight = self.embed.weight
-        self.conv1d = Conv1D(6, 6)
+        self.conv = nn.Conv1d(6, 6, 3)
         self.broken = nn.Linear(7, 7)
         nn.init.constant_(self.broken.weight, float("nan"))
 
@@ -119,7 +119,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("target", "error", "match"),
     [
-        ("conv1d", TypeError, r"`conv1d` must be an nn\.Linear .*got Conv1D"),
+        ("conv", TypeError, r"`conv` must be a convolution of kernel size 1.*got Conv1d with kernel_size \(3,\)"),
         ("tied", ValueError, r"'tied' is targeted, but its weight is tied to 'embed\.weight'"),
         ("narrow", ValueError, r"narrow: `rank` must be between 1 and 2 .*\(2, 7\), got 5"),
         ("broken", ValueError, r"`broken\.weight` must be finite, got NaN"),
@@ -133,10 +133,12 @@ def test_a_refused_injection_changes_nothing(target, error, match):
     peft.get_peft_model(model, config(target_modules=["first"]))  # as if nothing had happened
 
 
-def test_gpt2_s_layers_of_another_kind_are_named():
-    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20))
-    with refused(model, TypeError, r"`transformer\.h\.0\.attn\.c_attn` must be an nn\.Linear .*got Conv1D"):
-        peft.get_peft_model(model, config())
+def test_gpt2_s_layers_of_another_kind_are_adapted():
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20)).eval()
+    tokens = torch.arange(5).view(1, 5)
+    before = model(tokens).logits
+    assert torch.equal(peft.get_peft_model(model, config())(tokens).logits, before)
+    assert all(isinstance(layer.base_layer, Conv1D) for layer in layers(model).values()) and len(layers(model)) == 4
 
 
 def test_a_refused_second_adapter_leaves_the_first_one_alone():
