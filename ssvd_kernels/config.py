@@ -95,7 +95,7 @@ class SSVDConfig(_Configuration):
                      of the adapter wherever it is saved, loaded, switched or disabled. Targets leave them out.
     form             how the same W' is computed: "weight" W + U M V^T, "activation" W (I + V C V^T), which keeps one
                      basis instead of two and no second weight and serves any base (see `ActivationForm`), "auto" the
-                     activation form where only it can serve.
+                     activation form where only it can serve, and over bases whose weight alone is quantised.
     basis_dtype      of the basis that the activation form keeps: "float32", "bfloat16", "float16", or "auto", bfloat16
                      over half-precision and quantised bases and float32 (float64) over others.
 

@@ -61,6 +61,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
             raise ValueError(f"{self.name}: {error}") from None
         activation = in_activation_form(self.base_layer, config, self.name)
         found = self._factorization(k, activation)
+        activation = in_activation_form(self.base_layer, config, self.name, found)
         check_basis(self.base_layer, config, found, self.name)
         adapter = (PeftActivationAdapter if activation else PeftAdapter)(self, config, found, strength)
         for other in self._adapters():

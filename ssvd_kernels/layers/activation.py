@@ -37,6 +37,15 @@ def kept_dtype(sigma: Tensor, config: Any, weight: torch.dtype, quantized: bool,
     return dtype
 
 
+def divides(sigma: Tensor, config: Any) -> bool:
+    """Whether the activation form over a quantised base can divide by `sigma`."""
+    try:
+        kept_dtype(sigma, config, torch.bfloat16, quantized=True)
+    except ValueError:
+        return False
+    return True
+
+
 class ActivationForm(SSVDAdapter):
     """W' = (I + U C_out U^T) W (I + V C V^T), computed without W' and, on one side, from one basis.
 

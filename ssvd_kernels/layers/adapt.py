@@ -10,7 +10,7 @@ from ..basis.factorize import Factorization
 from ..basis.linears import is_quantized, quantizes_input
 from ..basis.pointwise import is_pointwise, is_transposed
 from ..config import Config, SpectralFTConfig, SSVDConfig
-from .activation import SSVDActivationLinear, SSVDActivationQuantizedLinear, SSVDPointwise, kept_dtype
+from .activation import SSVDActivationLinear, SSVDActivationQuantizedLinear, SSVDPointwise, divides, kept_dtype
 from .base import AdaptedLinear
 from .quantized import SSVDQuantizedLinear
 from .spectralft import SpectralFTLinear
@@ -35,8 +35,12 @@ def check_method(layer: nn.Module, config: Config, name: str) -> None:
         raise TypeError(f"{name} is a {type(layer).__name__}: SpectralFT supports nn.Linear layers only")
 
 
-def in_activation_form(layer: nn.Module, config: SSVDConfig, name: str = "`linear`") -> bool:
-    """Whether `config` asks for the activation form of `layer`. Raises TypeError for a form that cannot serve it."""
+def in_activation_form(
+    layer: nn.Module, config: SSVDConfig, name: str = "`linear`", found: Factorization | None = None
+) -> bool:
+    """Whether `config` asks for the activation form of `layer`, whose factorisation is `found` if it is known: "auto"
+    takes it over a base that rounds its weight alone, unless a sigma is too small. Raises TypeError for a form that
+    cannot serve the layer."""
     kind = type(layer).__name__
     if is_pointwise(layer) or is_transposed(layer):
         if config.form == "weight":
@@ -50,21 +54,25 @@ def in_activation_form(layer: nn.Module, config: SSVDConfig, name: str = "`linea
                 f"{name} is a quantised {kind} that rounds its input as well, and with it a small change of the input: "
                 "`form` must be 'weight' or 'auto' for it, got 'activation'"
             )
-    return config.form == "activation" or (auto and config.form == "auto")
+    if config.form != "auto":
+        return config.form == "activation"
+    return auto and (found is None or divides(found.sigma, config))
 
 
 def check_basis(layer: nn.Module, config: Config, found: Factorization, name: str) -> None:
     """Raises ValueError for singular values that the form of `config` cannot divide by."""
-    if isinstance(config, SSVDConfig) and in_activation_form(layer, config, name):
+    if isinstance(config, SSVDConfig) and in_activation_form(layer, config, name, found):
         weight: Tensor = layer.weight  # type: ignore[assignment]
         kept_dtype(found.sigma, config, weight.dtype, is_quantized(layer), name)
 
 
-def in_form(kind: type[SSVDLinear], layer: nn.Module, config: SSVDConfig) -> type[SSVDLinear]:
+def in_form(
+    kind: type[SSVDLinear], layer: nn.Module, config: SSVDConfig, found: Factorization | None = None
+) -> type[SSVDLinear]:
     """`kind`, or its subclass for this layer and the form that `config` asks for."""
     if kind is SSVDLinear and (is_pointwise(layer) or is_transposed(layer)):
         return SSVDPointwise
-    activation = isinstance(config, SSVDConfig) and in_activation_form(layer, config)
+    activation = isinstance(config, SSVDConfig) and in_activation_form(layer, config, found=found)
     return ACTIVATION.get(kind, kind) if activation else kind
 
 
@@ -73,4 +81,4 @@ def adapt(layer: Any, config: Config, factorization: Factorization | None = None
     if isinstance(config, SpectralFTConfig):
         return SpectralFTLinear(layer, config, factorization)
     kind = SSVDQuantizedLinear if is_quantized(layer) else SSVDLinear
-    return in_form(kind, layer, config)(layer, config, factorization)
+    return in_form(kind, layer, config, factorization)(layer, config, factorization)

@@ -112,7 +112,8 @@ class SSVDQuantizedLinear(SSVDLinear):
 
     The quantisation library computes base(x) and its part of dx; the update is computed in x's dtype (autocast's, where
     that is on). U, sigma and V are those of the dequantised weight. The quantised layer is the submodule `base`, whose
-    entries of the state dict are as its library writes them ("base.weight", ...). Reading `weight` dequantises.
+    entries of the state dict are as its library writes them ("base.weight", ...). Reading `weight` dequantises. Over
+    bases that do not quantise x as well, form="auto" makes it an `SSVDActivationQuantizedLinear`.
 
     It does not merge: rounding W' to the quantised grid would lose the update. `merge(model, unload=True)` leaves a
     plain nn.Linear that holds W' in `unloaded_dtype`. Raises as `SSVDLinear` and `base_weight` do.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from models import RANK, adapt, inject
 from peft_models import MODELS, SSVDPeftConfig, adapted, base_model, config, in_new_process, inputs, layers, peft
 from refusals import refused

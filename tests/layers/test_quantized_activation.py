@@ -78,3 +78,18 @@ def test_a_base_that_passes_no_gradient_to_its_input(kind):
         net(X)
     with torch.no_grad():
         net(X)
+
+
+@pytest.mark.parametrize("kind", [KINDS[2]])
+def test_singular_values_too_small_to_divide_by_leave_the_weight_form(kind):
+    def singular(net: nn.Module) -> None:
+        net.up.weight.data[:, 32:] = 0
+        kind(net)
+
+    assert type(adapted(singular, rotation="banded", band=1).up).form == "activation"
+    net = net_of(singular)
+    inject(net, rank=40, targets=["up"])
+    assert net.up.form == "weight"
+    net = net_of(singular)
+    with refused(net, ValueError, r"up: form='activation' divides by singular values"):
+        inject(net, rank=40, targets=["up"], form="activation")
