@@ -18,7 +18,7 @@ from .quantized import SSVDQuantizedLinear
 from .ssvd import SSVDAdapter, SSVDLinear
 
 KEPT = {"input": ("V",), "output": ("U",), "both": ("U", "V")}
-# sigma_k / sigma_1 at which rounding the basis makes the update wrong by 1 % in half precision and by 1e-6 in float32
+# sigma_k / sigma_1 at which rounding the basis puts the update off by about 1 % in half precision and 1e-6 in float32
 # if delta_sigma is 0.04 of sigma_1 ||K||, the most in a trained Whisper tiny.en: by eps delta_sigma / sigma_k
 SMALLEST = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1.25e-4, torch.bfloat16: 1e-3}
 
