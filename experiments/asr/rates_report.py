@@ -16,7 +16,7 @@ from experiments.asr.runfolder import write_atomically
 
 COLUMNS = (
     *("model", "shift", "rank", "seed", "by spectrum", "lr", "validation loss", "training loss"),
-    *("trainable", "seconds/step", "machine"),
+    *("trainable", "machine"),
 )
 RANKS = (48, 96, 153, 204, 242)  # between which the growth of gradients is given
 EXPONENTS = (2.0, 1.5, 1.0, 0.0)  # of the rules lr = c / k^p that are compared
@@ -108,7 +108,7 @@ def lost(lr: float, losses: Losses) -> float:
 def exponent(rates: Mapping[Series, float]) -> tuple[float, float] | None:
     """(p, half its 95 % interval) of rate = c / k^p, with c of each model, shift and seed; None from too few ranks.
 
-    By least squares of logarithms, Student's t.
+    By least squares of logarithms, Student's t; infinite from no more rates than fit exactly.
     """
     x, y, groups = [], [], 0
     for _, members in groupby(sorted(rates), key=lambda s: (s.model, s.shift, s.seed)):
@@ -116,11 +116,12 @@ def exponent(rates: Mapping[Series, float]) -> tuple[float, float] | None:
         logs = np.log([s.rank for s in series]), np.log([rates[s] for s in series])
         x, y = [*x, *(logs[0] - logs[0].mean())], [*y, *(logs[1] - logs[1].mean())]
         groups += 1
-    freedom = len(x) - groups - 1
-    if freedom < 1 or not any(x):
+    if not any(x):
         return None
-    k, lr = np.array(x), np.array(y)
+    k, lr, freedom = np.array(x), np.array(y), len(x) - groups - 1
     slope = float(k @ lr / (k @ k))
+    if not freedom:
+        return -slope, math.inf
     spread = math.sqrt(float(((lr - slope * k) ** 2).sum()) / freedom / float(k @ k))
     t = float(np.quantile(np.abs(np.random.default_rng(0).standard_t(freedom, 200_000)), 0.95))
     return -slope, t * spread
@@ -151,7 +152,9 @@ def _line(values: Iterable[object]) -> str:
 
 def _exponent(rates: Mapping[Series, float]) -> str:
     found = exponent(rates)
-    return "" if found is None else f"{found[0]:.2f} ± {found[1]:.2f}"
+    if found is None:
+        return ""
+    return f"{found[0]:.2f} ± {found[1]:.2f}" if math.isfinite(found[1]) else f"{found[0]:.2f}"
 
 
 def _gradient_lines(gradients: Gradients, ranks: Sequence[int]) -> list[str]:
@@ -303,10 +306,8 @@ def write(results: Results, gradients: Gradients, rule: float, out: Path) -> str
     views = {VALIDATION: losses_of(results), TRAINING: losses_of(results, TRAINING), EARLIER: before}
     for series, found in sorted(results.items()):
         for lr, result in sorted(found.items()):
-            seconds = f"{np.median(result['seconds']):.2f}" if "seconds" in result else ""
             losses = [f"{views[view][series][lr]:.5f}" for view in (VALIDATION, TRAINING)]
-            tail = (result.get("trainable", ""), seconds, result.get("machine", ""))
-            rows.append((*series[:4], int(series.by_spectrum), lr, *losses, *tail))
+            rows.append((*series[:4], int(series.by_spectrum), lr, *losses, *map(result.get, COLUMNS[-2:])))
     sums = [(*which, k, f"{value:.6g}") for which, found in gradients.items() for k, value in enumerate(found, 1)]
     text = table(views, chosen, gradients, rule)
     _write_csv(out / "cells.csv", rows)
