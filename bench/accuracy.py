@@ -34,8 +34,7 @@ KAPPAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # ||K||_2
 MERGE = (1024, 409)  # d, k
 NORMS = (1e-4, 1e-2, 1.0)  # the same, of the forms' outputs
 GAIN = (256, 102, 32768)  # d, k, tokens
-RATIOS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)  # sigma_k / sigma_1
-SHIFT = 0.04  # delta_sigma over sigma_1 ||K||, the most in the demo's adapter of Whisper tiny.en
+RATIOS = (1e-1, 1e-2, 3e-3, 1e-3, 1e-4, 1e-6)  # sigma_k / sigma_1
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
@@ -180,7 +179,7 @@ def form_errors() -> dict[str, list[float]]:
 
 def small_sigma_errors(dtype: torch.dtype) -> list[float]:
     """Relative error of the update W V C V^T by V rounded to `dtype`, for geometric spectra that fall by RATIOS, shifts
-    of SHIFT sigma_1 ||K|| and ||K|| = 0.1 and 1e-2, the worse."""
+    of a tenth of sigma_1 ||K|| and ||K|| = 0.1 and 1e-2, the worse."""
     (d, k, _), errors = GAIN, []
     for ratio in RATIOS:
         U, V = (torch.linalg.qr(torch.randn(d, k, dtype=torch.float64))[0] for _ in range(2))
@@ -188,7 +187,7 @@ def small_sigma_errors(dtype: torch.dtype) -> list[float]:
         rest = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0]
         W = (U * sigma) @ V.mT + ratio * (rest - U @ (U.mT @ rest)) @ (torch.eye(d) - V @ V.mT)
         for kappa in (0.1, 1e-2):
-            E, delta = cayley_by_solve(theta_of_norm(k, kappa), k), SHIFT * kappa * torch.randn(k, dtype=torch.float64)
+            E, delta = cayley_by_solve(theta_of_norm(k, kappa), k), 0.1 * kappa * torch.randn(k, dtype=torch.float64)
             rounded, C = V.to(dtype).double(), activation_core_ref(E, sigma, delta, "input", None)
             worst = max(worst, relative(W @ (rounded @ C @ rounded.mT), U @ core_ref(E, sigma, delta, "input") @ V.mT))
         errors.append(worst)
@@ -221,7 +220,7 @@ def main() -> None:
     print(
         f"\nRelative error of the activation form's update by the rounding of its basis, d = {d}, k = {k}, delta_sigma"
     )
-    print(f"{SHIFT} of sigma_1 ‖K‖₂:")
+    print("a tenth of sigma_1 ‖K‖₂:")
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     errors = {str(dtype).removeprefix("torch."): small_sigma_errors(dtype) for dtype in dtypes}
     _table("sigma_k / sigma_1", RATIOS, errors, ".1e")
