@@ -19,7 +19,7 @@ PEFT = ("lora", "dora", "pissa", "vera", "oft", "psoft")
 
 @dataclass(frozen=True)
 class Method:
-    """`arguments` are those of `sk.plan`, None where nothing is planned; at `lr` tuning starts, of SSVD with 2 %."""
+    """`arguments` are those of `sk.plan`, None where nothing is planned; `lr` is where tuning starts (SSVD: at 2 %)."""
 
     title: str
     lr: float

@@ -88,6 +88,32 @@ def test_a_series_that_runs_out_of_time_is_not_finished(explorer, monkeypatch):
     assert not explorer.finish(Series("base", "child", 96))
 
 
+def test_the_command_writes_what_it_knows_and_says_whether_it_is_done(tmp_path, monkeypatch, capsys):
+    class Fake:
+        def __init__(self, data, root, workers, minutes):
+            self.left, self.failed = 99 if minutes is None else 2, {}  # calls; by cell
+
+        def __call__(self, cells, desc):
+            self.left -= 1
+            kinds = {"gradient": lambda c: {"sums": [k**1.5 for k in range(1, 243)]},
+                     "loss": lambda c: result(bowl(c.lr, 3 / c.rank**1.5))}  # fmt: skip
+            return {c: kinds[c.measure](c) for c in cells} if self.left >= 0 else {}
+
+    monkeypatch.setattr(rates, "Runner", Fake)
+    monkeypatch.setattr(rates_report, "draw", lambda views, rule, path: path.write_bytes(b"a picture"))
+    monkeypatch.setattr(rates, "ensure", lambda data, parts: None)
+    monkeypatch.setattr(rates, "contents", lambda model, data, shifts, longest, source: dict.fromkeys(shifts, "hash"))
+    monkeypatch.setattr(rates, "ALL", [Series("base", "child", 96), Series("base", "child", 204)])
+    assert rates.main(["--out", str(tmp_path), "--minutes", "1"]) == experiment.UNFINISHED
+    assert "run the same command again" in capsys.readouterr().err
+    assert {row["rank"] for row in rows_of(tmp_path / "cells.csv")} == {"96"}
+    assert rates.main(["--out", str(tmp_path)]) == 0
+    assert {row["rank"] for row in rows_of(tmp_path / "cells.csv")} == {"96", "204"}
+    assert (
+        "| base | child | 2 | 1.50 |" in (tmp_path / "table.md").read_text() and "2 | 1.50" in capsys.readouterr().out
+    )
+
+
 def test_the_best_rate_is_the_vertex_of_a_parabola():
     losses = {lr: bowl(lr, 3.3e-4, 0.7) for lr in (1e-4, 2e-4, 3e-4, 5e-4, 8e-4)}
     assert rates_report.best_rate(losses) == pytest.approx(3.3e-4)
@@ -149,7 +175,8 @@ def test_everything_is_written(tmp_path):
     assert "base" not in rates_report.write({}, {}, 3.0, tmp_path / "none")
 
 
-def test_the_earlier_rates_are_read_with_what_they_lose(tmp_path):
+def test_the_earlier_rates_are_read_with_what_they_lose(tmp_path, monkeypatch):
+    monkeypatch.setattr(rates_report, "draw", lambda views, rule, path: path.write_bytes(b"a picture"))
     text = rates_report.write({}, {}, 3.0, tmp_path)
     losses, chosen = rates_report.earlier()
     assert {s.rank for s in losses} == {83, 153, 242} and losses.keys() == chosen.keys()
