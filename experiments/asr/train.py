@@ -33,7 +33,7 @@ class Recipe:
 
     steps: int = 120
     batch: int = 8
-    lr: float = 2.7e-4  # 6.3 / k^2 at k = 153, the demo's
+    lr: float = 2.7e-4  # at k = 153, see `sk.parameter_groups`
     clip: float = 1.0
     seed: int = 0
     amp: bool = False
