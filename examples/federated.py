@@ -1,6 +1,6 @@
 """Federated fine-tuning: four clients train adapters on speech of their own, and a server averages the adapters only.
 
-    python -m examples.federated            # the real Whisper tiny.en; a few minutes on two CPU cores
+    python -m examples.federated            # the real Whisper tiny.en
     python -m examples.federated --smoke    # two steps each
 
 Each client has other prompts and a child-like voice of its own. SSVD's adapters are averaged in two ways: the mean of

@@ -19,31 +19,31 @@ from .ssvd import SSVDAdapter, SSVDLinear
 
 KEPT = {"input": ("V",), "output": ("U",), "both": ("U", "V")}
 # sigma_k / sigma_1 at which rounding the basis puts the update off by about 1 % in half precision and 1e-6 in float32
-# if delta_sigma is 0.04 of sigma_1 ||K||, the most in a trained Whisper tiny.en: by eps delta_sigma / sigma_k
+# if delta_sigma is 0.04 of sigma_1 ||K||, the most in a trained Whisper tiny.en: by eps delta_sigma / sigma_k (float64:
+# not measured)
 SMALLEST = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1.25e-4, torch.bfloat16: 1e-3}
 
 
-def kept_dtype(sigma: Tensor, config: Any, weight: torch.dtype, quantized: bool, name: str = "`linear`") -> torch.dtype:
-    """Of the bases over a base weight of dtype `weight`. Raises ValueError for a sigma that is too small for it."""
-    dtype = torch.bfloat16 if quantized or weight.itemsize < 4 else sigma.dtype
+def basis_dtype(sigma: Tensor, config: Any, weight: torch.dtype, quantized: bool) -> torch.dtype:
+    """Of the bases over a base weight of dtype `weight`."""
     if config.basis_dtype != "auto":
-        dtype = getattr(torch, config.basis_dtype)
-    ratio, least = float(sigma[-1] / sigma[0]), SMALLEST[dtype]
-    if not ratio >= least:
+        return getattr(torch, config.basis_dtype)
+    return torch.bfloat16 if quantized or weight.itemsize < 4 else sigma.dtype
+
+
+def divides(sigma: Tensor, dtype: torch.dtype) -> bool:
+    """Whether bases in `dtype` allow to divide by `sigma`."""
+    return float(sigma[-1] / sigma[0]) >= SMALLEST[dtype]
+
+
+def check_sigma(sigma: Tensor, dtype: torch.dtype, name: str) -> None:
+    """Raises ValueError unless bases in `dtype` allow to divide by the `sigma` of the layer `name`."""
+    if not divides(sigma, dtype):
         raise ValueError(
-            f"{name}: form='activation' divides by singular values, so sigma_k / sigma_1 must be at least {least:g} "
-            f"for a basis in {dtype}, got {ratio:.1e} at k = {len(sigma)}: use a smaller rank, or form='weight'"
+            f"{name}: form='activation' divides by singular values, so sigma_k / sigma_1 must be at least "
+            f"{SMALLEST[dtype]:g} for a basis in {dtype}, got {float(sigma[-1] / sigma[0]):.1e} at k = {len(sigma)}: "
+            "use a smaller rank, or form='weight'"
         )
-    return dtype
-
-
-def divides(sigma: Tensor, config: Any) -> bool:
-    """Whether the activation form over a quantised base can divide by `sigma`."""
-    try:
-        kept_dtype(sigma, config, torch.bfloat16, quantized=True)
-    except ValueError:
-        return False
-    return True
 
 
 class ActivationForm(SSVDAdapter):
@@ -64,7 +64,8 @@ class ActivationForm(SSVDAdapter):
     composes = False
 
     def hold_basis(self, found: Factorization, config: Any, dtype: torch.dtype) -> None:
-        dtype = kept_dtype(found.sigma, config, dtype, self.quantized)
+        dtype = basis_dtype(found.sigma, config, dtype, self.quantized)
+        check_sigma(found.sigma, dtype, "`linear`")
         side = config.resolve_side(self.in_features, self.out_features)
         bases = {f"{name}h": getattr(found, name).to(dtype).mT.contiguous() for name in KEPT[side]}
         self.store({"sigma": found.sigma, **bases})

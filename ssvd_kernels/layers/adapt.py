@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from ..basis.factorize import Factorization
 from ..basis.linears import is_quantized, quantizes_input
 from ..basis.pointwise import is_pointwise, is_transposed
 from ..config import Config, SpectralFTConfig, SSVDConfig
-from .activation import SSVDActivationLinear, SSVDActivationQuantizedLinear, SSVDPointwise, divides, kept_dtype
+from .activation import (
+    SSVDActivationLinear,
+    SSVDActivationQuantizedLinear,
+    SSVDPointwise,
+    basis_dtype,
+    check_sigma,
+    divides,
+)
 from .base import AdaptedLinear
 from .quantized import SSVDQuantizedLinear
 from .spectralft import SpectralFTLinear
@@ -56,14 +64,17 @@ def in_activation_form(
             )
     if config.form != "auto":
         return config.form == "activation"
-    return auto and (found is None or divides(found.sigma, config))
+    return auto and (found is None or divides(found.sigma, _basis_dtype(layer, config, found)))
 
 
 def check_basis(layer: nn.Module, config: Config, found: Factorization, name: str) -> None:
     """Raises ValueError for singular values that the form of `config` cannot divide by."""
     if isinstance(config, SSVDConfig) and in_activation_form(layer, config, name, found):
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        kept_dtype(found.sigma, config, weight.dtype, is_quantized(layer), name)
+        check_sigma(found.sigma, _basis_dtype(layer, config, found), name)
+
+
+def _basis_dtype(layer: nn.Module, config: SSVDConfig, found: Factorization) -> torch.dtype:
+    return basis_dtype(found.sigma, config, layer.get_parameter("weight").dtype, is_quantized(layer))
 
 
 def in_form(
