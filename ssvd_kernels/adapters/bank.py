@@ -1,7 +1,7 @@
 """Many adapters over one base model in one batch: every row with its own adapter.
 
-All adapters of a model share W, U and V; of an adapter a layer needs its core (k, k) alone. So a batch whose rows belong
-to different adapters costs what one adapter does: x V once, each row times its own core, and the product with U^T.
+All adapters of a model share W, U and V; of an adapter a layer needs its core (k, k) alone. So a batch whose rows
+belong to different adapters costs what one adapter does: x V, each row times its own core, and the product with U^T.
 
     bank = sk.AdapterBank(model)
     bank.add("alice", "alice.safetensors")
@@ -53,10 +53,10 @@ class AdapterBank:
 
     memory: bytes that their cores may take; beyond it the ones that were used least recently leave, and come back from
     their files. Those that were added from memory stay. dtype: of the cores, by default that of theta.
-    The adapters of the model itself are untouched: they serve calls outside of `rows`. Adapters may be added and removed
-    while other threads call the model.
-    Raises ValueError for a model without SSVD layers, adapted through PEFT (whose `adapter_names=` does this), merged, by
-    SpectralFT, or with `modules_to_save`, which a batch cannot have several of.
+    The adapters of the model itself are untouched: they serve calls outside of `rows`. Adapters may be added and
+    removed while other threads call the model.
+    Raises ValueError for a model without SSVD layers, adapted through PEFT (whose `adapter_names=` does this), merged,
+    by SpectralFT, or with `modules_to_save`, which a batch cannot have several of.
     """
 
     def __init__(self, model: nn.Module, memory: int | None = None, dtype: torch.dtype | None = None) -> None:
@@ -99,9 +99,9 @@ class AdapterBank:
     ) -> None:
         """Adds an adapter from a file of `save_adapter`, from its values by layer, or as the model's own is now.
 
-        strength: see `set_strength`; by default the file's, or the model's own. Nothing is factorised. Raises ValueError
-        for a name that is taken or no name, and as `add_adapter` does for a file of another base, rank, side or
-        rotation, which it names.
+        strength: see `set_strength`; by default the file's, or the model's own. Nothing is factorised. Raises
+        ValueError for a name that is taken or no name, and as `add_adapter` does for a file of another base, rank, side
+        or rotation, which it names.
         """
         if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
             raise ValueError(f"`name` must consist of letters, digits, '_' and '-', got {name!r}")

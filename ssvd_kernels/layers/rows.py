@@ -27,6 +27,7 @@ class Rows:
 
     def __init__(self, places: list[int | None], make: Callable[[], Cores], trains: bool) -> None:
         self.places, self.make, self.trains = places, make, trains
+        self.alike = len(set(places)) == 1
         self._made: Cores | None = None
         self._runs: dict[int, Runs] = {}
 
@@ -43,18 +44,16 @@ class Rows:
         """Of a batch in which each row comes `batch` / len(places) times, one after the other; None for another."""
         if batch not in self._runs:
             times, rest = divmod(batch, len(self.places))
+            if self.alike:
+                return [(place, 0, batch) for place in self.places[:1] if place is not None]
             if rest or not times:
-                one = set(self.places) if batch else set()
-                if len(one) > 1:
-                    return None
-                return [(place, 0, batch) for place in one if place is not None]  # all rows are alike
+                return None
             runs: Runs = []
             for row, place in enumerate(self.places):
-                if place is not None:
-                    core, start, stop = (
-                        runs.pop() if runs and runs[-1][::2] == (place, row * times) else (place, row * times, 0)
-                    )
-                    runs.append((core, start, (row + 1) * times))
+                if runs and runs[-1][::2] == (place, row * times):
+                    runs[-1] = (runs[-1][0], runs[-1][1], (row + 1) * times)
+                elif place is not None:
+                    runs.append((place, row * times, (row + 1) * times))
             self._runs[batch] = runs
         return self._runs[batch]
 
@@ -72,17 +71,16 @@ class Pass:
         grad, recomputed = torch.is_grad_enabled(), torch._C._current_graph_task_id() != -1
         if self.rows.trains and grad and self.batch is None:
             raise RuntimeError(
-                "adapters of a bank train in forwards of the model that it was made for, and not in those of a part of it"
+                "adapters of a bank train in forwards of the model that it was made for, not in those of a part of it"
             )
-        if self.batch is not None and x.shape[0] != self.batch and (x.ndim > 2 or x.shape[0] % self.batch):
-            runs = self.rows.runs(0 if len(set(self.rows.places)) > 1 else x.shape[0])
-        else:
-            runs = self.rows.runs(x.shape[0])
+        batch, expected = x.shape[0], self.batch
+        flattened = x.ndim == 2 and expected is not None and batch % expected == 0
+        runs = self.rows.runs(batch) if expected in (None, batch) or flattened or self.rows.alike else None
         if runs is None:
             raise ValueError(
-                f"a layer of shape ({layer.out_features}, {layer.in_features}) must get its rows in the first dimension, "
-                f"{len(self.rows.places)} of them or a multiple, in a batch of {self.batch or 'any size'}, got an input of "
-                f"shape {tuple(x.shape)}: leave that layer out (`exclude`), or give all rows the same adapter"
+                f"a layer of shape ({layer.out_features}, {layer.in_features}) must get {len(self.rows.places)} rows, or "
+                f"a multiple, in its input's first dimension (the model got {expected}), got an input of shape "
+                f"{tuple(x.shape)}: `exclude` that layer, or give all rows the same adapter"
             )
         if self.cores is None:
             self.cores = self.rows.cores()

@@ -241,8 +241,8 @@ def add_rows(
 ) -> Tensor:
     """y + (((x - shift) V) core_b^T) U^T (B, ..., d_out), each row b of x (B, ..., d_in) with its own core.
 
-    V (d_in, k), U (d_out, k), cores (N, k, k), shift (d_in,), y (B, ..., d_out); runs says which core a row has. Rows of
-    no run are those of y bit for bit. Arithmetic and rounding as in `activation`. Gradients reach y, x and cores.
+    V (d_in, k), U (d_out, k), cores (N, k, k), shift (d_in,), y (B, ..., d_out); runs says which core a row has. Rows
+    of no run are those of y bit for bit. Arithmetic and rounding as in `activation`. Gradients reach y, x and cores.
     """
     dtype = compute_dtype(x)
     x, V, U = x.to(dtype), V.to(dtype), U.to(dtype)
