@@ -41,6 +41,7 @@ STYLES = {
     "ssvd ext": ("#D55E00", "o", "-"),
     "composed": ("#009E73", "^", "-"),
     "factored": ("#E69F00", "s", "--"),
+    "activation": ("#CC79A7", "D", "-"),
     "auto": ("#D55E00", "o", ":"),
 }
 MEMORY_T = 4096

@@ -26,6 +26,7 @@ _HOMES = {
     "model.merge": ["merge", "remove", "unmerge"],
     "adapters.file_format": ["AdapterError"],
     "adapters.save_load": ["load_adapter", "save_adapter"],
+    "adapters.bank": ["AdapterBank"],
     "adapters.averaging": ["average_adapters", "average_files"],
     "adapters.switching": [
         "adapter_names",
@@ -45,6 +46,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AdapterBank",
     "AdapterError",
     "ConversionError",
     "InjectReport",
@@ -87,6 +89,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .adapters.averaging import average_adapters, average_files
+    from .adapters.bank import AdapterBank
     from .adapters.export import LoraReport, export_merged, to_lora
     from .adapters.file_format import AdapterError
     from .adapters.save_load import load_adapter, save_adapter

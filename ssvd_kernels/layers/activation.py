@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..basis.factorize import MATCH_TOLERANCE, Factorization, fingerprint, match_signs, sketch
 from ..basis.linears import input_dtype
 from ..basis.pointwise import channels_of
-from ..ops.functional import activation, linear
+from ..ops.functional import activation, add_rows, linear
+from ..ops.reference import Runs
 from ..utils.fsdp import gathered
 from .base_layer import PointwiseBase
 from .quantized import SSVDQuantizedLinear
@@ -129,9 +130,6 @@ class ActivationForm(SSVDAdapter):
         right = sigma.unsqueeze(-1) * C
         return right + C_out * sigma + C_out @ right
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fixed(x) if self.idle else self.adapted(x)
-
     def adapted(self, x: Tensor) -> Tensor:
         if self.mode == "composed":
             raise ValueError(f"`mode` must be 'auto' or 'factored' for form='activation', got {self.mode!r}")
@@ -158,6 +156,16 @@ class ActivationForm(SSVDAdapter):
             return activation(x, basis.mT, one, shift, narrow)
         rows = activation(x.movedim(self.channels, -1), basis.mT, one, shift, narrow)
         return rows.movedim(-1, self.channels).contiguous()
+
+    def with_rows(self, x: Tensor, cores: Tensor, runs: Runs) -> Tensor:
+        Vh, Uh = self.kept("V"), self.kept("U")
+        x = x.movedim(self.channels, -1)
+        if Vh is not None:
+            x = add_rows(x, x, Vh.mT, Vh.mT, cores if cores.ndim == 3 else cores[:, 0], runs)
+        y = self.fixed(x.movedim(-1, self.channels)).movedim(self.channels, -1)
+        if Uh is not None:
+            y = add_rows(y, y, Uh.mT, Uh.mT, cores if cores.ndim == 3 else cores[:, 1], runs, self.bias)
+        return y.movedim(-1, self.channels)
 
     def _narrow(self, core: Tensor, side: int, dtype: torch.dtype) -> Tensor | None:
         narrow = self.narrow_core(core, dtype)

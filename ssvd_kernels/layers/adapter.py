@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from ..ops.functional import compose
 from ..utils.fsdp import assign, gathered, is_sharded
 from .caching import LayerCache
 from .running import structure, unseen_by_checkpoints
+
+if TYPE_CHECKING:
+    from ..adapters.bank import AdapterBank
 
 Factors = tuple[Tensor, Tensor, Tensor]  # U (d_out, r), V (d_in, r), core (r, r)
 
@@ -31,6 +34,7 @@ class Adapter(nn.Module, ABC):
     config_type: ClassVar[type[Config]]
     trained_names: ClassVar[tuple[str, ...]]  # of an adapter's Parameters; every layer has the first
     managed_by: ClassVar[str | None] = None  # another library, e.g. PEFT
+    bank: AdapterBank | None = None  # whose adapters rows of a batch may have
     quantized = False
     channels = -1  # the dimension of x and y that W maps
     composes = True  # whether W' may be composed, and kept, to serve several calls
@@ -136,9 +140,11 @@ class Adapter(nn.Module, ABC):
         return is_sharded(self._parameters.get("weight")) or is_sharded(getattr(original, "weight", None))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.bank is not None and (rows := self.bank.present()) is not None:
+            return rows.adapted(self, x)
         if self.idle:
             return self.fixed(x)
-        if not self.training and not torch.is_grad_enabled():
+        if self.composes and not self.training and not torch.is_grad_enabled():
             made = self.cache.made
             if made is not None and x.dtype == made.dtype and not torch.compiler.is_dynamo_compiling():
                 if not torch.is_autocast_enabled(x.device.type) and made.holds(self):

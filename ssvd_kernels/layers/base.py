@@ -164,7 +164,7 @@ class AdaptedLinear(Adapter):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "idle": self.merged}
+        return {**super().__getstate__(), "idle": self.merged, "bank": None}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Refuses another base weight without its basis, and any load while merged: both would be silently wrong."""

@@ -111,11 +111,7 @@ class LayerCache:
         """W', if a call of `adapter` on x is to use it: in float32 and float64, where composing loses nothing."""
         dtype, device = x.dtype, x.device
         check_choice("mode", adapter.mode, dispatch.MODES)
-        if (
-            adapter.mode == "factored"
-            or not adapter.composes
-            or not dtype == adapter.base_weight.dtype == adapter.sigma.dtype
-        ):
+        if adapter.mode == "factored" or not dtype == adapter.base_weight.dtype == adapter.sigma.dtype:
             return None
         if dtype.itemsize < 4 or torch.is_autocast_enabled(device.type) or not self.serves(adapter):
             return None

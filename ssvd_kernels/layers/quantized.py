@@ -122,11 +122,11 @@ class SSVDQuantizedLinear(SSVDLinear):
     base: nn.Linear
     base_layer = QuantizedBase()
     quantized = True
+    composes = False
     unloaded_dtype: torch.dtype | None = None  # by default what the library dequantises to
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.fixed(x)
-        return y if self.idle else add_update(y, self.update(x))
+    def adapted(self, x: Tensor) -> Tensor:
+        return add_update(self.fixed(x), self.update(x))
 
     def fixed(self, x: Tensor) -> Tensor:
         return self.base(x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +101,25 @@ class _Split(torch.autograd.Function):
         return batch, None
 
 
+class Member:
+    """Of one layer, what one of many adapters trains, in the layer's own place."""
+
+    def __init__(self, layer: SSVDAdapter, values: Mapping[str, Tensor], strength: float) -> None:
+        self._parameters: dict[str, Any] = {name: values.get(name) for name in TRAINED}
+        self.theta, self.sigma, self.k, self.kind = values["theta"], layer.sigma, layer.k, layer.kind
+        self.kind = self.kind._replace(strength=strength)
+
+
+def cores_of(members: Sequence[Member]) -> list[Tensor]:
+    """The core of each, made in batches."""
+    found: dict[Member, Tensor] = {}
+    for same in _grouped(members):  # type: ignore[arg-type]
+        batch = _Batch(same)
+        made = batch.cores()
+        found |= zip(same, made.unbind() if batch.even else _Split.apply(made, batch.ranks))  # type: ignore[arg-type]
+    return [found[member] for member in members]
+
+
 class _Batch:
     """Layers whose cores are made together: of one kind, or of ranks that are padded with zeros, which is exact."""
 
@@ -186,7 +205,7 @@ def _check_offloaded(root: nn.Module, adapters: list[Adapter]) -> None:
             )
 
 
-def _grouped(layers: list[SSVDAdapter]) -> list[list[SSVDAdapter]]:
+def _grouped(layers: Sequence[SSVDAdapter]) -> list[list[SSVDAdapter]]:
     kinds: dict[tuple, list[SSVDAdapter]] = defaultdict(list)
     for layer in layers:
         kind = layer.kind

@@ -145,6 +145,22 @@ class AddUpdateFunction(torch.autograd.Function):
         return dy, dy.to(ctx.dtype)
 
 
+class RowsProductFunction(torch.autograd.Function):
+    """`reference.rows_product_fwd`: each row of z times the transpose of its own core."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, cores: Tensor, runs: reference.Runs) -> Tensor:
+        ctx.runs = runs
+        ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, cores)
+        return reference.rows_product_fwd(z, cores, runs)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        z, cores = ctx.saved_tensors
+        with reference.without_autocast(dq):
+            return *reference.rows_product_bwd(dq, z, cores, ctx.runs, ctx.needs_input_grad[0]), None
+
+
 class ProductFunction(torch.autograd.Function):
     """a @ b of matrices or equal batches of them; the gradients are in their dtype, also under autocast."""
 

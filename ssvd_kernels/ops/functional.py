@@ -17,6 +17,7 @@ from .autograd import (
     CayleyDeltaFunction,
     ComposeFunction,
     ProductFunction,
+    RowsProductFunction,
     SSVDActivationFunction,
     SSVDLinearFunction,
     apply_activation,
@@ -228,6 +229,29 @@ def activation(
         return SSVDActivationFunction.apply(x, basis, core, shift, dtype, backend)
     made = narrow(dtype) if backend == "triton" and narrow is not None else None
     return apply_activation(x, basis, core, shift, dtype, backend, made)
+
+
+def add_rows(
+    y: Tensor,
+    x: Tensor,
+    V: Tensor,
+    U: Tensor,
+    cores: Tensor,
+    runs: reference.Runs,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """y + (((x - shift) V) core_b^T) U^T (B, ..., d_out), each row b of x (B, ..., d_in) with its own core.
+
+    V (d_in, k), U (d_out, k), cores (N, k, k), shift (d_in,), y (B, ..., d_out); runs says which core a row has. Rows
+    of no run are those of y bit for bit. Arithmetic and rounding as in `activation`. Gradients reach y, x and cores.
+    """
+    dtype = compute_dtype(x)
+    x, V, U = x.to(dtype), V.to(dtype), U.to(dtype)
+    z = F.linear(x, V.mT, None if shift is None else -(shift.to(dtype) @ V))
+    q = RowsProductFunction.apply(z, cores, runs)
+    if dtype == torch.bfloat16:
+        return add_update(y.to(dtype), F.linear(q, U))
+    return reference.add_product(y.to(dtype), q, U)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -351,3 +351,30 @@ def activation_core_ref(E: Tensor, sigma: Tensor, delta: Tensor, side: str, E_ou
     """
     C = core_ref(E, torch.ones_like(sigma), delta / sigma, "output" if side == "output" else "input")
     return C if E_out is None else torch.stack([C, E_out.mT], dim=-3)
+
+
+Runs = list[
+    tuple[int, int, int]
+]  # (core, start, stop): rows start to stop - 1 have this core; in order, without overlap
+
+
+def rows_product_fwd(z: Tensor, cores: Tensor, runs: Runs) -> Tensor:
+    """q (B, ..., k), row b of z (B, ..., k) times cores[c]^T, cores (N, k, k); zero for rows of no run."""
+    q = torch.empty_like(z) if sum(stop - start for _, start, stop in runs) == len(z) else torch.zeros_like(z)
+    for core, start, stop in runs:
+        q[start:stop] = F.linear(z[start:stop], cores[core].to(z.dtype))
+    return q
+
+
+def rows_product_bwd(
+    dq: Tensor, z: Tensor | None, cores: Tensor, runs: Runs, need_dz: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dz, as by `rows_product_fwd` with transposed cores, if `need_dz`; dcores (N, k, k) if z is given."""
+    dz = rows_product_fwd(dq, cores.mT, runs) if need_dz else None
+    if z is None:
+        return dz, None
+    dcores = torch.zeros_like(cores)
+    for core, start, stop in runs:
+        rows = (each[start:stop].flatten(0, -2) for each in (dq, z))
+        dcores[core] += torch.mm(next(rows).mT, next(rows)).to(cores.dtype)
+    return dz, dcores
