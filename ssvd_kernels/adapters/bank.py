@@ -60,10 +60,10 @@ class AdapterBank:
     """
 
     def __init__(self, model: nn.Module, memory: int | None = None, dtype: torch.dtype | None = None) -> None:
-        self._layers: dict[str, Any] = _layers(model)
-        first = next(iter(self._layers.values()))
-        self._dtype, self._device = dtype or first.theta.dtype, first.theta.device
-        self._shapes = {name: _core_shape(layer) for name, layer in self._layers.items()}
+        self.layers: dict[str, Any] = _layers(model)
+        theta: Any = next(iter(self.layers.values())).theta
+        self._dtype, self._device = dtype or theta.dtype, theta.device
+        self._shapes = {name: _core_shape(layer) for name, layer in self.layers.items()}
         self._pool = torch.empty(0, sum(map(math.prod, self._shapes.values())), dtype=self._dtype, device=self._device)
         if memory is not None and memory < self.bytes_per_adapter:
             raise ValueError(f"`memory` must hold one adapter, {self.bytes_per_adapter} bytes, at least, got {memory}")
@@ -72,7 +72,7 @@ class AdapterBank:
         self._lock = threading.RLock()
         self._state = State()
         self.present = self._state.present
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             layer.bank = self
         watch(unwrapped(model), self._state)
 
@@ -143,7 +143,7 @@ class AdapterBank:
             raise ValueError("`rows` must not be nested in another block of the same bank")
         if isinstance(names, str) or not names:
             raise ValueError(f"`names` must be a list with a name or None for each row, got {names!r}")
-        for layer_name, layer in self._layers.items():
+        for layer_name, layer in self.layers.items():
             if layer.merged or layer.disabled:
                 raise ValueError(f"{layer_name} is merged or disabled: undo that before using `rows`")
         distinct = list(dict.fromkeys(name for name in names if name is not None))
@@ -160,7 +160,8 @@ class AdapterBank:
                         self._fill(entry, self._read(entry.path)[0])
                 trains = any(entry.trained for entry in entries)
                 at = dict(zip(distinct, range(len(distinct)) if trains else (entry.slot for entry in entries)))
-                rows = Rows([None if name is None else at[name] for name in names], self._maker(entries), trains)
+                numbers = [None if name is None else at[name] for name in names]
+                rows = Rows(numbers, self._maker(entries), trains, self._device)
             with self._state.block(rows):
                 yield
         finally:
@@ -181,7 +182,7 @@ class AdapterBank:
                 entry = self._entries.get(name)
                 if entry is None:
                     entry = self._entries.setdefault(name, _Entry(1.0))
-                    values: Values = {key: layer.new_adapter() for key, layer in self._layers.items()}
+                    values: Values = {key: layer.new_adapter() for key, layer in self.layers.items()}
                 elif entry.trained:
                     continue
                 elif entry.path is None:
@@ -191,7 +192,7 @@ class AdapterBank:
                 entry.slot, entry.path = None, None
                 entry.trained = {
                     key: {
-                        own: nn.Parameter(value.detach().to(self._layers[key].theta, copy=True))
+                        own: nn.Parameter(value.detach().to(self.layers[key].theta, copy=True))
                         for own, value in v.items()
                     }
                     for key, v in values.items()
@@ -204,8 +205,8 @@ class AdapterBank:
         entry = self._entry(name)
         if not entry.trained:
             raise ValueError(f"`name` must be an adapter that trains in the bank, got {name!r}")
-        values = {key: (entry.trained[key], layer.description()) for key, layer in self._layers.items()}
-        write_adapter(path, self._layers, values, {}, entry.strength)
+        values = {key: (entry.trained[key], layer.description()) for key, layer in self.layers.items()}
+        write_adapter(path, self.layers, values, {}, entry.strength)
 
     # -- cores -------------------------------------------------------------------------------------------------
 
@@ -215,10 +216,10 @@ class AdapterBank:
         return self._entries[name]
 
     def _own(self) -> Values:
-        return {name: layer.adapter() for name, layer in self._layers.items()}
+        return {name: layer.adapter() for name, layer in self.layers.items()}
 
     def _own_strength(self) -> float:
-        return next(iter(self._layers.values())).strength
+        return next(iter(self.layers.values())).strength
 
     def _checked(self, values: Values) -> Values:
         own = self._own()
@@ -234,12 +235,12 @@ class AdapterBank:
 
     def _read(self, path: Path) -> tuple[Values, float]:
         file = read_adapter(path)
-        return adapter_values(self._layers, {}, file), file.strength
+        return adapter_values(self.layers, {}, file), file.strength
 
     @torch.no_grad()
     def _fill(self, entry: _Entry, values: Values) -> None:
         """Computes the cores and puts them into a free slot of the pool."""
-        made = cores_of([Member(layer, values[name], entry.strength) for name, layer in self._layers.items()])
+        made = cores_of([Member(layer, values[name], entry.strength) for name, layer in self.layers.items()])
         entry.slot = self._free_slot()
         torch.cat([core.flatten() for core in made], out=self._pool[entry.slot])
 
@@ -263,7 +264,7 @@ class AdapterBank:
 
     def _maker(self, entries: list[_Entry]) -> Callable[[], dict[SSVDAdapter, Tensor]]:
         """What gives each layer's cores (N, k, k) of the entries: views of the pool, or computed from what trains."""
-        pool, layers = self._pool, self._layers
+        pool, layers = self._pool, self.layers
         parts = pool.split([math.prod(shape) for shape in self._shapes.values()], dim=1)
         cores = {
             layer: part.view(len(pool), *shape)
@@ -293,6 +294,8 @@ def _layers(model: nn.Module) -> dict[str, AdaptedLinear]:
         if layer.merged or layer.sharded or layer.bank is not None:
             why = "merged" if layer.merged else "sharded by FSDP2" if layer.sharded else "in another bank"
             raise ValueError(f"`model` must be unmerged, unsharded and in no other bank: {name} is {why}")
+    if any(isinstance(module, nn.MultiheadAttention) and not module.batch_first for module in model.modules()):
+        raise ValueError("`model` must have the batch in its layers' first dimension, got attention with time first")
     if saved_modules(model):
         raise ValueError("`model` has modules_to_save, of which a batch cannot have several")
     return layers

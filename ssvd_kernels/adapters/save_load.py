@@ -27,6 +27,7 @@ from ..layers.adapt import check_method
 from ..layers.base import AdaptedLinear, module_paths, own_layers
 from ..layers.inactive import own_tensors
 from ..layers.saved import SavedModule
+from ..layers.ssvd import SSVDAdapter
 from ..model.inject import install
 from ..model.lookup import check_not_ddp, require_layers, saved_modules, unwrapped
 from ..model.targets import check_saved
@@ -152,6 +153,7 @@ def load_adapter(
     progress: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
     share: bool = True,
+    into: str | None = None,
 ) -> list[str]:
     """Loads an adapter into `model` and returns the names of its layers. cache_dir and share are as in `inject`.
 
@@ -159,10 +161,17 @@ def load_adapter(
     must have the same ones, and the same `modules_to_save`; of several adapters the active one is replaced. Raises
     FileNotFoundError, or AdapterError for a file that is damaged, altered, of another version, for another base model,
     whose basis cannot be matched, or whose precision would be lost; the model is then unchanged.
+
+    into: the adapter to replace, in use or not. Its tensors stay where they are, and SSVD's its strength, by which the
+    values are divided instead: a model under torch.compile is not compiled again. ValueError for an unknown name.
     """
     file = read_adapter(Path(path))
     inner = unwrapped(model)
     layers = own_layers(inner)
+    if into is not None and not layers:
+        raise ValueError(f"`into` must be an adapter of the model, which has no SSVD layers, got {into!r}")
+    for layer in layers.values():
+        layer.adapter(into)
     if not layers:
         check_not_ddp(model)
         plan, parts = _plan(file, inner), _parts(file, inner)
@@ -170,18 +179,17 @@ def load_adapter(
         changes = {name: _change(file, name, found[name].sketch) for name in plan}
         install(inner, plan, found, saved=parts)
         layers = own_layers(inner)
-    elif any(layer.inactive for layer in layers.values()):  # their bases belong to other adapters, too
-        values = adapter_values(layers, saved_modules(inner), file)
-        changes = {name: _Change(values[name]) for name in layers}
+    elif into is not None or any(layer.inactive for layer in layers.values()):  # whose bases stay as they are
+        theirs = adapter_values(layers, saved_modules(inner), file)
+        changes = {name: _Change(theirs[name]) for name in layers}
     else:
         _check_same_layers(file, layers, saved_modules(inner))
         changes = {name: _change(file, name, layer.basis.sketch, file.basis(name)) for name, layer in layers.items()}
     for name, change in changes.items():
-        change.apply(layers[name])
-        layers[name].strength = file.strength
+        change.apply(layers[name], into, file.strength)
     with torch.no_grad():
         for name, module in saved_modules(inner).items():
-            for key, tensor in module.adapter(next(iter(layers.values())).active_adapter).items():
+            for key, tensor in module.adapter(into or next(iter(layers.values())).active_adapter).items():
                 tensor.copy_(file.saved[name][key])
     return list(file.layers)
 
@@ -194,13 +202,20 @@ class _Change(NamedTuple):
     basis: tuple[Tensor, ...] | None = None  # which replaces the layer's
 
     @torch.no_grad()
-    def apply(self, layer: AdaptedLinear) -> None:
+    def apply(self, layer: AdaptedLinear, into: str | None, strength: float) -> None:
         if self.basis is not None:
             layer.set_basis(*self.basis)
         elif self.signs is not None and bool((self.signs < 0).any()):
             layer.flip_basis(self.signs)
-        for key, parameter in layer.adapter().items():
-            assign(parameter, self.values[key])
+        scale, present = 1.0, layer.strength_of(into)
+        if into is not None and present and isinstance(layer, SSVDAdapter):
+            scale = strength / present
+        elif into in (None, layer.active_adapter):
+            layer.strength = strength
+        else:
+            layer.inactive[into].strength = strength
+        for key, parameter in layer.adapter(into).items():
+            assign(parameter, self.values[key] if scale == 1 else scale * self.values[key])
         layer.forget()
 
 

@@ -12,7 +12,7 @@ from ..basis.factorize import MATCH_TOLERANCE, Factorization, fingerprint, match
 from ..basis.linears import input_dtype
 from ..basis.pointwise import channels_of
 from ..ops.functional import activation, add_rows, linear
-from ..ops.reference import Runs
+from ..ops.reference import Places
 from ..utils.fsdp import gathered
 from .base_layer import PointwiseBase
 from .quantized import SSVDQuantizedLinear
@@ -157,14 +157,14 @@ class ActivationForm(SSVDAdapter):
         rows = activation(x.movedim(self.channels, -1), basis.mT, one, shift, narrow)
         return rows.movedim(-1, self.channels).contiguous()
 
-    def with_rows(self, x: Tensor, cores: Tensor, runs: Runs) -> Tensor:
+    def with_rows(self, x: Tensor, cores: Tensor, places: Places | None) -> Tensor:
         Vh, Uh = self.kept("V"), self.kept("U")
         x = x.movedim(self.channels, -1)
         if Vh is not None:
-            x = add_rows(x, x, Vh.mT, Vh.mT, cores if cores.ndim == 3 else cores[:, 0], runs)
+            x = add_rows(x, x, Vh.mT, Vh.mT, cores if cores.ndim == 3 else cores[:, 0], places)
         y = self.fixed(x.movedim(-1, self.channels)).movedim(self.channels, -1)
         if Uh is not None:
-            y = add_rows(y, y, Uh.mT, Uh.mT, cores if cores.ndim == 3 else cores[:, 1], runs, self.bias)
+            y = add_rows(y, y, Uh.mT, Uh.mT, cores if cores.ndim == 3 else cores[:, 1], places, self.bias)
         return y.movedim(-1, self.channels)
 
     def _narrow(self, core: Tensor, side: int, dtype: torch.dtype) -> Tensor | None:

@@ -11,25 +11,34 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..ops.reference import Runs
+from ..ops import dispatch
+from ..ops.functional import compute_dtype
+from ..ops.reference import Places
 
 if TYPE_CHECKING:
     from .ssvd import SSVDAdapter
 
     Cores = dict[SSVDAdapter, Tensor]  # (N, k, k) of each layer
 
+COMPILED = "a compiled model cannot have rows of several adapters: call the original one"
+
 
 class Rows:
-    """places: for each row the index of its core among those of `make`, None for the base model's.
+    """numbers: for each row that of its core among those of `make`, None for the base model's.
 
     make: the cores; of adapters that train they are computed for each forward of the model.
     """
 
-    def __init__(self, places: list[int | None], make: Callable[[], Cores], trains: bool) -> None:
-        self.places, self.make, self.trains = places, make, trains
-        self.alike = len(set(places)) == 1
+    def __init__(
+        self, numbers: list[int | None], make: Callable[[], Cores], trains: bool, device: torch.device
+    ) -> None:
+        self.make, self.trains = make, trains
+        self.alike = len(set(numbers)) == 1
+        self.places = Places(numbers[:1] if self.alike else numbers, device)
+        self.varied = 2 * len(self.places.groups) > len(self.places)
+        self.batch = 0  # of the first call: rows that finish early must not leave it
         self._made: Cores | None = None
-        self._runs: dict[int, Runs] = {}
+        self._by_row: dict[tuple[SSVDAdapter, torch.dtype], Tensor] = {}
 
     def cores(self) -> Cores:
         """Made for each forward that has gradients, and else once."""
@@ -40,22 +49,11 @@ class Rows:
                 self._made = self.make()
         return self._made
 
-    def runs(self, batch: int) -> Runs | None:
-        """Of a batch in which each row comes `batch` / len(places) times, one after the other; None for another."""
-        if batch not in self._runs:
-            times, rest = divmod(batch, len(self.places))
-            if self.alike:
-                return [(place, 0, batch) for place in self.places[:1] if place is not None]
-            if rest or not times:
-                return None
-            runs: Runs = []
-            for row, place in enumerate(self.places):
-                if runs and runs[-1][::2] == (place, row * times):
-                    runs[-1] = (runs[-1][0], runs[-1][1], (row + 1) * times)
-                elif place is not None:
-                    runs.append((place, row * times, (row + 1) * times))
-            self._runs[batch] = runs
-        return self._runs[batch]
+    def by_row(self, layer: SSVDAdapter, cores: Tensor, dtype: torch.dtype) -> Tensor:
+        """The core of each row (R, ...), which is copied once for many calls."""
+        if (layer, dtype) not in self._by_row:
+            self._by_row[layer, dtype] = self.places.by_row(cores).to(dtype)
+        return self._by_row[layer, dtype]
 
 
 class Pass:
@@ -66,30 +64,46 @@ class Pass:
         self.cores: Cores | None = None
         self.graphless: set[SSVDAdapter] = set()
 
-    def adapted(self, layer: SSVDAdapter, x: Tensor) -> Tensor:
+    def adapted(self, layer: Any, x: Tensor) -> Tensor:
         """What `layer` computes on x (B, ..., d_in)."""
+        rows, places = self.rows, self.rows.places
+        if not places.groups:
+            return layer.fixed(x)
         grad, recomputed = torch.is_grad_enabled(), torch._C._current_graph_task_id() != -1
-        if self.rows.trains and grad and self.batch is None:
+        if rows.trains and grad and self.batch is None:
             raise RuntimeError(
                 "adapters of a bank train in forwards of the model that it was made for, not in those of a part of it"
             )
-        batch, expected = x.shape[0], self.batch
-        flattened = x.ndim == 2 and expected is not None and batch % expected == 0
-        runs = self.rows.runs(batch) if expected in (None, batch) or flattened or self.rows.alike else None
-        if runs is None:
-            raise ValueError(
-                f"a layer of shape ({layer.out_features}, {layer.in_features}) must get {len(self.rows.places)} rows, or "
-                f"a multiple, in its input's first dimension (the model got {expected}), got an input of shape "
-                f"{tuple(x.shape)}: `exclude` that layer, or give all rows the same adapter"
-            )
+        if not rows.alike:
+            self._check(layer, x)
         if self.cores is None:
-            self.cores = self.rows.cores()
+            self.cores = rows.cores()
         cores = self.cores[layer]
         if not grad:
             self.graphless.add(layer)  # a reentrant checkpoint, recomputed with a graph
-        elif recomputed and self.rows.trains:
-            cores = self.rows.make()[layer] if layer in self.graphless else cores.detach().requires_grad_()
-        return layer.with_rows(x, cores, runs)
+        elif recomputed and rows.trains:
+            cores = rows.make()[layer] if layer in self.graphless else cores.detach().requires_grad_()
+        dtype = compute_dtype(x)
+        if rows.varied and not rows.trains and dispatch.linear_backend(x.device, dtype, dispatch.forced) != "triton":
+            return layer.with_rows(x, rows.by_row(layer, cores, dtype), None)  # one product for all rows
+        return layer.with_rows(x, cores, places)
+
+    def _check(self, layer: Any, x: Tensor) -> None:
+        """Raises ValueError unless the first dimension of x (B, ..., d_in) or (B T, d_in) has the rows of the batch."""
+        entries, rows = x.shape[0], self.rows
+        batch, count = self.batch or entries, len(rows.places)
+        rows.batch = rows.batch or batch
+        whole = entries == batch or (x.ndim == 2 and entries % batch == 0)
+        if not whole or not batch or batch % count or batch % rows.batch:
+            layers = {} if layer.bank is None else layer.bank.layers
+            name = next(name for name, each in layers.items() if each is layer)
+            raise ValueError(
+                f"{name} must get the {count} rows that were named, or a multiple, in its input's first dimension, as "
+                f"many as before ({rows.batch}) or a multiple, and as many as the model ({batch}), got an input of "
+                f"shape {tuple(x.shape)}. If the layer is made for something else than the batch, `exclude` it from "
+                "`inject`; generate() must not drop rows, as Whisper's does with long or repeated recordings: give it "
+                "at most 30 s and one temperature"
+            )
 
 
 class State(threading.local):
@@ -100,11 +114,14 @@ class State(threading.local):
         self.running: Pass | None = None
         self.resumed: tuple[int, Pass | None] = (-1, None)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return State, ()  # a copy of the model has no bank
+
     def present(self) -> Pass | None:
         """What a layer that is called now belongs to."""
         if torch.compiler.is_compiling():
-            if self.running is not None:
-                raise RuntimeError("a compiled model cannot have rows of several adapters: call the original one")
+            if self.rows is not None:
+                raise RuntimeError(COMPILED)
             return None
         task = torch._C._current_graph_task_id()
         if task != -1:
@@ -121,9 +138,13 @@ class State(threading.local):
 
     def begin(self, root: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of the model."""
-        if self.rows is not None and torch._C._current_graph_task_id() == -1:
-            tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim)
-            first = next(tensors, None)
+        if self.rows is None:
+            return
+        if torch.compiler.is_compiling():
+            raise RuntimeError(COMPILED)
+        if torch._C._current_graph_task_id() == -1:
+            tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 1)
+            first = next(tensors, None)  # not positions (T,)
             if first is not None:
                 self.running = Pass(self.rows, first.shape[0])
                 self.running.cores = self.rows.cores()  # now, as the layers of a reentrant checkpoint have no gradients

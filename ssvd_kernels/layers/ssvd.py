@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..basis.factorize import Factorization
 from ..config import SSVDConfig
 from ..ops.functional import Kind, add_rows, core_of, flip_theta, linear, theta_length
-from ..ops.reference import Runs
+from ..ops.reference import Places
 from . import running
 from .adapter import Adapter, Factors
 from .base import AdaptedLinear
@@ -77,10 +77,10 @@ class SSVDAdapter(Adapter):
         W, U, V, bias = self.frozen()
         return linear(x, W, U, V, self.core_for_call(), bias, self.mode, self)
 
-    def with_rows(self, x: Tensor, cores: Tensor, runs: Runs) -> Tensor:
-        """`adapted`, where each row b of x (B, ..., d_in) has a core of its own among `cores` (N, k, k)."""
+    def with_rows(self, x: Tensor, cores: Tensor, places: Places | None) -> Tensor:
+        """`adapted`, where each row of x (B, ..., d_in) has a core of its own: see `add_rows`."""
         _, U, V, _ = self.frozen()
-        return add_rows(self.fixed(x), x, V, U, cores, runs)
+        return add_rows(self.fixed(x), x, V, U, cores, places)
 
     def operands(self, core: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """U, V and, unless it would be made for one call alone, `core` as the Triton kernels read them in `dtype`."""

@@ -146,19 +146,22 @@ class AddUpdateFunction(torch.autograd.Function):
 
 
 class RowsProductFunction(torch.autograd.Function):
-    """`reference.rows_product_fwd`: each row of z times the transpose of its own core."""
+    """q (R, T, k): each row of z (R, T, k) times the transpose of its own of cores (N, k, k)."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, cores: Tensor, runs: reference.Runs) -> Tensor:
-        ctx.runs = runs
+    def forward(ctx: Any, z: Tensor, cores: Tensor, places: reference.Places, backend: str) -> Tensor:
+        ctx.places, ctx.backend = places, backend
         ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, cores)
-        return reference.rows_product_fwd(z, cores, runs)
+        return OPS[backend].rows_product_fwd(z, cores, places)
 
     @staticmethod
-    def backward(ctx: Any, dq: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dq: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(SECOND_DERIVATIVES)
         z, cores = ctx.saved_tensors
         with reference.without_autocast(dq):
-            return *reference.rows_product_bwd(dq, z, cores, ctx.runs, ctx.needs_input_grad[0]), None
+            found = OPS[ctx.backend].rows_product_bwd(dq, z, cores, ctx.places, ctx.needs_input_grad[0])
+        return *found, None, None
 
 
 class ProductFunction(torch.autograd.Function):

@@ -237,18 +237,25 @@ def add_rows(
     V: Tensor,
     U: Tensor,
     cores: Tensor,
-    runs: reference.Runs,
+    places: reference.Places | None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """y + (((x - shift) V) core_b^T) U^T (B, ..., d_out), each row b of x (B, ..., d_in) with its own core.
+    """y + (((x - shift) V) core_r^T) U^T (B, ..., d_out), where each of R rows has its own core.
 
-    V (d_in, k), U (d_out, k), cores (N, k, k), shift (d_in,), y (B, ..., d_out); runs says which core a row has. Rows
-    of no run are those of y bit for bit. Arithmetic and rounding as in `activation`. Gradients reach y, x and cores.
+    y (B, ..., d_out), x (B, ..., d_in), V (d_in, k), U (d_out, k), shift (d_in,); B is a multiple of R, and each B / R
+    entries are a row. cores (N, k, k), of which `places` says a row's, or without it (R, k, k). A row of no core is y's
+    bit for bit. Arithmetic and rounding as in `activation`. Gradients reach y, x and cores.
     """
     dtype = compute_dtype(x)
     x, V, U = x.to(dtype), V.to(dtype), U.to(dtype)
     z = F.linear(x, V.mT, None if shift is None else -(shift.to(dtype) @ V))
-    q = RowsProductFunction.apply(z, cores, runs)
+    rows = z.reshape(len(cores if places is None else places), -1, z.shape[-1])
+    if places is None:
+        q = torch.bmm(rows, cores.to(dtype).mT)
+    else:
+        backend = dispatch.linear_backend(x.device, dtype, dispatch.forced)
+        q = RowsProductFunction.apply(rows, cores, places, backend)
+    q = q.view_as(z)
     if dtype == torch.bfloat16:
         return add_update(y.to(dtype), F.linear(q, U))
     return reference.add_product(y.to(dtype), q, U)

@@ -13,7 +13,7 @@ None of them uses a batched LU: on the CPU that is wrong for n > 150 with two or
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -353,28 +353,58 @@ def activation_core_ref(E: Tensor, sigma: Tensor, delta: Tensor, side: str, E_ou
     return C if E_out is None else torch.stack([C, E_out.mT], dim=-3)
 
 
-Runs = list[
-    tuple[int, int, int]
-]  # (core, start, stop): rows start to stop - 1 have this core; in order, without overlap
+class Places:
+    """Which of N cores each of R rows has: a number, or None, whose product is zero."""
+
+    def __init__(self, numbers: Sequence[int | None], device: torch.device) -> None:
+        self.numbers, self.device = list(numbers), device
+        self._index: Tensor | None = None
+        groups: dict[int, list[int]] = {}
+        for row, number in enumerate(self.numbers):
+            if number is not None:
+                groups.setdefault(number, []).append(row)
+        self.groups = [(number, self._rows(rows)) for number, rows in groups.items()]
+
+    def _rows(self, rows: list[int]) -> slice | Tensor:
+        start, stop = rows[0], rows[-1] + 1
+        return slice(start, stop) if stop - start == len(rows) else torch.tensor(rows, device=self.device)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def index(self) -> Tensor:
+        """The numbers (R,), int32, -1 for None."""
+        if self._index is None:
+            numbers = [-1 if number is None else number for number in self.numbers]
+            self._index = torch.tensor(numbers, dtype=torch.int32, device=self.device)
+        return self._index
+
+    def by_row(self, cores: Tensor) -> Tensor:
+        """The core of each row (R, ...), zero for None; cores (N, ...)."""
+        index = self.index
+        return cores.index_select(0, index.clamp(min=0)).mul_((index >= 0).view(-1, *[1] * (cores.ndim - 1)))
 
 
-def rows_product_fwd(z: Tensor, cores: Tensor, runs: Runs) -> Tensor:
-    """q (B, ..., k), row b of z (B, ..., k) times cores[c]^T, cores (N, k, k); zero for rows of no run."""
-    q = torch.empty_like(z) if sum(stop - start for _, start, stop in runs) == len(z) else torch.zeros_like(z)
-    for core, start, stop in runs:
-        q[start:stop] = F.linear(z[start:stop], cores[core].to(z.dtype))
+def rows_product_fwd(z: Tensor, cores: Tensor, places: Places) -> Tensor:
+    """q (R, T, k): each row of z (R, T, k) times the transpose of its own of cores (N, k, k)."""
+    q = torch.zeros_like(z)
+    for number, rows in places.groups:
+        q[rows] = F.linear(z[rows], cores[number].to(z.dtype))
     return q
 
 
 def rows_product_bwd(
-    dq: Tensor, z: Tensor | None, cores: Tensor, runs: Runs, need_dz: bool
+    dq: Tensor, z: Tensor | None, cores: Tensor, places: Places, need_dz: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dz, as by `rows_product_fwd` with transposed cores, if `need_dz`; dcores (N, k, k) if z is given."""
-    dz = rows_product_fwd(dq, cores.mT, runs) if need_dz else None
-    if z is None:
-        return dz, None
+    """dz (R, T, k) if `need_dz`; dcores (N, k, k) if z is given."""
+    dz = rows_product_fwd(dq, cores.mT, places) if need_dz else None
+    return dz, None if z is None else rows_core_grad(dq, z, cores, places)
+
+
+def rows_core_grad(dq: Tensor, z: Tensor, cores: Tensor, places: Places) -> Tensor:
+    """dcores (N, k, k), each the sum of dq^T z over the rows that have the core."""
     dcores = torch.zeros_like(cores)
-    for core, start, stop in runs:
-        rows = (each[start:stop].flatten(0, -2) for each in (dq, z))
-        dcores[core] += torch.mm(next(rows).mT, next(rows)).to(cores.dtype)
-    return dz, dcores
+    for number, rows in places.groups:
+        dcores[number] = dq[rows].flatten(0, 1).mT @ z[rows].flatten(0, 1)
+    return dcores

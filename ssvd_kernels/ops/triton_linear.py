@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import reference
 from .kernels.tile_sizes import CONCAT_MAX_D
 
 ALIGNMENT = 16  # columns
@@ -67,6 +68,21 @@ def ssvd_activation_bwd(
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `reference.ssvd_activation_bwd`; dcore may have rows and columns of zeros beyond the core's."""
     return kernels().ssvd_activation_bwd(dy, z, basis.to(dy.dtype), core, need_dx)
+
+
+def rows_product_fwd(z: Tensor, cores: Tensor, places: reference.Places) -> Tensor:
+    """As `reference.rows_product_fwd`."""
+    from .kernels.rows_product import rows_product  # not compiled by torch: rows differ from call to call
+
+    return rows_product(z, cores, places.index)
+
+
+def rows_product_bwd(
+    dq: Tensor, z: Tensor | None, cores: Tensor, places: reference.Places, need_dz: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `reference.rows_product_bwd`."""
+    dz = rows_product_fwd(dq, cores.mT, places) if need_dz else None
+    return dz, None if z is None else reference.rows_core_grad(dq, z, cores, places)
 
 
 def operand(basis: Tensor, dtype: torch.dtype) -> Tensor:

@@ -125,6 +125,10 @@ def linear_config(key: str, T: int, d_out: int) -> TileConfig:
     return _pick(LINEAR[key], T, d_out)
 
 
+def rows_config(key: str, R: int, T: int, k: int) -> TileConfig:
+    return _pick(LINEAR[key], T, k, R)
+
+
 def one_pass_config(key: str, T: int, d_out: int, k: int) -> TileConfig | None:
     """A configuration that holds z (BLOCK_T, k) in registers, or None where two library products are the better way."""
     tiles = one_pass_tiles(key, k)

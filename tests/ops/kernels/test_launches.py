@@ -24,12 +24,13 @@ from ssvd_kernels.ops import dispatch
 from ssvd_kernels.ops.autograd import apply_activation, apply_linear
 from ssvd_kernels.ops.kernels import cayley, split_k, tile_sizes
 from ssvd_kernels.ops.kernels.tile_sizes import ONE_PASS_MAX_T, TileConfig
-from ssvd_kernels.ops.triton_linear import core_operand, operand
+from ssvd_kernels.ops.reference import Places
+from ssvd_kernels.ops.triton_linear import core_operand, operand, rows_product_bwd, rows_product_fwd
 
 pytestmark = pytest.mark.xdist_group("launches")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 ADA, HOPPER = 89, 90
-MODULES = ("cayley", "compose", "linear_and_projection", "split_k", "ssvd_linear")
+MODULES = ("cayley", "compose", "linear_and_projection", "rows_product", "split_k", "ssvd_linear")
 NO_PRODUCT = ("_skew_kernel", "_unskew_kernel", "_hollow_kernel", "_cayley_check_kernel", "_cayley_leaf_kernel")
 FLOAT64 = ("_cayley_wide_kernel",)  # multiplies without tensor cores where these have no float64
 
@@ -71,6 +72,17 @@ def activation(capability: int, dtype: torch.dtype, T: int, k: int, d: int = 256
     with gpu(capability) as launches:
         out = apply_activation(x, basis, core, None, dtype, "triton", narrow)
         torch.autograd.grad(out, leaves, dy)
+    return launches
+
+
+def rows(capability: int, dtype: torch.dtype, T: int, k: int, cores: torch.dtype = F32) -> list[Launch]:
+    """Of the products of four rows with their own cores, and of the gradient of z."""
+    z, places = torch.zeros(4, T, k, dtype=dtype), Places([1, 0, None, 1], torch.device("cpu"))
+    with gpu(capability) as launches:
+        index = places.index
+        launches.clear()
+        assert rows_product_fwd(z, torch.zeros(2, k, k, dtype=cores), places).shape == z.shape and index.numel() == 4
+        rows_product_bwd(z, None, torch.zeros(2, k, k, dtype=cores), places, True)
     return launches
 
 
@@ -130,6 +142,8 @@ def with_tile(capability: int, table: str, key: str, rank: int, tile: TileConfig
             else:
                 for mode in ("composed", "factored") if table == "LINEAR" else ("composed",):
                     found += linear(capability, dtype, ONE_PASS_MAX_T + 1, 16, weight, d, mode)
+                if table == "LINEAR":
+                    found += rows(capability, dtype, ONE_PASS_MAX_T + 1, d, weight)
                 if table == "LINEAR" and weight == dtype:
                     found += activation(capability, dtype, ONE_PASS_MAX_T + 1, 13, d)
     return found
@@ -185,6 +199,14 @@ def test_the_activation_op(compiler, T, k):
     launches = compiler.submit(activation, ADA, BF16, T, k).result()
     one_way = ["new_zeros"] * (k % 16 > 0) + ["mm", "mm", "_add_product_kernel"]
     assert [launch.name for launch in launches] == [*one_way, *one_way, "_core_grad_kernel"]
+    assert_fit(launches)
+
+
+@pytest.mark.parametrize(("T", "k"), [(1, 32), (1500, 153)])
+def test_rows_with_their_own_cores(compiler, T, k):
+    """One kernel each way: the cores are not gathered."""
+    launches = compiler.submit(rows, ADA, BF16, T, k).result()
+    assert [launch.name for launch in launches if launch.grid] == 2 * ["_rows_product_kernel"]
     assert_fit(launches)
 
 
