@@ -13,12 +13,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -30,7 +32,7 @@ from ..model.lookup import replace_modules
 from ..model.rotations import is_watched, unwatch_forwards, watch_forwards
 from ..model.targets import tied_to, weight_holders
 from ..utils.versions import conflicts
-from .peft_layer import SSVDPeftLinear
+from .peft_layer import BASE, MixedBatch, SSVDPeftLinear
 from .peft_quantized import SSVDPeftQuantizedLinear
 
 _IMPORT = "import ssvd_kernels.integrations.peft"
@@ -261,11 +263,44 @@ class SSVDPeftModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:  # PEFT would drop it in silence
-            raise ValueError(
-                "`adapter_names` must be None, as SSVD cannot mix adapters in a batch: call set_adapter for each"
-            )
-        yield
+        """Within it, adapter_names=[...] of a call says which adapter each input has, "__base__" none."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        layers = [layer for layer in self.model.modules() if isinstance(layer, SSVDPeftLinear)]
+        self._check_adapter_names(names, {name for layer in layers for name in layer.ssvd_adapter})
+        options = kwargs.get("generation_config")
+        beams, sequences = (
+            kwargs.get(key) or getattr(options, key, None) or 1 for key in ("num_beams", "num_return_sequences")
+        )
+        for layer in layers:
+            layer.mixed = MixedBatch(names, {1, beams, sequences, beams * sequences})  # Whisper's repeats by both
+        whole = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        named = partial(_with_names, names=names)
+        hooks = [module.register_forward_pre_hook(named, with_kwargs=True) for module in whole]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for layer in layers:
+                layer.mixed = None
+
+    def _check_adapter_names(self, names: Any, present: set[str]) -> None:
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")  # PEFT's own words
+        if isinstance(names, str) or not names:
+            raise ValueError(f"`adapter_names` must be a list with a name for each input, got {names!r}")
+        unknown = set(names) - present - {BASE}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(map(str, unknown)))}")
+
+
+def _with_names(module: nn.Module, args: Any, kwargs: Any, names: Any) -> tuple[Any, Any]:
+    """For a module that trains whole, of a batch whose inputs generate() may have repeated."""
+    repeated = len(args[0]) // len(names) if args else 1
+    return args, {**kwargs, "adapter_names": [name for name in names for _ in range(max(repeated, 1))]}
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[SSVD] = SSVDPeftConfig

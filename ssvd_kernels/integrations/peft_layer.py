@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -22,8 +22,16 @@ from ..layers.running import structure
 from ..layers.ssvd import SSVDAdapter
 from ..ops.functional import compose, ssvd_linear
 
+BASE = "__base__"  # PEFT's name for no adapter
 _FORMAT_VERSION = 1
 _FINGERPRINT_BYTES = 16
+
+
+class MixedBatch(NamedTuple):
+    """PEFT's `adapter_names`: one for each input, and how often generate() repeats an input."""
+
+    names: Sequence[str]
+    times: set[int]
 
 
 class SSVDPeftLinear(nn.Module, BaseTunerLayer):
@@ -49,6 +57,7 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         self.ssvd_adapter = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self.running: list[PeftAdapter] = []  # what the forward applies: active, not disabled, not merged
+        self.mixed: MixedBatch | None = None  # during a call with adapter names
         self._unmerged: Tensor | None = None  # W, while the base layer's weight is W'
 
     def update_layer(
@@ -104,6 +113,8 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         return compose(self.base_weight, *_sum(running))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.mixed is not None and not self.disable_adapters:
+            return self._mixed(x, *self.mixed)
         running = self.running
         if len(running) == 1:
             return running[0].forward(x)
@@ -115,6 +126,26 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         return self.base_layer(x)
+
+    def _mixed(self, x: Tensor, names: Sequence[str], times: set[int]) -> Tensor:
+        """Each row of x (B, ...) by the adapter that is named for it; rows of one adapter together."""
+        if self.merged:
+            raise ValueError("`adapter_names` must be None while adapters are merged: call unmerge_adapter() first")
+        repeated, rest = divmod(len(x), len(names))
+        if rest or repeated not in times:
+            raise ValueError(  # the words of PEFT's own layers
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {len(x)} respectively."
+            )
+        rows: dict[str, list[int]] = {}
+        for row in range(len(x)):
+            rows.setdefault(names[row // repeated], []).append(row)
+        parts = [
+            (self.ssvd_adapter[name].adapted if name in self.ssvd_adapter else self.base_layer)(x[own])  # type: ignore
+            for name, own in rows.items()
+        ]
+        order = torch.tensor([row for own in rows.values() for row in own], device=x.device)
+        return torch.cat(parts)[order.argsort()]
 
     # -- what PEFT calls ---------------------------------------------------------------------------------------
 

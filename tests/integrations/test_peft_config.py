@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from models import RANK, adapt, inject
-from peft_models import MODELS, SSVDPeftConfig, adapted, base_model, config, in_new_process, inputs, layers, peft
+from peft_models import MODELS, SSVDPeftConfig, adapted, base_model, config, in_new_process, layers, peft
 from refusals import refused
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -185,12 +185,6 @@ def test_this_package_s_own_functions_refuse_peft_s_layers(tmp_path, inner):
         with refused(model, ValueError, "adapted through PEFT"):
             call()
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_batches_that_mix_adapters_are_refused():
-    model = adapted()
-    with pytest.raises(ValueError, match="adapter_names"):
-        model(**inputs(model), adapter_names=["default", "default"])
 
 
 def test_folder_names_the_import_once(tmp_path):
