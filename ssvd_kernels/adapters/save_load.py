@@ -229,10 +229,11 @@ def adapter_values(
     """
     _check_same_layers(file, layers, saved)
     remedy = "the adapters of one model share its bases, so load this one into a model of its own"
-    values = {
-        name: layer.flipped(file.trained(name), _matched_signs(file, name, layer.basis.sketch, remedy))
-        for name, layer in layers.items()
-    }
+    values = {name: file.trained(name) for name in layers}
+    for name, layer in layers.items():
+        signs = _matched_signs(file, name, layer.basis.sketch, remedy)
+        if bool((signs < 0).any()):
+            values[name] = layer.flipped(values[name], signs)
     return values | file.saved
 
 
