@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,6 @@ from ..ops.functional import compose
 from ..utils.fsdp import assign, gathered, is_sharded
 from .caching import LayerCache
 from .running import structure, unseen_by_checkpoints
-
-if TYPE_CHECKING:
-    from ..adapters.bank import AdapterBank
 
 Factors = tuple[Tensor, Tensor, Tensor]  # U (d_out, r), V (d_in, r), core (r, r)
 
@@ -34,7 +31,7 @@ class Adapter(nn.Module, ABC):
     config_type: ClassVar[type[Config]]
     trained_names: ClassVar[tuple[str, ...]]  # of an adapter's Parameters; every layer has the first
     managed_by: ClassVar[str | None] = None  # another library, e.g. PEFT
-    bank: AdapterBank | None = None  # whose adapters rows of a batch may have
+    bank: Any = None  # the AdapterBank whose adapters rows of a batch may have
     quantized = False
     channels = -1  # the dimension of x and y that W maps
     composes = True  # whether W' may be composed, and kept, to serve several calls

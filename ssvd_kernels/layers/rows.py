@@ -95,8 +95,7 @@ class Pass:
         rows.batch = rows.batch or batch
         whole = entries == batch or (x.ndim == 2 and entries % batch == 0)
         if not whole or not batch or batch % count or batch % rows.batch:
-            layers = {} if layer.bank is None else layer.bank.layers
-            name = next(name for name, each in layers.items() if each is layer)
+            name = next(name for name, each in layer.bank.layers.items() if each is layer)
             raise ValueError(
                 f"{name} must get the {count} rows that were named, or a multiple, in its input's first dimension, as "
                 f"many as before ({rows.batch}) or a multiple, and as many as the model ({batch}), got an input of "
