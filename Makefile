@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 LOCK   ?= constraints.txt
-EXTRAS := triton,demo,test,bench,lint,peft,quant,export,espnet
+EXTRAS := triton,demo,serve,test,bench,lint,peft,quant,export,espnet
 JOBS   ?= $(shell nproc)
 ARGS   ?=
 # One thread a process: with one process a core, more threads only wait for each other.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import wave
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import av.error
@@ -62,16 +64,34 @@ def read_audio(path: Path) -> Samples:
     """Samples (n,) float32 in [-1, 1] at 16 kHz, mono. Raises AudioError naming the file."""
     if not path.is_file():
         raise AudioError(f"{path}: there is no such audio file")
+    with path.open("rb") as file:
+        return decode(file, str(path))
+
+
+def decode(file: BinaryIO, name: str, longest: float = math.inf) -> Samples:
+    """What `read_audio` gives, of an open file called `name`. Raises AudioError beyond `longest` seconds, too."""
+    frames, seconds = [], 0.0
+    options = {"protocol_whitelist": "none"}  # a playlist would have other files read
     try:
-        with av.open(str(path), format=RAW_FORMATS.get(path.suffix.lower()), metadata_errors="replace") as container:
+        with av.open(file, "r", format=_raw_format(name), metadata_errors="replace", options=options) as container:
             if not container.streams.audio:
-                raise AudioError(f"{path}: contains no audio stream")
-            frames = list(container.decode(audio=0))
+                raise AudioError(f"{name}: contains no audio stream")
+            for frame in container.decode(audio=0):
+                frames.append(frame)
+                seconds += frame.samples / frame.sample_rate
+                if seconds > longest:
+                    raise AudioError(f"{name}: must last at most {longest:g} s")
+        form = f"sample_fmts=flt:channel_layouts=mono:sample_rates={RATE}"
+        samples = _run_filters(frames, [("aformat", form)]) if frames else np.zeros(0, np.float32)
     except av.error.FFmpegError as error:
-        raise AudioError(f"{path}: cannot be decoded as audio ({error.strerror})") from error
-    if not any(frame.samples for frame in frames):
-        raise AudioError(f"{path}: contains no sound (0 samples)")
-    return _run_filters(frames, [("aformat", f"sample_fmts=flt:channel_layouts=mono:sample_rates={RATE}")])
+        raise AudioError(f"{name}: cannot be decoded as audio ({error.strerror})") from error
+    if not len(samples):
+        raise AudioError(f"{name}: contains no sound (0 samples)")
+    return samples
+
+
+def _raw_format(name: str) -> str | None:
+    return RAW_FORMATS.get(Path(name).suffix.lower())
 
 
 def write_wav(path: Path, samples: Samples) -> None:
@@ -103,7 +123,7 @@ def duration(path: Path) -> float:
     if path.suffix.lower() == ".g722":
         return path.stat().st_size / 8000  # 64 kbit/s
     try:
-        with av.open(str(path), format=RAW_FORMATS.get(path.suffix.lower()), metadata_errors="replace") as container:
+        with av.open(str(path), format=_raw_format(path.name), metadata_errors="replace") as container:
             length = container.duration
     except av.error.FFmpegError as error:
         raise AudioError(f"{path}: cannot be opened as audio ({error.strerror})") from error

@@ -136,28 +136,30 @@ class Recognizer:
         return inputs.to(self.device), labels.to(self.device)
 
     @torch.inference_mode()
+    def hear(self, samples: Sequence[Samples]) -> list[str]:
+        """Greedy transcripts of one batch, each of which fits the window."""
+        multilingual = {"language": self.language, "task": "transcribe"} if len(self.prefix) > 2 else {}
+        most = min(self.model.config.max_target_positions - len(self.prefix), 32 + 10 * math.ceil(self.window))
+        ids = self.model.generate(
+            input_features=self.features(samples),
+            max_new_tokens=most,
+            num_beams=1,
+            do_sample=False,
+            return_timestamps=False,
+            **multilingual,
+        )
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
     def transcribe(self, speech: Speech, desc: str, batch: int = 16) -> list[str]:
         """Greedy transcripts in the order of the clips; clips of like length share a batch."""
         self.model.eval()
         count = len(speech)
         order = sorted(range(count), key=lambda i: (speech.seconds[i], i))
         found: dict[int, str] = {}
-        multilingual = {"language": self.language, "task": "transcribe"} if len(self.prefix) > 2 else {}
-        most = min(self.model.config.max_target_positions - len(self.prefix), 32 + 10 * math.ceil(self.window))
         with progress(total=count, desc=desc, unit="clip") as bar:
             for start in range(0, count, batch):
                 chosen = order[start : start + batch]
-                features = self.features([speech.samples(i) for i in chosen])
-                ids = self.model.generate(
-                    input_features=features,
-                    max_new_tokens=most,
-                    num_beams=1,
-                    do_sample=False,
-                    return_timestamps=False,
-                    **multilingual,
-                )
-                texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-                found.update(zip(chosen, (text.strip() for text in texts), strict=True))
+                found.update(zip(chosen, self.hear([speech.samples(i) for i in chosen]), strict=True))
                 bar.update(len(chosen))
         return [found[i] for i in range(count)]
 

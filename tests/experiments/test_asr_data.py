@@ -83,6 +83,14 @@ def test_audio_without_samples_is_refused(tmp_path):
         read_audio(write_wav(tmp_path / "empty.wav", tone(440, 0)))
 
 
+def test_a_playlist_has_no_other_file_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_wav(tmp_path / "other.wav", tone(440, 1))
+    (tmp_path / "list.wav").write_text("ffconcat version 1.0\nfile other.wav\n")
+    with pytest.raises(AudioError, match=r"list.wav: cannot be decoded"):
+        read_audio(tmp_path / "list.wav")
+
+
 # -- corpus ------------------------------------------------------------------------------------------------------------
 
 
