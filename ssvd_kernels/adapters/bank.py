@@ -47,6 +47,9 @@ class _Entry:
     trained: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
     users: int = 0  # blocks of `rows` that are running
 
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for layer in self.trained.values() for parameter in layer.values()]
+
 
 class AdapterBank:
     """Adapters by name, in memory and ready for any row of a batch of `model`, which must have SSVD layers.
@@ -158,10 +161,10 @@ class AdapterBank:
                     if entry.slot is None and not entry.trained:
                         assert entry.path is not None
                         self._fill(entry, self._read(entry.path)[0])
-                trains = any(entry.trained for entry in entries)
-                at = dict(zip(distinct, range(len(distinct)) if trains else (entry.slot for entry in entries)))
+                trained = [parameter for entry in entries for parameter in entry.parameters()]
+                at = dict(zip(distinct, range(len(distinct)) if trained else (entry.slot for entry in entries)))
                 numbers = [None if name is None else at[name] for name in names]
-                rows = Rows(numbers, self._maker(entries), trains, self._device)
+                rows = Rows(numbers, self._maker(entries), trained, self._device)
             with self._state.block(rows):
                 yield
         finally:
@@ -197,8 +200,7 @@ class AdapterBank:
                     }
                     for key, v in values.items()
                 }
-        own = (self._entry(name).trained for name in names)
-        return [parameter for layers in own for layer in layers.values() for parameter in layer.values()]
+        return [parameter for name in names for parameter in self._entry(name).parameters()]
 
     def save(self, name: str, path: str | os.PathLike[str]) -> None:
         """Writes an adapter that trains here to a file, as `save_adapter` does."""
@@ -271,7 +273,7 @@ class AdapterBank:
             for layer, part, shape in zip(layers.values(), parts, self._shapes.values())
         }
         if not any(entry.trained for entry in entries):
-            return lambda: cores
+            return lambda: cores  # views of the pool
 
         def make() -> dict[SSVDAdapter, Tensor]:
             trained = [entry for entry in entries if entry.trained]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,27 +26,30 @@ COMPILED = "a compiled model cannot have rows of several adapters: call the orig
 class Rows:
     """numbers: for each row that of its core among those of `make`, None for the base model's.
 
-    make: the cores; of adapters that train they are computed for each forward of the model.
+    make: the cores; with gradients, of adapters that train, they are computed for each forward of the model.
+    trained: the Parameters that they are made from, if they change.
     """
 
     def __init__(
-        self, numbers: list[int | None], make: Callable[[], Cores], trains: bool, device: torch.device
+        self, numbers: list[int | None], make: Callable[[], Cores], trained: Sequence[Tensor], device: torch.device
     ) -> None:
-        self.make, self.trains = make, trains
+        self.make, self.trained, self.trains = make, trained, bool(trained)
         self.alike = len(set(numbers)) == 1
         self.places = Places(numbers[:1] if self.alike else numbers, device)
         self.varied = 2 * len(self.places.groups) > len(self.places)
         self.batch = 0  # of the first call: rows that finish early must not leave it
-        self._made: Cores | None = None
+        self._made: Cores = {}
+        self._version = -1
         self._by_row: dict[tuple[SSVDAdapter, torch.dtype], Tensor] = {}
 
     def cores(self) -> Cores:
-        """Made for each forward that has gradients, and else once."""
+        """Made for each forward that has gradients, and else anew once an optimizer has changed what trains."""
         if self.trains and torch.is_grad_enabled():
             return self.make()
-        if self._made is None:
+        version = sum(parameter._version for parameter in self.trained)
+        if version != self._version:
             with torch.no_grad():
-                self._made = self.make()
+                self._made, self._version = self.make(), version
         return self._made
 
     def by_row(self, layer: SSVDAdapter, cores: Tensor, dtype: torch.dtype) -> Tensor:

@@ -335,6 +335,20 @@ def test_one_optimizer_trains_each_on_its_own_rows_and_they_are_saved_apart(net,
         bank.save("b", tmp_path / "b")
 
 
+def test_one_block_over_many_steps(net, bank):
+    """What is evaluated between steps is what the optimizer has made."""
+    optimizer = torch.optim.SGD(bank.trainable(["new"]), 1.0)
+    with bank.rows(4 * ["new"]):
+        for _ in range(2):
+            with torch.no_grad():
+                before = net(X)
+            loss = net(X).square().mean()
+            assert torch.allclose(before.square().mean(), loss, rtol=1e-6)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def test_training_a_part_of_the_model_is_refused(net, bank):
     bank.trainable(["a"])
     with bank.rows(4 * ["a"]), pytest.raises(RuntimeError, match="not in those of a part of it"):
