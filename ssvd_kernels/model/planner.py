@@ -20,11 +20,14 @@ from .budget import PEFT_METHODS, Shape, inner_outer, ranks, trainable
 from .targets import find_targets
 
 OPTIONS: dict[str, dict[str, Any]] = {  # of the methods that have any, with their defaults
-    "ssvd": {"side": "input", "rotation": "cayley"},
-    "ssvd-o": {"inner_share": 0.5, "rotation": "cayley"},
+    "ssvd": {"side": "input", "rotation": "cayley", "form": "auto"},
+    "ssvd-o": {"inner_share": 0.5, "rotation": "cayley", "form": "auto"},
     "spectralft": {"top": 256},
 }
-_ALLOWED = {"side": ("input", "output", "smaller"), "rotation": ("cayley", "linear", "free")}
+_ALLOWED = {
+    "side": ("input", "output", "smaller"), "rotation": ("cayley", "linear", "free"),
+    "form": ("weight", "activation", "auto"),
+}  # fmt: skip
 _RANK = {"ssvd": "k", "ssvd-o": "k", "svft": "band", "oft": "block"}  # what a rank is called, if not r
 
 
@@ -77,7 +80,7 @@ class RankPlan:
             table.append((str(n), "x".join(map(str, first.shape)), rank, *parameters, names))
         widths = [max(map(len, column)) for column in zip(*table)][:-1]
         rows = ["  ".join(["", *map(str.rjust, row, widths), row[-1]]).rstrip() for row in table]
-        options = "".join(f", {name}={value}" for name, value in self.options.items())
+        options = "".join(f", {name}={value}" for name, value in self.options.items() if value != "auto")
         unused = self.budget - self.trainable
         foot = (
             f"{len(self.layers)} layers, {self.trainable:,} trainable parameters: "
@@ -124,7 +127,9 @@ class RankPlan:
             return SSVDConfig(ratio=1.0, rotation="banded", band=layer.rank)
         if self.method == "spectralft":
             return SpectralFTConfig(top=min(self.options["top"], *layer.shape), rank=layer.rank)
-        options = {"side": "both", "rotation": self.options["rotation"]} if self.method == "ssvd-o" else self.options
+        options = {name: value for name, value in self.options.items() if name != "inner_share"}
+        if self.method == "ssvd-o":
+            options["side"] = "both"
         return SSVDConfig(rank=layer.rank, rank_out=layer.rank_out, **options)
 
     def peft_config(self, model: nn.Module, **kwargs: Any) -> Any:
@@ -170,10 +175,10 @@ def plan(
 
     budget       number of trainable parameters, an integer > 1, or a share in (0, 1) of the model's parameters.
                  One that is larger than the method can use gives the largest plan, which says so.
-    method       "ssvd" (options: side= "input", "output" or "smaller"; rotation=), "ssvd-o" (inner_share= the input
-                 side's share, in [0, 1], of the rotations' parameters; rotation=), "svft", "spectralft" (top=); and,
-                 with one rank for all layers, the methods of the peft package: "lora", "dora", "pissa", "vera", "oft",
-                 "psoft". `budget.trainable` has formulas and sources.
+    method       "ssvd" (options: side= "input", "output" or "smaller"; rotation=; form=), "ssvd-o" (inner_share= the
+                 input side's share, in [0, 1], of the rotations' parameters; rotation=; form=), "svft", "spectralft"
+                 (top=); and, with one rank for all layers, the peft package's "lora", "dora", "pissa", "vera", "oft"
+                 and "psoft". form: as in SSVDConfig. `budget.trainable` has formulas and sources.
     allocation   "uniform": one ratio k / min(d_out, d_in) for all layers (SSVD's paper; of SSVD-O the larger k), or
                  one rank, band or block size where a method has no ratio; no less than 1, no more than fits a layer.
                  "spectrum" (SSVD and SSVD-O): the fewest singular values that hold more than a share of the layer's

@@ -57,7 +57,7 @@ def test_plan(capsys, base, arguments, options):
         (["--budget", "1.5"], "an integer > 1, or a share of the model's parameters in (0, 1), got 1.5"),
         (["--budget", "2"], "at least 32 trainable parameters for method='ssvd' and these 32 layers, got 2"),
         (["--budget", "0.1", "--side", "both"], "`side` must be one of 'input', 'output', 'smaller', got 'both'"),
-        (["--budget", "0.1", "--top", "3"], "method='ssvd' has no option `top` (options: side, rotation), got 3"),
+        (["--budget", "0.1", "--top", "3"], "method='ssvd' has no option `top` (options: side, rotation, form), got 3"),
         (["--budget", "0.1", "--targets", "conv9"], "`targets` contains 'conv9', which matches no module"),
         (["--budget", "0.1", "--exclude", "decoder"], "in ['decoder'], which matches none of the 33 targeted layers"),
         (["--budget", "0.1", "--method", "adalora"], "invalid choice: 'adalora'"),

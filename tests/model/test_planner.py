@@ -17,6 +17,7 @@ from roundtrip import loaded
 from torch import nn
 
 import ssvd_kernels as sk
+from ssvd_kernels.layers.activation import SSVDActivationLinear
 from ssvd_kernels.model.budget import inner_outer
 from ssvd_kernels.ops.functional import theta_length
 
@@ -141,6 +142,15 @@ def test_uniform_plans_of_a_model_without_weights():
 # -- what a plan is good for -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("method", ["ssvd", "ssvd-o"])
+def test_form(method):
+    model = net((16, 24), (24, 16))
+    plan = sk.plan(model, budget=100, method=method, form="activation")
+    assert ", form=activation; " in str(plan)
+    sk.inject(model, plan, progress=False)
+    assert {type(layer) for layer in sk.ssvd_layers(model).values()} == {SSVDActivationLinear}
+
+
 def test_printed():
     assert str(sk.plan(net((16, 24), (24, 16), (16, 24)), budget=100)) == (
         "ssvd, side=input, rotation=cayley; uniform: k = 43.8 % of min(d_out, d_in)\n"
@@ -216,7 +226,7 @@ def test_a_side_without_its_share_does_not_turn(share):
         ({"side": "both"}, ValueError, r"`side` must be one of 'input', 'output', 'smaller', got 'both'"),
         ({"rotation": "banded"}, ValueError, r"`rotation` must be one of 'cayley', 'linear', 'free', got 'banded'"),
         ({"method": "lora", "side": "input"}, TypeError, r"no option `side` \(options: none\), got 'input'"),
-        ({"method": "ssvd", "inner_share": 0.5}, TypeError, r"no option `inner_share` \(.* side, rotation\), got 0\.5"),
+        ({"method": "ssvd", "inner_share": 0.5}, TypeError, r"no option `inner_share` \(.* form\), got 0\.5"),
         *(({"method": "ssvd-o", "inner_share": value}, ValueError, r"`inner_share` must be a number in \[0, 1\], got ")
           for value in (-0.1, 1.1, True, "half", float("nan"))),
         *(({"method": "spectralft", "top": value}, ValueError, rf"`top` must be an integer >= 1, got {value}")
