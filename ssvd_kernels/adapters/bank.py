@@ -239,6 +239,7 @@ class AdapterBank:
         file = read_adapter(path)
         return adapter_values(self.layers, {}, file), file.strength
 
+    @torch.inference_mode(False)  # whose tensors could not be changed outside of it
     @torch.no_grad()
     def _fill(self, entry: _Entry, values: Values) -> None:
         """Computes the cores and puts them into a free slot of the pool."""

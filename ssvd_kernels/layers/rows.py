@@ -48,14 +48,15 @@ class Rows:
             return self.make()
         version = sum(parameter._version for parameter in self.trained)
         if version != self._version:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 self._made, self._version = self.make(), version
         return self._made
 
     def by_row(self, layer: SSVDAdapter, cores: Tensor, dtype: torch.dtype) -> Tensor:
         """The core of each row (R, ...), which is copied once for many calls."""
         if (layer, dtype) not in self._by_row:
-            self._by_row[layer, dtype] = self.places.by_row(cores).to(dtype)
+            with torch.inference_mode(False), torch.no_grad():
+                self._by_row[layer, dtype] = self.places.by_row(cores).to(dtype)
         return self._by_row[layer, dtype]
 
 

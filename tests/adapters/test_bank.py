@@ -282,6 +282,20 @@ def test_a_recomputation_in_the_backward_has_the_rows_of_its_forward(net, bank, 
         assert bool(plain.any()) and relative_error(ours, plain.double()) <= 2e-6
 
 
+def test_inference_mode_and_then_gradients(net, files):
+    with torch.inference_mode():
+        bank = sk.AdapterBank(net)
+        bank.add("a", files["a"])
+    bank.add("b", files["b"])
+    with bank.rows(["a", "b", None, "a"]):
+        with torch.inference_mode():
+            y = net(X)
+        x = X.clone().requires_grad_()
+        again = net(x)
+    again.sum().backward()
+    assert torch.equal(again, y) and x.grad is not None and bool(x.grad.any())
+
+
 # -- training many at once --------------------------------------------------------------------------------------------
 
 
