@@ -17,15 +17,33 @@ Method = Literal["ssvd", "ssvd-o", "svft", "spectralft", "lora", "dora", "pissa"
 Allocation = Literal["uniform", "spectrum"]
 METHODS, ALLOCATIONS = get_args(Method), get_args(Allocation)
 
-_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
-_WAV2VEC2 = [*_ATTENTION, "intermediate_dense", "output_dense"]
-_CGMLP = ["channel_proj1.0", "channel_proj2", "merge_proj"]  # the other branch of an E-Branchformer
-PRESETS: dict[str, list[str]] = {
-    "whisper": [*_ATTENTION, "fc1", "fc2", "query", "key", "value", "out", "mlp.0", "mlp.2"],  # then OpenAI's names
-    "wav2vec2": _WAV2VEC2,
-    "hubert": _WAV2VEC2,
-    "wavlm": _WAV2VEC2,
-    "espnet": ["linear_q", "linear_k", "linear_v", "linear_out", "linear_pos", "w_1", "w_2", *_CGMLP],
+_FC = ["fc1", "fc2"]
+_DENSE = ["intermediate_dense", "output_dense"]
+_BART = ["q_proj", "k_proj", "v_proj", "out_proj"]
+_O_PROJ = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_LLAMA = [*_O_PROJ, "gate_proj", "up_proj", "down_proj"]
+_CONFORMER = ["linear_q", "linear_k", "linear_v", "linear_out", "linear_pos"]
+PRESETS: dict[str, list[str]] = {  # by transformers' model types, which PEFT looks up, where it has the model
+    "whisper": [*_BART, *_FC, "query", "key", "value", "out", "mlp.0", "mlp.2"],  # then OpenAI's names
+    "wav2vec2": [*_BART, *_DENSE],
+    "hubert": [*_BART, *_DENSE],
+    "wavlm": [*_BART, *_DENSE],
+    "speecht5": [*_BART, *_DENSE],
+    "wav2vec2-conformer": [*_CONFORMER, *_DENSE],
+    "wav2vec2-bert": [*_CONFORMER, *_DENSE],
+    "seamless_m4t": [*_CONFORMER, *_DENSE, *_BART, *_FC],
+    "seamless_m4t_v2": [*_CONFORMER, *_DENSE, *_BART, *_FC],
+    "parakeet": [*_O_PROJ, "relative_k_proj", "linear1", "linear2"],
+    "moonshine": [*_O_PROJ, *_FC],
+    "qwen2_audio": [*_BART, *_FC, *_LLAMA],
+    "voxtral": [*_BART, *_FC, *_LLAMA],
+    "granite_speech": ["to_q", "to_kv", "to_out", "query", "key", "value", "dense", *_LLAMA],
+    "espnet": [*_CONFORMER, "w_1", "w_2", "channel_proj1.0", "channel_proj2", "merge_proj"],
+    "speechbrain": ["out_proj", "linear_pos", "ffn.0", "ffn.3", "after_conv.2"],
+    "ecapa": [  # convolutions of kernel 1
+        *("tdnn1.conv.conv", "tdnn2.conv.conv", "se_block.conv1.conv", "se_block.conv2.conv", "shortcut.conv"),
+        *("mfa.conv.conv", "asp.tdnn.conv.conv", "asp.conv.conv", "fc.conv"),
+    ],
 }
 
 
@@ -87,7 +105,7 @@ class SSVDConfig(_Configuration):
                      "free" any k x k matrix (k^2 parameters); "banded" no rotation but SVFT (arXiv 2405.19597),
                      W' = U (Sigma + M) V^T with M zero beyond `band` off-diagonals on each side.
     rank_out, ratio_out   rank of the output rotation, only for side="both" (default: as rank or ratio).
-    targets          "all-linear" | a preset ("whisper", "wav2vec2", "hubert", "wavlm", "espnet")
+    targets          "all-linear" | a preset, the name of a family of models (`PRESETS`)
                      | list of module-name suffixes | regular expression matched against the full module name.
     exclude          modules to leave alone: list of suffixes or a regular expression.
     band             0 <= band < k, for rotation="banded" alone, which requires it; ratio=1.0 is the paper's SVFT.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -24,7 +26,7 @@ def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Module]:
     model's output embeddings are left alone, unless a list of suffixes names them: a tied one then raises. So does one
     of `modules_to_save`. Raises ValueError if nothing matches, if a listed suffix or `exclude` matches nothing, for an
     unknown preset, and TypeError if a listed suffix matches a module that is not a linear layer, or one that another
-    library quantised (HQQ, GPTQ, AWQ) is targeted.
+    library quantised (HQQ, GPTQ, AWQ) is targeted. Warns of a preset that fits the model's blocks only in part.
     """
     matched, listed = _match(model, config.targets)
     wanted = set(matched.values())
@@ -63,7 +65,34 @@ def find_targets(model: nn.Module, config: Config) -> dict[str, nn.Module]:
             f"exclude={_shown(config.exclude)}: the model has {len(linears)} linear layers, e.g. "
             f"{', '.join(linears[:4]) or 'none'}"
         )
+    if config.targets in PRESETS:
+        _warn_of_misfit(model, config.targets, targets, wanted)
     return targets
+
+
+def _warn_of_misfit(model: nn.Module, preset: object, targets: Collection[str], wanted: Collection[nn.Module]) -> None:
+    """Warns if blocks ("layers.0") that hold some of `targets` have other linear layers of any size, not `wanted`."""
+    blocks, total, left = set(map(_block, targets)) - {None}, 0, Counter[str]()
+    for name, module in module_paths(model):
+        block = _block(name)
+        if block in blocks and isinstance(module, nn.Linear):
+            size = module.out_features * module.in_features
+            total += size
+            if module not in wanted:
+                left[name.removeprefix(f"{block}.")] += size
+    if left.total() > 0.05 * total:  # WavLM's position gates, say, are less
+        warnings.warn(
+            f"the preset {preset!r} fits {type(model).__name__} only in part: in the blocks that it adapts, it leaves "
+            f"out {100 * left.total() / total:.0f} % of the weights of linear layers: {', '.join(left)}. Give another "
+            "preset, or a list of names",
+            stacklevel=4,
+        )
+
+
+def _block(name: str) -> str | None:
+    """From "encoder.layers.0.attention.query", "encoder.layers.0"."""
+    found = re.match(r"(.*?\.)??\d+(?=\.)", name)
+    return found and found[0]
 
 
 def find_saved(model: nn.Module, config: Config) -> dict[str, nn.Module]:
@@ -102,12 +131,10 @@ def _match(model: nn.Module, targets: str | Sequence[str]) -> tuple[dict[str, nn
     within = {part for module in model.modules() if isinstance(module, Adapter) for part in module.modules()}
     paths = module_paths(model, remove_duplicate=False)
     modules = {name: module for name, module in paths if name and module not in within}
-    linears = {name: module for name, module in modules.items() if not isinstance(module, CONVOLUTIONS)}
     if targets == "all-linear":
-        return linears, False
+        return {name: module for name, module in modules.items() if not isinstance(module, CONVOLUTIONS)}, False
     if isinstance(targets, str) and targets in PRESETS:
-        names = _match_names(list(linears), PRESETS[targets])
-        return {name: linears[name] for name in names}, False
+        return {name: modules[name] for name in _match_names(list(modules), PRESETS[targets])}, False
     if isinstance(targets, str):
         if re.fullmatch(r"[\w-]+", targets) and targets not in modules:
             presets = ", ".join(map(repr, ("all-linear", *PRESETS)))

@@ -1,12 +1,13 @@
-"""OpenAI's own Whisper, whose linear layers cast their weights to the input's dtype, and ESPnet's encoder of it."""
+"""OpenAI's own Whisper, whose linear layers cast their weights to the input's dtype, and what ESPnet makes of it."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
-from models import adapt, assert_all_within, gradients, loss_of, references
+from models import adapt, assert_all_within, gradients, loss_of, references, train_randomly
 from torch import Tensor, nn
 
 import ssvd_kernels as sk
@@ -64,7 +65,20 @@ def test_decoding_with_its_cache_of_keys_and_values(fp16):
     assert tokens == [result.tokens for result in whisper.decode(model, mel, options)] != base
 
 
-def test_through_peft():
+def test_files_and_strength(tmp_path):
+    model, again = adapt(base_model(), targets="whisper"), base_model()
+    sk.save_adapter(model, tmp_path / "a.safetensors")
+    sk.load_adapter(again, tmp_path / "a.safetensors", progress=False)
+    whole, base = run(again), run(base_model())
+    assert torch.equal(whole, run(model)) and not torch.equal(whole, base)
+    for network in (model, again):
+        sk.set_strength(network, 0.5)
+    assert torch.equal(run(again), run(model)) and not torch.equal(run(again), whole)
+    sk.set_strength(again, 0.0)
+    assert torch.equal(run(again), base)
+
+
+def test_through_peft(tmp_path):
     peft = pytest.importorskip("peft")
     from ssvd_kernels.integrations.peft import SSVDPeftConfig
 
@@ -72,22 +86,95 @@ def test_through_peft():
     model = peft.get_peft_model(base_model(), config)
     for ours, theirs in zip(*([p for p in m.parameters() if p.requires_grad] for m in (model, twin)), strict=True):
         ours.data.copy_(theirs.data)
+    model.save_pretrained(str(tmp_path))
+    again = peft.PeftModel.from_pretrained(base_model(), str(tmp_path)).eval()
     for dtype in (torch.float32, torch.float16):
-        assert torch.equal(run(model.base_model.model, dtype), run(twin, dtype))
+        for network in (model, again):
+            assert torch.equal(run(network.base_model.model, dtype), run(twin, dtype))
+    merged = again.merge_and_unload()
+    assert [type(m) for m in merged.modules()] == [type(m) for m in base_model().modules()]
+    sk.merge(twin, unload=True)
+    assert torch.equal(run(merged), run(twin))
 
 
-def test_espnet_s_encoder(monkeypatch):
+@pytest.fixture
+def espnet(monkeypatch) -> Callable[..., object]:
+    """ESPnet's create_adapter, for models that take theirs of `base_model`."""
     create_adapter = pytest.importorskip("espnet_models").create_adapter
-    from espnet2.asr.encoder.whisper_encoder import OpenAIWhisperEncoder
-
     monkeypatch.setattr(whisper.audio, "N_MELS", 80, raising=False)  # older releases had it, and ESPnet asks for it
     monkeypatch.setattr(whisper, "load_model", lambda *args, **kwargs: base_model())
-    encoder = OpenAIWhisperEncoder(whisper_model="tiny")
-    twin, speech = copy.deepcopy(encoder), (torch.randn(2, 8000), torch.tensor([8000, 6000]))
+    return create_adapter
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_espnet_s(espnet, part):
+    tokens, lengths, memory = torch.tensor([[3, 4, 5], [6, 7, 8]]), torch.tensor([3, 2]), torch.randn(2, 9, 16)
+    if part == "encoder":
+        from espnet2.asr.encoder.whisper_encoder import OpenAIWhisperEncoder
+
+        model, args, count = OpenAIWhisperEncoder(whisper_model="tiny"), (torch.randn(2, 8000), 8000 - lengths), 2 * 2
+    else:
+        from espnet2.asr.decoder.whisper_decoder import OpenAIWhisperDecoder
+
+        model = OpenAIWhisperDecoder(vocab_size=20, encoder_output_size=16, whisper_model="tiny")
+        args, count = (memory, torch.tensor([9, 9]), tokens, lengths), 2 * 3
+    model, twin = model.eval(), copy.deepcopy(model).eval()
     conf = {"rank": 5, "rotation_map": "cayley", "weights": "now", "target_modules": ["attn.query", "mlp.0"]}
-    create_adapter(encoder, "ssvd_kernels", conf)
-    assert len(sk.ssvd_layers(encoder)) == 2 * 2
-    assert torch.equal(encoder(*speech)[0], twin(*speech)[0])
-    loss_of(encoder(*speech)[0]).backward()
-    for layer in sk.ssvd_layers(encoder).values():
-        assert bool(layer.theta.grad.any()) and bool(layer.delta_sigma.grad.any())
+    espnet(model, "ssvd_kernels", conf)
+    assert torch.equal(model(*args)[0], twin(*args)[0])
+    assert len(sk.check_training(model, loss_of(model(*args)[0])).ok) == count
+    state = train_randomly(model).state_dict()
+    espnet(twin, "ssvd_kernels", conf)
+    twin.load_state_dict(state)
+    assert torch.equal(model(*args)[0], twin(*args)[0])
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_the_real_tiny_en_transcribes(tmp_path):
+    real_data = pytest.importorskip("asr_tiny").real_data
+    from experiments.asr import fetch, speech
+    from experiments.asr.whisper_ct2 import load_whisper_ct2
+
+    data = real_data(fetch.MODEL, fetch.ASTERISK, fetch.SPHINX)
+    weights = load_whisper_ct2(data / fetch.MODEL)[0].state_dict()
+    models = [whisper.Whisper(whisper.ModelDimensions(80, 1500, 384, 6, 4, 51864, 448, 384, 6, 4)).eval() for _ in "ab"]
+    for model in models:
+        model.load_state_dict(
+            {openai_name(name): weight for name, weight in weights.items() if name != "proj_out.weight"}
+        )
+    clip = speech.source_speech(data)["prompts as recorded"][0]
+
+    def heard(model: nn.Module) -> str:
+        options = {"fp16": False, "language": "en", "temperature": 0.0, "sample_len": 30}
+        return whisper.transcribe(model, clip.read(), **options)["text"].strip()
+
+    model, again = models
+    base = heard(model)
+    report = sk.inject(model, sk.SSVDConfig(ratio=0.1, targets="whisper"), progress=False)
+    assert len(report.modules) == 64 and heard(model) == base
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in sk.ssvd_layers(model).values():
+            layer.theta.copy_(0.03 * torch.randn(layer.theta.shape, generator=generator))
+    sk.save_adapter(model, tmp_path / "a.safetensors")
+    sk.load_adapter(again, tmp_path / "a.safetensors", progress=False)
+    otherwise = heard(model)
+    assert heard(again) == otherwise != base
+    sk.merge(again, unload=True)
+    assert heard(again) == otherwise
+    sk.set_strength(model, 0.1)
+    assert heard(model) == base
+
+
+def openai_name(name: str) -> str:
+    """Of a weight of transformers' Whisper, in OpenAI's."""
+    for theirs, own in {
+        "model.": "", "layers": "blocks", "encoder_attn": "cross_attn", "self_attn": "attn",
+        "attn_layer_norm": "attn_ln", "final_layer_norm": "mlp_ln", "encoder.layer_norm": "encoder.ln_post",
+        "decoder.layer_norm": "decoder.ln", "embed_tokens": "token_embedding",
+        "embed_positions.weight": "positional_embedding", "q_proj": "query", "k_proj": "key", "v_proj": "value",
+        "out_proj": "out", "fc1": "mlp.0", "fc2": "mlp.2",
+    }.items():  # fmt: skip
+        name = name.replace(theirs, own)
+    return name

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import ssvd_kernels as sk
+from ssvd_kernels.config import PRESETS
 
 ROOT = Path(__file__).parents[2]
 PLACES = ("*.md", "docs/*.md", "bench/results/README.md", "experiments/*/results/README.md")
@@ -30,6 +31,12 @@ def test_every_cell_of_the_feature_table_is_a_test():
 def test_links_to_files_lead_somewhere(page):
     links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / page).read_text())
     assert not [link for link in links if not ((ROOT / page).parent / link).exists()]
+
+
+def test_the_guide_lists_every_preset():
+    section = (ROOT / "docs/guide.md").read_text().partition("### Presets")[2].partition("\n## ")[0]
+    listed = [name for row in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall(r"`(.*?)`", row)]
+    assert listed[1:] == list(PRESETS)  # after the heading
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
