@@ -1,4 +1,4 @@
-"""Runs the tests with other versions of what the package builds on, and writes the README's table of what was tested.
+"""Runs the tests with other versions of what the package builds on, and writes docs/backends.md's table of them.
 
 make matrix [ARGS="--only lowest"]: a virtual environment a row below .matrix/, resolved and installed by uv; rows whose
 Python is not on this machine are listed as not run. Takes hours and tens of gigabytes: a CUDA build of torch a row.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 HOME = ROOT / ".matrix"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "backends.md"
 UV = [sys.executable, "-m", "uv"]
 EVERYTHING = ("--all-extras", "--group", "build", "--group", "no-deps")
 CORE = ("--extra", "triton", "--extra", "test", "--group", "build")
@@ -107,12 +107,12 @@ def table(results: list[dict]) -> str:
 
 
 def write(results: list[dict]) -> None:
-    """Puts the table between its two markers in the README."""
-    text = README.read_text()
+    """Puts the table between its two markers."""
+    text = PAGE.read_text()
     begin, end = "<!-- tested combinations: make matrix -->", "<!-- end -->"
     if begin in text:
         before, rest = text.split(begin, 1)
-        README.write_text(f"{before}{begin}\n{table(results)}\n{end}{rest.split(end, 1)[1]}")
+        PAGE.write_text(f"{before}{begin}\n{table(results)}\n{end}{rest.split(end, 1)[1]}")
 
 
 def main() -> int:

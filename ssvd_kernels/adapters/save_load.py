@@ -207,15 +207,12 @@ class _Change(NamedTuple):
             layer.set_basis(*self.basis)
         elif self.signs is not None and bool((self.signs < 0).any()):
             layer.flip_basis(self.signs)
-        scale, present = 1.0, layer.strength_of(into)
-        if into is not None and present and isinstance(layer, SSVDAdapter):
-            scale = strength / present
-        elif into in (None, layer.active_adapter):
-            layer.strength = strength
-        else:
-            layer.inactive[into].strength = strength
+        present = layer.strength_of(into)
+        scales = into is not None and present and present != strength and isinstance(layer, SSVDAdapter)
+        if not scales:
+            layer.set_strength(strength, into)
         for key, parameter in layer.adapter(into).items():
-            assign(parameter, self.values[key] if scale == 1 else scale * self.values[key])
+            assign(parameter, self.values[key] * (strength / present) if scales else self.values[key])
         layer.forget()
 
 

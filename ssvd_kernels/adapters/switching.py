@@ -136,10 +136,7 @@ def set_strength(model: nn.Module, strength: float, adapter: str | None = None) 
     strength = check_strength(strength)
     layers = ready_layers(model, *([] if adapter is None else [adapter]))
     for layer in layers.values():
-        if adapter in (None, layer.active_adapter):
-            layer.strength = strength
-        else:
-            layer.inactive[adapter].strength = strength
+        layer.set_strength(strength, adapter)
 
 
 def ready_layers(model: nn.Module, *names: str) -> dict[str, AdaptedLinear]:

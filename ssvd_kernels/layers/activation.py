@@ -12,7 +12,7 @@ from ..basis.factorize import MATCH_TOLERANCE, Factorization, fingerprint, match
 from ..basis.linears import input_dtype
 from ..basis.pointwise import channels_of
 from ..ops.functional import activation, add_rows, linear
-from ..ops.reference import Places
+from ..ops.places import Places
 from ..utils.fsdp import gathered
 from .base_layer import PointwiseBase
 from .quantized import SSVDQuantizedLinear

@@ -96,6 +96,13 @@ class AdaptedLinear(Adapter):
         """The strength of the adapter `name`, or of the one in use."""
         return self.strength if name in (None, self.active_adapter) else self.inactive[name].strength
 
+    def set_strength(self, strength: float, name: str | None = None) -> None:
+        """Of the adapter `name`, or of the one in use."""
+        if name in (None, self.active_adapter):
+            self.strength = strength
+        else:
+            self.inactive[name].strength = strength
+
     # -- merging -----------------------------------------------------------------------------------------------
 
     @property

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..ops import dispatch
 from ..ops.functional import compute_dtype
-from ..ops.reference import Places
+from ..ops.places import Places
 
 if TYPE_CHECKING:
     from .ssvd import SSVDAdapter

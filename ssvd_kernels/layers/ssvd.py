@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..basis.factorize import Factorization
 from ..config import SSVDConfig
 from ..ops.functional import Kind, add_rows, core_of, flip_theta, linear, theta_length
-from ..ops.reference import Places
+from ..ops.places import Places
 from . import running
 from .adapter import Adapter, Factors
 from .base import AdaptedLinear

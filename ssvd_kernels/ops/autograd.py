@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference, triton_linear
+from .places import Places
 
 OPS: dict[str, Any] = {"reference": reference, "triton": triton_linear}
 SECOND_DERIVATIVES = (
@@ -149,7 +150,7 @@ class RowsProductFunction(torch.autograd.Function):
     """q (R, T, k): each row of z (R, T, k) times the transpose of its own of cores (N, k, k)."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, cores: Tensor, places: reference.Places, backend: str) -> Tensor:
+    def forward(ctx: Any, z: Tensor, cores: Tensor, places: Places, backend: str) -> Tensor:
         ctx.places, ctx.backend = places, backend
         ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, cores)
         return OPS[backend].rows_product_fwd(z, cores, places)

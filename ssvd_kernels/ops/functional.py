@@ -24,6 +24,7 @@ from .autograd import (
     apply_cayley,
     apply_linear,
 )
+from .places import Places
 
 
 def cayley_delta(theta: Tensor, k: int) -> Tensor:
@@ -237,7 +238,7 @@ def add_rows(
     V: Tensor,
     U: Tensor,
     cores: Tensor,
-    places: reference.Places | None,
+    places: Places | None,
     shift: Tensor | None = None,
 ) -> Tensor:
     """y + (((x - shift) V) core_r^T) U^T (B, ..., d_out), where each of R rows has its own core.

@@ -13,7 +13,7 @@ None of them uses a batched LU: on the CPU that is wrong for n > 150 with two or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.constants import LARGE, LATTICE, NOT_UNIT
+from .places import Places
 
 LEAF = 64  # blocks of at most so many rows are inverted in float64
 
@@ -351,39 +352,6 @@ def activation_core_ref(E: Tensor, sigma: Tensor, delta: Tensor, side: str, E_ou
     """
     C = core_ref(E, torch.ones_like(sigma), delta / sigma, "output" if side == "output" else "input")
     return C if E_out is None else torch.stack([C, E_out.mT], dim=-3)
-
-
-class Places:
-    """Which of N cores each of R rows has: a number, or None, whose product is zero."""
-
-    def __init__(self, numbers: Sequence[int | None], device: torch.device) -> None:
-        self.numbers, self.device = list(numbers), device
-        self._index: Tensor | None = None
-        groups: dict[int, list[int]] = {}
-        for row, number in enumerate(self.numbers):
-            if number is not None:
-                groups.setdefault(number, []).append(row)
-        self.groups = [(number, self._rows(rows)) for number, rows in groups.items()]
-
-    def _rows(self, rows: list[int]) -> slice | Tensor:
-        start, stop = rows[0], rows[-1] + 1
-        return slice(start, stop) if stop - start == len(rows) else torch.tensor(rows, device=self.device)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    @property
-    def index(self) -> Tensor:
-        """The numbers (R,), int32, -1 for None."""
-        if self._index is None:
-            numbers = [-1 if number is None else number for number in self.numbers]
-            self._index = torch.tensor(numbers, dtype=torch.int32, device=self.device)
-        return self._index
-
-    def by_row(self, cores: Tensor) -> Tensor:
-        """The core of each row (R, ...), zero for None; cores (N, ...)."""
-        index = self.index
-        return cores.index_select(0, index.clamp(min=0)).mul_((index >= 0).view(-1, *[1] * (cores.ndim - 1)))
 
 
 def rows_product_fwd(z: Tensor, cores: Tensor, places: Places) -> Tensor:

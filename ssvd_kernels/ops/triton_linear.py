@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import reference
 from .kernels.tile_sizes import CONCAT_MAX_D
+from .places import Places
 
 ALIGNMENT = 16  # columns
 
@@ -70,7 +71,7 @@ def ssvd_activation_bwd(
     return kernels().ssvd_activation_bwd(dy, z, basis.to(dy.dtype), core, need_dx)
 
 
-def rows_product_fwd(z: Tensor, cores: Tensor, places: reference.Places) -> Tensor:
+def rows_product_fwd(z: Tensor, cores: Tensor, places: Places) -> Tensor:
     """As `reference.rows_product_fwd`."""
     from .kernels.rows_product import rows_product  # not compiled by torch: rows differ from call to call
 
@@ -78,7 +79,7 @@ def rows_product_fwd(z: Tensor, cores: Tensor, places: reference.Places) -> Tens
 
 
 def rows_product_bwd(
-    dq: Tensor, z: Tensor | None, cores: Tensor, places: reference.Places, need_dz: bool
+    dq: Tensor, z: Tensor | None, cores: Tensor, places: Places, need_dz: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `reference.rows_product_bwd`."""
     dz = rows_product_fwd(dq, cores.mT, places) if need_dz else None

@@ -24,7 +24,7 @@ from ssvd_kernels.ops import dispatch
 from ssvd_kernels.ops.autograd import apply_activation, apply_linear
 from ssvd_kernels.ops.kernels import cayley, split_k, tile_sizes
 from ssvd_kernels.ops.kernels.tile_sizes import ONE_PASS_MAX_T, TileConfig
-from ssvd_kernels.ops.reference import Places
+from ssvd_kernels.ops.places import Places
 from ssvd_kernels.ops.triton_linear import core_operand, operand, rows_product_bwd, rows_product_fwd
 
 pytestmark = pytest.mark.xdist_group("launches")

@@ -8,7 +8,8 @@ from bounds import Results, assert_bounded
 from torch import Tensor
 
 from ssvd_kernels.ops import triton_linear
-from ssvd_kernels.ops.reference import Places, rows_product_bwd, rows_product_fwd
+from ssvd_kernels.ops.places import Places
+from ssvd_kernels.ops.reference import rows_product_bwd, rows_product_fwd
 
 pytest.importorskip("triton")
 
