@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 import wave
 from pathlib import Path
 
 import av
+import av.container
 import av.error
 import av.filter
 import numpy as np
@@ -18,13 +20,16 @@ RATE = 16000
 CHILD_FACTOR = 1.6
 TELEPHONE_RATE = 8000
 TELEPHONE_SNR = 0.0  # dB; tiny.en then has a word error rate of 38 % on the held-out prompts
+SLACK = 0.1  # seconds that a file may end before its header, or a manifest, says
+PIPED = 0x7FFFF000  # a WAV header's size of the data from here on, or 0, is unknown: written to a pipe
+MP3_HEADERS = (b"Xing\0\0\0", b"Info\0\0\0")
 RAW_FORMATS = {".g722": "g722", ".gsm": "gsm"}  # files without a header: the name tells the format
 
 Samples = NDArray[np.float32]
 
 
 class AudioError(DemoError):
-    """An audio file that is missing, cannot be decoded or holds nothing."""
+    """An audio file that is missing, cannot be decoded, is truncated, or holds nothing or no numbers."""
 
 
 def _run_filters(frames: list[av.AudioFrame], filters: list[tuple[str, str]]) -> Samples:
@@ -46,7 +51,7 @@ def _run_filters(frames: list[av.AudioFrame], filters: list[tuple[str, str]]) ->
     def drain() -> None:
         while True:
             try:
-                pieces.append(graph.pull().to_ndarray()[0])
+                pieces.append(graph.pull().to_ndarray().mean(0))
             except (av.error.BlockingIOError, av.error.EOFError):
                 return
 
@@ -59,19 +64,53 @@ def _run_filters(frames: list[av.AudioFrame], filters: list[tuple[str, str]]) ->
 
 
 def read_audio(path: Path) -> Samples:
-    """Samples (n,) float32 in [-1, 1] at 16 kHz, mono. Raises AudioError naming the file."""
+    """Samples (n,) float32 at 16 kHz, the mean of all channels. Raises AudioError naming the file."""
     if not path.is_file():
         raise AudioError(f"{path}: there is no such audio file")
     try:
         with av.open(str(path), format=RAW_FORMATS.get(path.suffix.lower()), metadata_errors="replace") as container:
             if not container.streams.audio:
                 raise AudioError(f"{path}: contains no audio stream")
-            frames = list(container.decode(audio=0))
+            frames, promised = list(container.decode(audio=0)), _promised(path, container)
     except av.error.FFmpegError as error:
-        raise AudioError(f"{path}: cannot be decoded as audio ({error.strerror})") from error
+        raise AudioError(f"{path}: cannot be decoded as audio ({error.strerror}); convert it to WAV or FLAC") from error
     if not any(frame.samples for frame in frames):
         raise AudioError(f"{path}: contains no sound (0 samples)")
-    return _run_filters(frames, [("aformat", f"sample_fmts=flt:channel_layouts=mono:sample_rates={RATE}")])
+    seconds = sum(frame.samples / frame.sample_rate for frame in frames)
+    whole = max(promised, seconds * _promised_by_wav(path))
+    if seconds < whole - SLACK:
+        raise AudioError(f"{path}: is truncated: {seconds:.2f} s of the {whole:.2f} s that its header promises")
+    samples = _run_filters(frames, [("aformat", f"sample_fmts=fltp:sample_rates={RATE}")])
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{path}: contains NaN or infinite samples")
+    return samples
+
+
+def _promised(path: Path, container: av.container.InputContainer) -> float:
+    """Seconds by the header; 0 where it has none, and FFmpeg estimates them from the bit rate."""
+    kind, stream = container.format.name, container.streams.audio[0]
+    with path.open("rb") as file:
+        beginning = file.read(1 << 20) if kind == "mp3" else b""
+    if kind in {"aac", *RAW_FORMATS.values()} or (kind == "mp3" and not any(tag in beginning for tag in MP3_HEADERS)):
+        return 0.0
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0.0
+
+
+def _promised_by_wav(path: Path) -> float:
+    """The size of a WAV file's data by its header over what is there (FFmpeg goes by that alone); 1 where unknown."""
+    with path.open("rb") as stream:
+        if stream.read(4) != b"RIFF":
+            return 1.0
+        stream.seek(12)
+        while len(head := stream.read(8)) == 8:
+            name, size = struct.unpack("<4sI", head)
+            if name == b"data":
+                left = path.stat().st_size - stream.tell()
+                return size / left if 0 < left < size < PIPED else 1.0
+            stream.seek(size + size % 2, 1)
+    return 1.0
 
 
 def write_wav(path: Path, samples: Samples) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -38,12 +39,35 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def write_missing(folder: Path) -> None:
+    """Writes those of FASTER_WHISPER that the folder lacks, from what transformers loads there.
+
+    Without a feature extractor's file faster-whisper would take 80 mels for granted. Raises UsageError if there is no
+    tokenizer at all.
+    """
+    from transformers import AutoConfig, AutoTokenizer, WhisperFeatureExtractor
+
+    if not (folder / FASTER_WHISPER[0]).is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder)  # an empty one where there are no files
+        if "<|startoftranscript|>" not in tokenizer.get_vocab():
+            raise UsageError("--ctranslate2 requires Whisper's tokenizer in the folder of the base model")
+        tokenizer.save_pretrained(folder)
+    if not (folder / FASTER_WHISPER[1]).is_file():
+        try:
+            extractor = WhisperFeatureExtractor.from_pretrained(folder)
+        except OSError:
+            extractor = WhisperFeatureExtractor(feature_size=AutoConfig.from_pretrained(folder).num_mel_bins)
+        extractor.save_pretrained(folder)
+
+
 def to_ctranslate2(folder: Path, output: Path, quantization: str | None) -> None:
     """Converts a transformers folder, with the files that faster-whisper wants."""
     try:
         from ctranslate2.converters import TransformersConverter
     except ImportError as error:
         raise UsageError(f"--ctranslate2 requires ctranslate2 ({error}): pip install ctranslate2") from None
+    if json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "whisper":
+        write_missing(folder)
     files = [name for name in FASTER_WHISPER if (folder / name).is_file()]
     converter = TransformersConverter(str(folder), copy_files=files)
     with new_folder(output) as temporary:

@@ -271,7 +271,12 @@ def main() -> None:
     parser.parse_args()
     register()
     del sys.argv[0]
-    importlib.import_module(sys.argv[0]).main()
+    program = importlib.import_module(sys.argv[0])
+    if hasattr(program, "get_parser"):
+        options = vars(program.get_parser().parse_known_args()[0])
+        if options.get("save_strategy") == "adapter_only" and options.get("adapter") == "ssvd_kernels":
+            parser.error("save_strategy must be all or required_grad_only: ESPnet refuses adapter_only after an epoch")
+    program.main()
 
 
 if __name__ == "__main__":
