@@ -73,7 +73,9 @@ def read_audio(path: Path) -> Samples:
                 raise AudioError(f"{path}: contains no audio stream")
             frames, promised = list(container.decode(audio=0)), _promised(path, container)
     except av.error.FFmpegError as error:
-        raise AudioError(f"{path}: cannot be decoded as audio ({error.strerror}); convert it to WAV or FLAC") from error
+        raise AudioError(
+            f"{path}: cannot be decoded as audio ({error.strerror}): if it is whole, convert it to WAV or FLAC"
+        ) from error
     if not any(frame.samples for frame in frames):
         raise AudioError(f"{path}: contains no sound (0 samples)")
     seconds = sum(frame.samples / frame.sample_rate for frame in frames)

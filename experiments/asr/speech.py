@@ -78,21 +78,17 @@ class Clip:
             raise AudioError(f"{self.where}: {error}" if self.where else str(error)) from None
 
     def _make(self) -> Samples:
-        samples = self._located(read_audio) if self._whole else self._located(self._part)
+        samples = self._located(self._part if self.offset or self.seconds else read_audio)
         raised = samples if self.voice == 1.0 else raise_voice(samples, self.voice)
         return CHANNELS[self.channel](raised, self.path.name)
-
-    @property
-    def _whole(self) -> bool:
-        return self.offset == 0 and self.seconds is None
 
     def _part(self, path: Path) -> Samples:
         samples = _recording(path, path.stat().st_mtime_ns)
         begin, whole = round(self.offset * RATE), len(samples) / RATE
         end = len(samples) if self.seconds is None else begin + round(self.seconds * RATE)
         if begin >= len(samples) or end > len(samples) + SLACK * RATE:
-            end_at = f"{self.offset:g} s" if self.seconds is None else f"{self.offset + self.seconds:g} s"
-            raise AudioError(f"{path}: lasts {whole:.2f} s, so it has no part from {self.offset:g} s to {end_at}")
+            wanted = f"from {self.offset:g} s" + (f" to {self.offset + self.seconds:g} s" if self.seconds else " on")
+            raise AudioError(f"{path}: lasts {whole:.2f} s, so it has no part {wanted}")
         return samples[begin:end].copy()  # a view would keep the whole recording
 
 

@@ -15,7 +15,7 @@ give it another one than was trained, is refused as the state dict is loaded (to
 
 save_strategy "all" stores the base weights and their singular vectors too and loads into a new model as it is;
 "required_grad_only" stores what trains and a sketch of the singular vectors, and loads over the base weights;
-"adapter_only" is refused by ESPnet's trainer for adapters other than its own.
+"adapter_only" is refused: by the launcher at once, by ESPnet's trainer only after an epoch.
 """
 
 from __future__ import annotations

@@ -143,14 +143,14 @@ def write_wav(path: Path, samples: np.ndarray, rate: int = RATE) -> Path:
     return path
 
 
-def encode(path: Path, codec: str, samples: np.ndarray, rate: int = RATE, bit_rate: int = 0) -> Path:
+def encode(path: Path, codec: str, samples: np.ndarray, rate: int = RATE, bit_rate: int = 32000) -> Path:
     """Mono samples at 16 kHz in the file format that the name tells."""
     frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
     frame.sample_rate = RATE
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.layout = "mono"
-        stream.bit_rate = bit_rate or stream.bit_rate
+        stream.bit_rate = bit_rate
         made = av.AudioResampler(format=stream.codec_context.format or "flt", layout="mono", rate=rate).resample(frame)
         container.mux([packet for each in (*made, None) for packet in stream.encode(each)])
     return path
