@@ -3,10 +3,10 @@
 python -m experiments.asr.demo                                        Whisper tiny.en, built-in speech
 python -m experiments.asr.demo --manifest speech.jsonl --model openai/whisper-small --device cuda
 
-A manifest is a file of JSON lines {"audio": path, "text": what is said}, a CSV or TSV file, or a folder as Kaldi's or
-Hugging Face's tools write it (see manifests.py). After training, the adapter's strength (see
-`ssvd_kernels.set_strength`) is chosen on validation speech: the target's, and that of the same speakers as the model
-knows them. Stop with Ctrl-C (or any other way) and run the same command again: it goes on where it was.
+A manifest is a file of JSON lines {"audio": path, "text": what is said}, CSV or TSV, or a folder (see manifests.py).
+After training, the adapter's strength (see `ssvd_kernels.set_strength`) is chosen on validation speech: the target's,
+and that of the same speakers as the model knows them. Stop with Ctrl-C (or any other way) and run the same command
+again: it goes on where it was.
 """
 
 from __future__ import annotations
@@ -278,11 +278,13 @@ def run(args: argparse.Namespace) -> bool:
         "Merged model transcribes the same": merged == heard[target_name],
         "Adapter reloaded in a new process transcribes the same": again == heard[target_name],
     }
+    notes = {"Strength": why}
+    if target.language in UNSPACED:
+        notes["WER"] = f"of characters: {target.language} is written without blanks"
     result = report.Report(
         f"{recognizer.name} + SSVD ({config.rotation}, {config.side} side) on {target_name}",
         rows,
-        {"Strength": why}
-        | facts(rows[0], target.language, injected, history, adapter, device, time.perf_counter() - began),
+        notes | facts(rows[0], injected, history, adapter, device, time.perf_counter() - began),
         checks,
         history.losses,
         {
@@ -308,18 +310,11 @@ def run(args: argparse.Namespace) -> bool:
 
 
 def facts(
-    target: report.Row,
-    language: str,
-    injected: sk.InjectReport,
-    history: History,
-    adapter: Path,
-    device: torch.device,
-    seconds: float,
+    target: report.Row, injected: sk.InjectReport, history: History, adapter: Path, device: torch.device, seconds: float
 ) -> dict[str, str]:
     size, steps = adapter.stat().st_size, sorted(history.seconds)
-    note = {"WER": f"of characters: {language} is written without blanks"} if language in UNSPACED else {}
     trained = f"{injected.trainable:,} of {injected.total:,} ({injected.trainable / injected.total:.2%})"
-    return note | {
+    return {
         "Target errors": "; ".join(
             [f"{target.before.errors} before", *(f"{s.errors} at strength {a:g}" for a, s in target.after.items())]
         ),

@@ -3,8 +3,8 @@
 python -m experiments.asr.strength built-in RUN/adapter.safetensors --target RUN/held-out.jsonl --source other.jsonl
 python -m experiments.asr.strength openai/whisper-small a.safetensors --target t.jsonl --source s.jsonl --keep 6.5
 
-Manifests are as for the demo. Stop with Ctrl-C and run the same command
-again: it goes on where it was. See `ssvd_kernels.set_strength`.
+Manifests are as for the demo. Stop with Ctrl-C and run the same command again: it goes on where it was. See
+`ssvd_kernels.set_strength`.
 """
 
 from __future__ import annotations

@@ -38,11 +38,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def run(args: argparse.Namespace) -> None:
-    clips = (
-        read_manifest(args.manifest, silent=True)
-        if args.manifest
-        else [Clip(name, "", Path(name)) for name in args.audio]
-    )
+    clips = [Clip(name, "", Path(name)) for name in args.audio]
+    if args.manifest:
+        clips = read_manifest(args.manifest, silent=True)
     if not clips:
         raise DemoError("nothing to transcribe: give audio files or --manifest")
     if args.json:
