@@ -19,6 +19,6 @@ def exit_status(run: Callable[[], int]) -> int:
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"\n{str(stop) or 'stopped'}; run the same command again to continue", file=sys.stderr)
         return 130
-    except (DemoError, ValueError, TypeError, FileNotFoundError) as error:
+    except (DemoError, ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,9 +3,10 @@
 python -m experiments.asr.demo                                        Whisper tiny.en, built-in speech
 python -m experiments.asr.demo --manifest speech.jsonl --model openai/whisper-small --device cuda
 
-A manifest is a file of JSON lines {"audio": path, "text": what is said}. After training, the adapter's strength (see
-`ssvd_kernels.set_strength`) is chosen on validation speech: the target's, and that of the same speakers as the model
-knows them. Stop with Ctrl-C (or any other way) and run the same command again: it goes on where it was.
+A manifest is a file of JSON lines {"audio": path, "text": what is said}, CSV or TSV, or a folder (see manifests.py).
+After training, the adapter's strength (see `ssvd_kernels.set_strength`) is chosen on validation speech: the target's,
+and that of the same speakers as the model knows them. Stop with Ctrl-C (or any other way) and run the same command
+again: it goes on where it was.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from typing import Any
 import torch
 
 import ssvd_kernels as sk
-from experiments.asr import DemoError, report, speech, strength
+from experiments.asr import DemoError, manifests, report, speech, strength
 from experiments.asr.commands import exit_status
 from experiments.asr.fetch import ASTERISK, MODEL, SPHINX, default_data, ensure, sha256_file
-from experiments.asr.recognizer import Recognizer, Score, load_recognizer
-from experiments.asr.runfolder import ADAPTER, RunFolder, short_hash
+from experiments.asr.recognizer import UNSPACED, Recognizer, Score, language_code, load_recognizer
+from experiments.asr.runfolder import ADAPTER, RunFolder, check_writable, short_hash
 from experiments.asr.speech import MAX_PROMPT_SECONDS, Corpus, Speech
 from experiments.asr.train import History, Recipe, train
 from experiments.asr.transcribe import pick_device
@@ -51,7 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--manifest", type=Path, help="your speech instead of the built-in child-like speech")
     add("--eval-manifest", type=Path, help="held-out speech (default: a quarter of the manifest's texts)")
     add("--no-source", action="store_true", help="with --manifest: don't measure the built-in source speech")
-    add("--language", default="en", help="language of the speech (default: en)")
+    add("--language", default="en", help="language of your speech, e.g. es or spanish (default: en)")
     add("--data", type=Path, default=default_data(), help="data folder (default: $SSVD_DATA or ./data)")
     add("--out", type=Path, help="run folder (default: runs/asr-HASH, one for each configuration)")
     add("--fresh", action="store_true", help="start again in the run folder instead of resuming, which is the default")
@@ -94,10 +95,8 @@ def gather(args: argparse.Namespace) -> tuple[Speech, list[Speech], dict[str, Sp
 
     No validation speech where the strength is given or there is too little of it.
     """
-    folders = () if args.model else (MODEL,)
-    ensure(args.data, folders if args.no_source else (*folders, ASTERISK, SPHINX))
     if args.manifest:
-        corpus: Corpus = speech.from_manifest(args.manifest, args.eval_manifest)
+        corpus: Corpus = manifests.from_manifest(args.manifest, args.eval_manifest)
         if not args.no_source:
             corpus.add_source(args.data)
     else:
@@ -111,13 +110,13 @@ def gather(args: argparse.Namespace) -> tuple[Speech, list[Speech], dict[str, Sp
         corpus.train, corpus.validation, corpus.source_validation = [*corpus.train, *corpus.validation], [], []
     longest = None if args.manifest else MAX_PROMPT_SECONDS
     most = min(MOST, args.eval_limit or MOST)
-    training = Speech(corpus.train, "reading training speech", longest)
-    target = Speech(corpus.test[: args.eval_limit], f"reading {corpus.target}", longest)
+    training = Speech(corpus.train, "reading training speech", longest, args.language)
+    target = Speech(corpus.test[: args.eval_limit], f"reading {corpus.target}", longest, args.language)
     validation = [
-        Speech(clips[:most], f"reading {name}", seconds)
-        for name, clips, seconds in (
-            ("validation speech", corpus.validation, longest),
-            ("its source domain", corpus.source_validation, MAX_PROMPT_SECONDS),
+        Speech(clips[:most], f"reading {name}", seconds, language)
+        for name, clips, seconds, language in (
+            ("validation speech", corpus.validation, longest, args.language),
+            ("its source domain", corpus.source_validation, MAX_PROMPT_SECONDS, "en"),
         )
         if clips
     ]
@@ -144,6 +143,7 @@ class Evaluation:
 
     def __call__(self, state: str, weights: str, name: str, data: Speech) -> tuple[Score, list[str]]:
         recognizer = self.recognizer
+        recognizer.set_language(data.language)
         key = {
             "state": state,
             "weights": weights,
@@ -165,8 +165,7 @@ def choose(evaluate: Evaluation, weights: str, validation: list[Speech], given: 
         return (1.0, "1, for want of validation speech") if given is None else (given, f"{given:g}, as given")
     recognizer = evaluate.recognizer
     recognizer.set_window(evaluate.window)
-    key = {"weights": weights, "window": evaluate.window, "language": recognizer.language}
-    key["device"] = recognizer.device.type
+    key = {"weights": weights, "window": evaluate.window, "device": recognizer.device.type}
     target, *source = validation
     points = strength.measure(recognizer, evaluate.folder, key, STRENGTHS, target, source[0] if source else None)
     chosen = strength.balanced(points).strength
@@ -216,10 +215,14 @@ def machine(device: torch.device) -> str:
 
 def run(args: argparse.Namespace) -> bool:
     began = time.perf_counter()
+    args.language = language_code(args.language)
+    check_writable(args.out or Path("runs"))
     device = pick_device(args.device)
     config = sk.SSVDConfig(rank=args.rank, ratio=args.ratio, side=args.side, rotation=args.rotation)
-    training, validation, sets = gather(args)
+    folders = () if args.model else (MODEL,)
+    ensure(args.data, folders if args.no_source else (*folders, ASTERISK, SPHINX))
     recognizer = load_recognizer(args.model, args.data, device, args.language)
+    training, validation, sets = gather(args)
     recipe = Recipe(args.steps, args.batch, args.lr, seed=args.seed, amp=args.amp)
     window = args.window or max(training.seconds)
     for option, value, longest in (
@@ -228,8 +231,7 @@ def run(args: argparse.Namespace) -> bool:
     ):
         if value < longest:
             raise DemoError(f"{option} must be at least the length of the longest clip, {longest:.2f} s, got {value}")
-    for text in training.texts:
-        recognizer.labels([text])  # one that is too long for the model is refused now, not in the middle
+    recognizer.check(training.clips)
     settings: dict[str, Any] = {
         "model": recognizer.name,
         "model weights": recognizer.fingerprint,
@@ -249,6 +251,7 @@ def run(args: argparse.Namespace) -> bool:
     injected = sk.inject(recognizer.model, config)
     print(injected)
     recognizer.set_window(window)
+    recognizer.set_language(training.language)
     groups = sk.parameter_groups(recognizer.model, recipe.lr)
     history = train(recognizer, training, recipe, folder, groups=groups)
     adapter = out / ADAPTER
@@ -267,7 +270,7 @@ def run(args: argparse.Namespace) -> bool:
     target_name, target = next(iter(sets.items()))
     sk.merge(recognizer.model)
     merged = evaluate(f"merged at {chosen:g}", weights, target_name, target)[1]
-    speech.write_manifest(out / "held-out.jsonl", target.clips)
+    manifests.write_manifest(out / "held-out.jsonl", target.clips)
     print("reloading the adapter in a new process")
     again = transcripts_of_new_process(args, adapter, target)
     rows = [report.Row(name, before[name], after[name]) for name in sets]
@@ -275,10 +278,13 @@ def run(args: argparse.Namespace) -> bool:
         "Merged model transcribes the same": merged == heard[target_name],
         "Adapter reloaded in a new process transcribes the same": again == heard[target_name],
     }
+    notes = {"Strength": why}
+    if target.language in UNSPACED:
+        notes["WER"] = f"of characters: {target.language} is written without blanks"
     result = report.Report(
         f"{recognizer.name} + SSVD ({config.rotation}, {config.side} side) on {target_name}",
         rows,
-        {"Strength": why} | facts(rows[0], injected, history, adapter, device, time.perf_counter() - began),
+        notes | facts(rows[0], injected, history, adapter, device, time.perf_counter() - began),
         checks,
         history.losses,
         {

@@ -37,8 +37,8 @@ from experiments.asr.commands import exit_status
 from experiments.asr.fetch import MODEL, default_data, ensure
 from experiments.asr.grid import GRIDS, TUNED, Grid, Trained, Where, candidates, read_rates, tuning_cell, write_rates
 from experiments.asr.methods import METHODS
-from experiments.asr.recognizer import load_recognizer
-from experiments.asr.runfolder import short_hash
+from experiments.asr.recognizer import language_code, load_recognizer
+from experiments.asr.runfolder import check_writable, short_hash
 from experiments.asr.shifts import load_shift, parts_of
 from experiments.asr.speech import Speech
 from experiments.asr.train import Interrupted
@@ -63,7 +63,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--budgets", nargs="+", type=float, help="shares of the parameters to train (default: the grid's)")
     add("--seeds", type=int, help="number of seeds (default: the grid's)")
     add("--steps", type=int, help="optimizer steps (default: the grid's)")
-    add("--manifest", type=Path, help="your speech as the only shift: JSON lines with audio and text, *.jsonl")
+    add("--manifest", type=Path, help="your speech as the only shift, as for the demo")
     add("--no-source", action="store_true", help="with --manifest: don't measure the built-in speech of other speakers")
     add("--language", default="en", help="its language (default: en)")
     add("--longest", type=float, help="leave out clips of more seconds (default: the grid's)")
@@ -225,6 +225,9 @@ def _order(result: dict[str, Any]) -> tuple[float, float]:
 def run(args: argparse.Namespace) -> int:
     """The exit status."""
     began, device = time.time(), pick_device(args.device)
+    args.language = language_code(args.language)
+    for folder in (args.runs, args.out):
+        check_writable(folder)
     runner = Runner(args.data, args.runs, args.workers or _workers(device), args.minutes)
     grid = GRIDS[args.grid]
     if args.tune and not grid.tuned:
@@ -277,7 +280,7 @@ def contents(
         shift = load_shift(name, data, longest, language, source)
         clips = [*shift.train, *shift.validation, *shift.test, *chain(*shift.source.values())]
         speech = Speech(clips, f"reading {name}")
-        recognizer.labels([clip.text for clip in (*shift.train, *shift.validation)])  # refuses what is too long
+        recognizer.check([*shift.train, *shift.validation])
         if shift.left_out:
             print(f"{name}: {shift.left_out} clips of more than {longest:g} s are left out", file=sys.stderr)
         found[name] = short_hash([recognizer.fingerprint, speech.fingerprint])

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+from unicodedata import category, normalize
 
 import jiwer
 import torch
@@ -16,22 +18,25 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerBase,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
 )
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS, TO_LANGUAGE_CODE
 
 from experiments.asr import DemoError, progress
 from experiments.asr.audio import RATE, Samples
 from experiments.asr.fetch import MODEL
-from experiments.asr.speech import Speech
-from experiments.asr.whisper_ct2 import is_ct2_whisper, load_whisper_ct2
+from experiments.asr.speech import Clip, Speech
+from experiments.asr.whisper_ct2 import MULTILINGUAL, is_ct2_whisper, load_whisper_ct2
 
 POSITIONS_PER_SECOND = 50
 SILENCE = 1.0  # seconds
 ELLIPSIS = re.compile(r"\.{2,}|\u2026")  # the normaliser would make a word of it
 IGNORED = -100  # label that cross-entropy skips
+UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without blanks between words
 
 
 @dataclass
@@ -70,7 +75,9 @@ class Recognizer:
     ) -> None:
         self.model = nn.Module.to(model, device).eval()  # transformers' own `to` hides its arguments from mypy
         self.tokenizer, self.name, self.device = tokenizer, name, device
+        self.special = set(tokenizer.get_added_vocab().values())
         self.fingerprint = _fingerprint(model)
+        _complete(model.generation_config, tokenizer.get_vocab(), model.config.vocab_size >= MULTILINGUAL)
         self.set_language(language)
         self._positions = model.model.encoder.embed_positions.weight.detach().clone()
         self.set_window(len(self._positions) // POSITIONS_PER_SECOND)
@@ -78,24 +85,27 @@ class Recognizer:
     def set_language(self, language: str, accents: bool = True) -> None:
         """Sets the prompt (of a multilingual model) and the text normaliser, which may drop accents outside English.
 
-        Raises DemoError for an unknown language.
+        language: Whisper's code or name for it, "de" or "german"; of one of UNSPACED, each character is a word. Raises
+        DemoError for an unknown one.
         """
-        self.language = language
-        basic = BasicTextNormalizer(remove_diacritics=not accents)
-        self.normalise = EnglishTextNormalizer({}) if language == "en" else basic
+        self.language = language_code(language)
+        basic = BasicTextNormalizer(remove_diacritics=not accents, split_letters=self.language in UNSPACED)
+        if accents:
+            basic.clean = _without_symbols
+        self.normalise = EnglishTextNormalizer({}) if self.language == "en" else basic
         self.prefix = self._prefix()
 
     def _prefix(self) -> list[int]:
-        names = ["<|startoftranscript|>"]
+        names = ["<|startoftranscript|>", "<|notimestamps|>"]
         if getattr(self.model.generation_config, "is_multilingual", False):
-            names += [f"<|{self.language}|>", "<|transcribe|>"]
+            names[1:1] = [f"<|{self.language}|>", "<|transcribe|>"]
         vocabulary = self.tokenizer.get_vocab()
         for name in names:
             if name not in vocabulary:
                 raise DemoError(
                     f"`language` must be one of the model {self.name}, which has no token {name}, got {self.language!r}"
                 )
-        return [vocabulary[name] for name in [*names, "<|notimestamps|>"]]
+        return [vocabulary[name] for name in names]
 
     def set_window(self, seconds: float) -> None:
         """Sets the encoder's window (whole seconds): the first rows of its position table, nothing else changes."""
@@ -124,6 +134,9 @@ class Recognizer:
         rows = []
         for text in texts:
             row = [*self.prefix, *self.tokenizer.encode(f" {text.strip()}", add_special_tokens=False), end]
+            if special := self.special.intersection(row[len(self.prefix) : -1]):
+                token = self.tokenizer.convert_ids_to_tokens(special.pop())
+                raise DemoError(f"a text must not contain the model's own token {token}, got {text!r}")
             if len(row) > limit:
                 raise DemoError(f"a text of {len(row)} tokens; at most {limit} fit the model: {text[:60]!r} ...")
             rows.append(row)
@@ -134,6 +147,14 @@ class Recognizer:
             inputs[i, : len(row) - 1] = torch.tensor(row[:-1])
             labels[i, skip : len(row) - 1] = torch.tensor(row[skip + 1 :])
         return inputs.to(self.device), labels.to(self.device)
+
+    def check(self, clips: Sequence[Clip]) -> None:
+        """Raises DemoError, naming the line, for the first text that `labels` would refuse."""
+        for clip in clips:
+            try:
+                self.labels([clip.text])
+            except DemoError as error:
+                raise DemoError(f"{clip.where or clip.path}: {error}") from None
 
     @torch.inference_mode()
     def hear(self, samples: Sequence[Samples]) -> list[str]:
@@ -164,18 +185,48 @@ class Recognizer:
         return [found[i] for i in range(count)]
 
     def _plain(self, text: str) -> str:
-        return self.normalise(ELLIPSIS.sub(" ", text))
+        return self.normalise(ELLIPSIS.sub(" ", text)).strip()
 
     def score(self, texts: Sequence[str], transcripts: Sequence[str]) -> Score:
         """Word and character errors after Whisper's text normaliser, in both."""
         pairs = [(self._plain(t), self._plain(h)) for t, h in zip(texts, transcripts, strict=True)]
-        pairs = [pair for pair in pairs if pair[0].strip()]
-        if not pairs:
+        if not any(text for text, _ in pairs):
             raise DemoError("no reference text has any words left after normalisation")
-        return Score([_count(text, heard) for text, heard in pairs])
+        counts = [_count(text, heard) for text, heard in pairs]
+        if self.language in UNSPACED:  # the blanks between characters are none of them
+            counts = [(errors, size, errors, size) for errors, size, *_ in counts]
+        return Score(counts)
+
+
+def language_code(language: str) -> str:
+    """Whisper's code of a language, of which it is the code or the name. Raises DemoError for another."""
+    code = TO_LANGUAGE_CODE.get(language.lower(), language.lower())
+    if code not in LANGUAGES:
+        raise DemoError(f"`language` must be a code or a name that Whisper knows (de, german), got {language!r}")
+    return code
+
+
+def _without_symbols(text: str) -> str:
+    """The text in NFKC, blanks for symbols and punctuation; marks stay, which are vowels in Hindi, Tamil and Thai."""
+    return "".join(" " if category(c)[0] in "SP" else c for c in normalize("NFKC", text))
+
+
+def _complete(config: GenerationConfig, vocabulary: dict[str, int], multilingual: bool) -> None:
+    """Adds what transcribing needs, and folders without a generation_config.json, or with an old one, lack."""
+    wanted: dict[str, Any] = {"no_timestamps_token_id": vocabulary.get("<|notimestamps|>")}
+    if multilingual:
+        config.is_multilingual = True
+        languages = (f"<|{code}|>" for code in LANGUAGES)
+        wanted["lang_to_id"] = {name: vocabulary[name] for name in languages if name in vocabulary}
+        wanted["task_to_id"] = {task: vocabulary.get(f"<|{task}|>") for task in TASK_IDS}
+    for name, value in wanted.items():
+        if getattr(config, name, None) is None:
+            setattr(config, name, value)
 
 
 def _count(text: str, heard: str) -> tuple[int, int, int, int]:
+    if not text:  # jiwer wants a reference
+        return len(heard.split()), 0, len(heard), 0
     found = []
     for out in (jiwer.process_words(text, heard), jiwer.process_characters(text, heard)):
         missed = out.substitutions + out.deletions

@@ -29,8 +29,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        raise DemoError(f"{path}: cannot be written ({error}); is there room on the disk?") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises DemoError unless the folder can be made and written to, before the work that fills it."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise DemoError(f"{folder}: nothing can be written there, because of {there}")
 
 
 def write_json(path: Path, value: Any) -> None:

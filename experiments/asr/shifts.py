@@ -9,13 +9,13 @@ from pathlib import Path
 from experiments.asr import DemoError
 from experiments.asr.audio import CHILD_FACTOR, TELEPHONE_SNR
 from experiments.asr.fetch import ASTERISK, FRENCH, ITALIAN, SONNET, SPANISH, SPHINX
+from experiments.asr.manifests import read_manifest
 from experiments.asr.prompts import read_foreign_prompts, read_sphinx
 from experiments.asr.speech import (
     AS_RECORDED,
     MAX_PROMPT_SECONDS,
     Clip,
     english_prompts,
-    read_manifest,
     source_speech,
     split,
     split_validation,
@@ -79,11 +79,11 @@ def _own(manifest: Path, language: str) -> _Kind:
 
 
 def _kind(name: str, language: str = "en") -> _Kind:
-    if name.endswith(".jsonl"):
-        return _own(Path(name), language)
-    if name not in _KINDS:
-        raise DemoError(f"`shift` must be one of {', '.join(SHIFTS)} or a manifest, *.jsonl, got {name!r}")
-    return _KINDS[name]
+    if name in _KINDS:
+        return _KINDS[name]
+    if not Path(name).exists():
+        raise DemoError(f"`shift` must be one of {', '.join(SHIFTS)} or a manifest, got {name!r}")
+    return _own(Path(name), language)
 
 
 def parts_of(name: str) -> tuple[str, ...]:

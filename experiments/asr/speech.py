@@ -1,21 +1,30 @@
-"""Which recordings are trained on and which are measured: the built-in corpus, a user's manifest, the split."""
+"""Which recordings are trained on and which are measured: the built-in corpus, the split."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
-import sys
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from experiments.asr import DemoError, progress
-from experiments.asr.audio import CHANNELS, CHILD_FACTOR, RATE, AudioError, Samples, duration, raise_voice, read_audio
+from experiments.asr.audio import (
+    CHANNELS,
+    CHILD_FACTOR,
+    RATE,
+    SLACK,
+    AudioError,
+    Samples,
+    duration,
+    raise_voice,
+    read_audio,
+)
 from experiments.asr.fetch import ASTERISK, SPHINX
 from experiments.asr.prompts import read_prompts, read_sphinx
 from experiments.asr.runfolder import write_atomically
@@ -26,14 +35,14 @@ MAX_PROMPT_SECONDS = 9.5  # the built-in prompts that fit a 10 s encoder window
 MAX_SECONDS = 30.0  # what Whisper hears at once
 CACHE_BYTES = 1 << 30
 AS_RECORDED = "prompts as recorded"  # the English test prompts, unaltered
-VERSION = 1  # of what is made of a recording; another one makes the kept samples again
+VERSION = 2  # of what is made of a recording; another one makes the kept samples again
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One recording: where it is, what is said, and how it is to sound."""
+    """One recording, or a part of it: where it is, what is said, and how it is to sound."""
 
     name: str
     text: str
@@ -42,12 +51,15 @@ class Clip:
     channel: str = ""  # what it is heard through: a name of CHANNELS; "" = as recorded
     where: str = ""  # manifest and line, for error messages
     cache: Path | None = None  # folder that keeps what `read` has made
+    offset: float = 0.0  # seconds before the part
+    seconds: float | None = None  # its length; None = to the end
 
     def read(self) -> Samples:
         """Samples (n,) float32 at 16 kHz. Raises AudioError."""
         if self.cache is None or not self.path.is_file():
             return self._make()
-        made = f"{VERSION}\0{self.path.name}\0{self.voice}\0{self.channel}\0".encode() + self.path.read_bytes()
+        how = "\0".join(map(str, (VERSION, self.path.name, self.voice, self.channel, self.offset, self.seconds)))
+        made = f"{how}\0".encode() + self.path.read_bytes()
         kept = self.cache / f"{hashlib.sha256(made).hexdigest()[:32]}.npy"
         if not kept.is_file():
             samples = self._make()
@@ -57,7 +69,7 @@ class Clip:
 
     def duration(self) -> float:
         """Seconds. Raises AudioError."""
-        return self._located(duration)
+        return self.seconds or self._located(duration) - self.offset
 
     def _located(self, read: Callable[[Path], T]) -> T:
         try:
@@ -66,9 +78,24 @@ class Clip:
             raise AudioError(f"{self.where}: {error}" if self.where else str(error)) from None
 
     def _make(self) -> Samples:
-        samples = self._located(read_audio)
+        samples = self._located(self._part if self.offset or self.seconds else read_audio)
         raised = samples if self.voice == 1.0 else raise_voice(samples, self.voice)
         return CHANNELS[self.channel](raised, self.path.name)
+
+    def _part(self, path: Path) -> Samples:
+        samples = _recording(path, path.stat().st_mtime_ns)
+        begin, whole = round(self.offset * RATE), len(samples) / RATE
+        end = len(samples) if self.seconds is None else begin + round(self.seconds * RATE)
+        if begin >= len(samples) or end > len(samples) + SLACK * RATE:
+            wanted = f"from {self.offset:g} s" + (f" to {self.offset + self.seconds:g} s" if self.seconds else " on")
+            raise AudioError(f"{path}: lasts {whole:.2f} s, so it has no part {wanted}")
+        return samples[begin:end].copy()  # a view would keep the whole recording
+
+
+@lru_cache(maxsize=1)
+def _recording(path: Path, changed: int) -> Samples:
+    """The whole recording, kept until another one is read: its parts follow each other."""
+    return read_audio(path)
 
 
 def _save(path: Path, samples: Samples) -> None:
@@ -77,8 +104,9 @@ def _save(path: Path, samples: Samples) -> None:
 
 
 def words(text: str) -> str:
-    """The text as the split sees it: lower case, letters and digits only."""
-    return " ".join(re.findall(r"\w+", text.lower()))
+    """The text as the split sees it: in NFC and lower case, letters, their marks, digits and underscores only."""
+    plain = unicodedata.normalize("NFC", text.lower())
+    return " ".join("".join(c if c == "_" or unicodedata.category(c)[0] in "LMN" else " " for c in plain).split())
 
 
 def held_out(text: str, share: float = HELD_OUT) -> bool:
@@ -146,81 +174,11 @@ def built_in(data: Path) -> Corpus:
     return corpus
 
 
-def read_manifest(path: Path) -> list[Clip]:
-    """JSON lines {"audio": path, "text": what is said}; paths relative to the manifest's folder.
-
-    A line may hold "pitch", a factor by which the voice is raised, and "channel", what it is heard through; without
-    them the recording is used as it is. Raises DemoError naming file and line for an empty line, bad JSON, a missing
-    key, a text without words and a missing audio file.
-    """
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DemoError(f"{path}: the manifest cannot be read ({error})") from None
-    if not content.strip():
-        raise DemoError(f'{path}: the manifest is empty; each line is {{"audio": path, "text": words}}')
-    clips = []
-    for number, line in enumerate(content.removesuffix("\n").split("\n"), 1):  # splitlines() would split texts, too
-        where = f"{path}:{number}"
-        if not line.strip():
-            raise DemoError(f'{where}: the line is empty; each line is {{"audio": path, "text": words}}')
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DemoError(f"{where}: not JSON ({error})") from None
-        for key in ("audio", "text"):
-            if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
-                raise DemoError(
-                    f'{where}: no text under the key "{key}"; each line is {{"audio": path, "text": words}}'
-                )
-        if not words(entry["text"]):
-            raise DemoError(f"{where}: the text {entry['text']!r} contains no words")
-        audio = path.parent / entry["audio"]
-        if not audio.is_file():
-            raise DemoError(f"{where}: there is no audio file {audio}")
-        pitch = entry.get("pitch", 1.0)
-        if isinstance(pitch, bool) or not isinstance(pitch, (int, float)) or not 0.5 <= pitch <= 2:
-            raise DemoError(f"{where}: `pitch` must be a factor from 0.5 to 2 (default: as recorded), got {pitch!r}")
-        channel = entry.get("channel", "")
-        if channel not in CHANNELS:
-            raise DemoError(f"{where}: `channel` must be one of {', '.join(map(repr, CHANNELS))}, got {channel!r}")
-        clips.append(Clip(entry["audio"], entry["text"], audio, float(pitch), channel, where))
-    return clips
-
-
-def write_manifest(path: Path, clips: Iterable[Clip]) -> None:
-    """The clips as a manifest that `read_manifest` reads."""
-    lines = [{"audio": str(c.path.resolve()), "text": c.text, "pitch": c.voice, "channel": c.channel} for c in clips]
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-
-
-def from_manifest(manifest: Path, eval_manifest: Path | None) -> Corpus:
-    """A user's speech as the target domain, as it is. Without `eval_manifest` a quarter of the texts is held out."""
-    clips = read_manifest(manifest)
-    if eval_manifest is None:
-        rest, test = split(clips)
-        if not rest or not test:
-            raise DemoError(
-                f"{manifest}: {len(rest)} of its {len(clips)} lines fall on the training side and {len(test)} "
-                "on the held-out side; give --eval-manifest"
-            )
-    else:
-        rest, test = clips, read_manifest(eval_manifest)
-        known = {words(clip.text) for clip in rest}
-        both = [clip for clip in test if words(clip.text) in known]
-        if both:
-            print(
-                f"note: {len(both)} of the {len(test)} texts of {eval_manifest} are also in {manifest} (first: "
-                f"{both[0].where}); the result will look better than on new texts",
-                file=sys.stderr,
-            )
-    return Corpus(manifest.stem, *split_validation(rest, test), test)
-
-
 class Speech:
     """Clips whose audio has been read once and checked. Keeps samples up to `CACHE_BYTES`, reads the rest again."""
 
-    def __init__(self, clips: list[Clip], desc: str, drop_above: float | None = None) -> None:
+    def __init__(self, clips: list[Clip], desc: str, drop_above: float | None = None, language: str = "en") -> None:
+        self.language = language
         self.clips: list[Clip] = []
         self.seconds: list[float] = []
         self.dropped = 0

@@ -3,8 +3,8 @@
 python -m experiments.asr.strength built-in RUN/adapter.safetensors --target RUN/held-out.jsonl --source other.jsonl
 python -m experiments.asr.strength openai/whisper-small a.safetensors --target t.jsonl --source s.jsonl --keep 6.5
 
-Manifests are files of JSON lines {"audio": path, "text": what is said}. Stop with Ctrl-C and run the same command
-again: it goes on where it was. See `ssvd_kernels.set_strength`.
+Manifests are as for the demo. Stop with Ctrl-C and run the same command again: it goes on where it was. See
+`ssvd_kernels.set_strength`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import ssvd_kernels as sk
 from experiments.asr import DemoError
 from experiments.asr.commands import exit_status
 from experiments.asr.fetch import MODEL, default_data, ensure, sha256_file
-from experiments.asr.recognizer import Recognizer, Score, load_recognizer
-from experiments.asr.runfolder import RunFolder, short_hash, write_atomically, write_json
-from experiments.asr.speech import Speech, read_manifest
+from experiments.asr.manifests import read_manifest
+from experiments.asr.recognizer import Recognizer, Score, language_code, load_recognizer
+from experiments.asr.runfolder import RunFolder, check_writable, short_hash, write_atomically, write_json
+from experiments.asr.speech import Speech
 from experiments.asr.transcribe import pick_device
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
@@ -75,7 +76,8 @@ def measure(
         scores = []
         for name, speech in (("target", target), ("source", source)):
             if speech is not None:
-                here = {**key, "strength": strength, "speech": speech.fingerprint}
+                recognizer.set_language(speech.language)
+                here = {**key, "strength": strength, "speech": speech.fingerprint, "language": speech.language}
                 what = f"{name} at {strength:g}"
                 heard = folder.transcripts(what, here, partial(recognizer.transcribe, speech, what))
                 scores.append(recognizer.score(speech.texts, heard))
@@ -171,7 +173,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--source", type=Path, help="manifest of speech that should not be forgotten")
     add("--keep", type=float, metavar="WER", help="name the best strength with a source WER of at most this (per cent)")
     add("--strengths", type=float, nargs="+", default=STRENGTHS, help="default: 0 to 1.25 in steps of 0.25")
-    add("--language", default="en", help="language of the speech (default: en)")
+    add("--language", default="en", help="language of the target (default: en)")
+    add("--source-language", help="language of --source (default: that of the target)")
     add("--window", type=float, default=30, help="seconds that the encoder hears (default: 30)")
     add("--data", type=Path, default=default_data(), help="data folder (default: $SSVD_DATA or ./data)")
     add("--out", type=Path, help="run folder (default: runs/strength-HASH)")
@@ -186,15 +189,20 @@ def run(args: argparse.Namespace) -> int:
     built_in = args.model == BUILT_IN
     if built_in:
         ensure(args.data, (MODEL,))
-    target = Speech(read_manifest(args.target), "reading the target")
-    source = None if args.source is None else Speech(read_manifest(args.source), "reading the source")
+    language = language_code(args.language)
+    check_writable(args.out or Path("runs"))
     device = pick_device(args.device)
-    recognizer = load_recognizer(None if built_in else args.model, args.data, device, args.language)
+    target = Speech(read_manifest(args.target, silent=True), "reading the target", language=language)
+    source = None
+    if args.source is not None:
+        known = language_code(args.source_language or language)
+        source = Speech(read_manifest(args.source, silent=True), "reading the source", language=known)
+    recognizer = load_recognizer(None if built_in else args.model, args.data, device, language)
     settings = {
         "weights": recognizer.fingerprint,
         "adapter": sha256_file(args.adapter) if args.adapter.is_file() else "",
         "window": args.window,
-        "language": args.language,
+        "language": language,
         "device": device.type,
     }
     try:

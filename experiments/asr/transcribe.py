@@ -16,9 +16,10 @@ import transformers
 import ssvd_kernels as sk
 from experiments.asr import DemoError
 from experiments.asr.fetch import MODEL, default_data, ensure
+from experiments.asr.manifests import read_manifest
 from experiments.asr.recognizer import load_recognizer
-from experiments.asr.runfolder import write_json
-from experiments.asr.speech import Clip, Speech, read_manifest
+from experiments.asr.runfolder import check_writable, write_json
+from experiments.asr.speech import Clip, Speech
 
 
 def pick_device(name: str) -> torch.device:
@@ -37,13 +38,17 @@ def pick_device(name: str) -> torch.device:
 
 
 def run(args: argparse.Namespace) -> None:
-    clips = read_manifest(args.manifest) if args.manifest else [Clip(name, "", Path(name)) for name in args.audio]
+    clips = [Clip(name, "", Path(name)) for name in args.audio]
+    if args.manifest:
+        clips = read_manifest(args.manifest, silent=True)
     if not clips:
         raise DemoError("nothing to transcribe: give audio files or --manifest")
-    speech = Speech(clips, "reading audio")
+    if args.json:
+        check_writable(args.json.parent)
     if args.model is None:
         ensure(args.data, (MODEL,))
     recognizer = load_recognizer(args.model, args.data, pick_device(args.device), args.language)
+    speech = Speech(clips, "reading audio")
     recognizer.set_window(args.window)
     if args.adapter:
         sk.load_adapter(recognizer.model, args.adapter)
@@ -64,7 +69,7 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     parser = argparse.ArgumentParser(prog="python -m experiments.asr.transcribe", description="Transcribes recordings.")
     parser.add_argument("audio", nargs="*", help="audio files")
-    parser.add_argument("--manifest", type=Path, help="JSON lines with audio and text, instead of audio files")
+    parser.add_argument("--manifest", type=Path, help="as for the demo, instead of audio files")
     parser.add_argument("--adapter", type=Path, help="SSVD adapter (safetensors)")
     parser.add_argument("--merge", action="store_true", help="merge the adapter into the weights first")
     parser.add_argument("--model", help="Hugging Face name or folder (default: the built-in Whisper tiny.en)")
@@ -76,7 +81,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the transcripts to this file instead of printing them")
     try:
         run(parser.parse_args())
-    except (DemoError, sk.AdapterError, FileNotFoundError) as error:
+    except (DemoError, sk.AdapterError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

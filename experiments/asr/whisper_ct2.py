@@ -28,6 +28,7 @@ from transformers import (
 from experiments.asr import DemoError
 
 FORMAT = 6
+MULTILINGUAL = 51865  # tokens at least; the English-only vocabulary is one token shorter
 DTYPES: dict[int, np.dtype] = {
     0: np.dtype("<f4"),
     1: np.dtype("i1"),
@@ -186,7 +187,7 @@ def _state_dict(v: _Variables, config: WhisperConfig) -> dict[str, Tensor]:
 
 def _generation_config(config: WhisperConfig, ids: dict[str, int], settings: dict) -> GenerationConfig:
     languages = {name: i for name, i in ids.items() if i in set(settings["lang_ids"])}
-    multilingual = config.vocab_size >= 51865  # the English-only vocabulary is one token shorter
+    multilingual = config.vocab_size >= MULTILINGUAL
     return GenerationConfig(
         max_length=config.max_target_positions,
         decoder_start_token_id=config.decoder_start_token_id,

@@ -38,12 +38,36 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def write_missing(folder: Path, mels: int) -> None:
+    """Writes those of FASTER_WHISPER that the folder lacks, from what transformers loads there.
+
+    Without a feature extractor's file faster-whisper would take 80 mels for granted. Raises UsageError if there is no
+    tokenizer at all.
+    """
+    from transformers import AutoTokenizer, WhisperFeatureExtractor
+
+    if not (folder / FASTER_WHISPER[0]).is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder)  # an empty one where there are no files
+        if "<|startoftranscript|>" not in tokenizer.get_vocab():
+            raise UsageError("--ctranslate2 requires Whisper's tokenizer in the folder of the base model")
+        tokenizer.save_pretrained(folder)
+    if not (folder / FASTER_WHISPER[1]).is_file():
+        try:
+            extractor = WhisperFeatureExtractor.from_pretrained(folder)
+        except OSError:
+            extractor = WhisperFeatureExtractor(feature_size=mels)
+        extractor.save_pretrained(folder)
+
+
 def to_ctranslate2(folder: Path, output: Path, quantization: str | None) -> None:
     """Converts a transformers folder, with the files that faster-whisper wants."""
     try:
         from ctranslate2.converters import TransformersConverter
+        from transformers import AutoConfig
     except ImportError as error:
         raise UsageError(f"--ctranslate2 requires ctranslate2 ({error}): pip install ctranslate2") from None
+    if (config := AutoConfig.from_pretrained(folder)).model_type == "whisper":
+        write_missing(folder, config.num_mel_bins)
     files = [name for name in FASTER_WHISPER if (folder / name).is_file()]
     converter = TransformersConverter(str(folder), copy_files=files)
     with new_folder(output) as temporary:

@@ -15,7 +15,7 @@ give it another one than was trained, is refused as the state dict is loaded (to
 
 save_strategy "all" stores the base weights and their singular vectors too and loads into a new model as it is;
 "required_grad_only" stores what trains and a sketch of the singular vectors, and loads over the base weights;
-"adapter_only" is refused by ESPnet's trainer for adapters other than its own.
+"adapter_only" is refused: by the launcher at once, by ESPnet's trainer only after an epoch.
 """
 
 from __future__ import annotations
@@ -271,7 +271,12 @@ def main() -> None:
     parser.parse_args()
     register()
     del sys.argv[0]
-    importlib.import_module(sys.argv[0]).main()
+    program = importlib.import_module(sys.argv[0])
+    if hasattr(program, "get_parser"):
+        options = vars(program.get_parser().parse_known_args()[0])
+        if options.get("save_strategy") == "adapter_only" and options.get("adapter") == "ssvd_kernels":
+            parser.error("save_strategy must be all or required_grad_only: ESPnet refuses adapter_only after an epoch")
+    program.main()
 
 
 if __name__ == "__main__":

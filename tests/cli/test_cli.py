@@ -186,6 +186,26 @@ def test_merge_writes_a_ctranslate2_folder(capsys, files, tmp_path, quantization
     assert model.compute_type.startswith(quantization or "float32")
 
 
+def test_what_faster_whisper_wants_is_written_or_asked_for(capsys, files, tmp_path):
+    """transformers 5 keeps the feature extractor's settings in processor_config.json; 80 mels would be its default."""
+    pytest.importorskip("ctranslate2")
+    from transformers import AutoTokenizer, WhisperFeatureExtractor
+
+    base = shutil.copytree(files.base, tmp_path / "base")
+    settings = {"feature_extractor": {"feature_size": 128, "feature_extractor_type": "WhisperFeatureExtractor"}}
+    (base / "processor_config.json").write_text(json.dumps(settings))
+    for mels in (128, files.model.config.num_mel_bins):
+        out = tmp_path / f"ct2-{mels}"
+        assert call(capsys, "merge", base, files.adapter, out, "--ctranslate2")[0] == 0
+        assert WhisperFeatureExtractor.from_pretrained(out).feature_size == mels
+        assert AutoTokenizer.from_pretrained(out).get_vocab() == AutoTokenizer.from_pretrained(base).get_vocab()
+        (base / "processor_config.json").unlink(missing_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).unlink()
+    status, _, err = call(capsys, "merge", base, files.adapter, tmp_path / "none", "--ctranslate2")
+    assert status == 2 and "--ctranslate2 requires Whisper's tokenizer" in err and not (tmp_path / "none").exists()
+
+
 def test_inspect_tells_what_the_file_holds(capsys, files):
     status, out, _ = call(capsys, "inspect", files.adapter, "--json")
     found = json.loads(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from asr_tiny import manifest, pitch, real_data, tone, write_wav
+from asr_tiny import encode, float_wav, pitch, real_data, tone, write_wav
 
 from experiments.asr import DemoError, fetch, speech
 from experiments.asr.audio import RATE, AudioError, duration, raise_voice, read_audio, telephone
@@ -91,6 +92,59 @@ def test_a_playlist_has_no_other_file_read(tmp_path, monkeypatch):
         read_audio(tmp_path / "list.wav")
 
 
+CODECS = [("a.mp3", "libmp3lame", RATE), ("a.m4a", "aac", RATE), ("a.flac", "flac", RATE), ("a.opus", "libopus", 48000)]
+
+
+@pytest.mark.parametrize(("name", "codec", "rate"), CODECS)
+def test_compressed_files_are_read_and_refused_where_they_are_truncated(tmp_path, name, codec, rate):
+    noise = np.random.default_rng(0).standard_normal(2 * RATE).astype(np.float32) / 100
+    path = encode(tmp_path / name, codec, tone(440, 2) + noise, rate)
+    samples = read_audio(path)
+    assert pitch(samples) == pytest.approx(440, abs=2) and len(samples) == pytest.approx(2 * RATE, abs=0.12 * RATE)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(
+        AudioError, match=rf"{name}: (is truncated: \d\.\d\d s of the 2.00 s|cannot be decoded .* if it is whole)"
+    ):
+        read_audio(path)
+
+
+def test_mp3_files_without_a_header_are_taken_as_they_are(tmp_path):
+    """FFmpeg estimates their duration from the first frame's bit rate."""
+    content = b""
+    for bit_rate in (8000, 64000):
+        whole = encode(tmp_path / "a.mp3", "libmp3lame", tone(440, 2), bit_rate=bit_rate).read_bytes()
+        content += whole[whole.index(b"\xff\xf3", whole.index(b"Info\0\0\0")) :]
+    (tmp_path / "a.mp3").write_bytes(content)
+    assert duration(tmp_path / "a.mp3") > 8
+    assert len(read_audio(tmp_path / "a.mp3")) / RATE == pytest.approx(4, abs=0.2)
+
+
+@pytest.mark.parametrize("size", [0, 0x7FFFF000, 0xFFFFFFFF])
+def test_a_wav_header_that_promises_more_than_there_is(tmp_path, size):
+    path = write_wav(tmp_path / "a.wav", tone(440, 2))
+    content = path.read_bytes()
+    unknown = content.replace(struct.pack("<4sI", b"data", 4 * RATE), struct.pack("<4sI", b"data", size))
+    path.write_bytes(content[: 44 + RATE])
+    with pytest.raises(AudioError, match=r"a.wav: is truncated: 0.50 s of the 2.00 s that its header promises"):
+        read_audio(path)
+    path.write_bytes(unknown[: 44 + RATE])  # as written to a pipe
+    assert len(read_audio(path)) == RATE // 2 == duration(path) * RATE
+
+
+def test_channels_are_mixed_by_their_mean(tmp_path):
+    left, right = 2 * tone(300, 1), 1.8 * tone(300, 1)
+    heard = read_audio(float_wav(tmp_path / "a.wav", np.stack([left, right], 1)))
+    np.testing.assert_allclose(heard, (left + right) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_samples_that_are_no_numbers_are_refused(tmp_path, bad):
+    samples = tone(300, 1)
+    samples[7] = bad
+    with pytest.raises(AudioError, match=r"a.wav: contains NaN or infinite samples"):
+        read_audio(float_wav(tmp_path / "a.wav", samples[:, None]))
+
+
 # -- corpus ------------------------------------------------------------------------------------------------------------
 
 
@@ -122,66 +176,6 @@ def test_split_is_disjoint_stable_and_by_text():
     less, more = speech.split(clips, 0.4)  # a larger share holds out more of the same
     assert {c.name for c in test} < {c.name for c in more} and {c.name for c in less} < {c.name for c in training}
     assert len(more) == pytest.approx(320, abs=60)
-
-
-def test_manifest_is_read_as_it_is(tmp_path):
-    write_wav(tmp_path / "a.wav", tone(300, 1))
-    line = {"audio": "a.wav", "text": "three short\u2028words"}
-    plain, raised = speech.read_manifest(manifest(tmp_path, line, {**line, "pitch": 1.6}))
-    assert (plain.text, plain.voice, plain.path) == (line["text"], 1.0, tmp_path / "a.wav")
-    called = speech.Clip("call", line["text"], tmp_path / "a.wav", channel="telephone")
-    data = speech.Speech([plain, raised, called], "test")
-    assert pitch(data.samples(0)) == pytest.approx(300, abs=2)
-    assert pitch(data.samples(1)) == pytest.approx(480, abs=3)
-    speech.write_manifest(tmp_path / "again.jsonl", data.clips)
-    again = speech.Speech(speech.read_manifest(tmp_path / "again.jsonl"), "test")
-    assert again.fingerprint == data.fingerprint
-    assert not np.array_equal(data.samples(2), data.samples(0))
-
-
-GOOD = {"audio": "a.wav", "text": "three short words"}
-
-
-@pytest.mark.parametrize(
-    ("second", "message"),
-    [
-        ("", "m.jsonl:2: the line is empty"),
-        ("{'audio': 1}", "m.jsonl:2: not JSON"),
-        ('["a.wav", "words"]', 'm.jsonl:2: no text under the key "audio"'),
-        ({"audio": "a.wav"}, 'm.jsonl:2: no text under the key "text"'),
-        ({"audio": "a.wav", "text": " ... "}, "m.jsonl:2: the text ' ... ' contains no words"),
-        ({"audio": "b.wav", "text": "words"}, "m.jsonl:2: there is no audio file .*b.wav"),
-        ({**GOOD, "pitch": 9}, "m.jsonl:2: `pitch` must be a factor from 0.5 to 2 .*, got 9"),
-        ({**GOOD, "channel": "tin"}, "m.jsonl:2: `channel` must be one of '', 'telephone', got 'tin'"),
-    ],
-)
-def test_bad_manifest_lines_are_named(tmp_path, second, message):
-    write_wav(tmp_path / "a.wav", tone(300, 1))
-    with pytest.raises(DemoError, match=message):
-        speech.read_manifest(manifest(tmp_path, GOOD, second, GOOD))
-
-
-def test_bad_manifest_audio_is_named_with_its_line(tmp_path):
-    write_wav(tmp_path / "a.wav", tone(300, 31))
-    (tmp_path / "b.wav").write_text("no sound")
-    for name, message in (("a.wav", "m.jsonl:1: .*31.0 s; at most 30 s"), ("b.wav", "m.jsonl:1: .*cannot be decoded")):
-        clips = speech.read_manifest(manifest(tmp_path, {**GOOD, "audio": name}))
-        with pytest.raises(DemoError, match=message):
-            speech.Speech(clips, "test")
-
-
-def test_manifest_without_both_sides_is_refused(tmp_path, capsys):
-    write_wav(tmp_path / "a.wav", tone(300, 1))
-    path = manifest(tmp_path, GOOD)
-    with pytest.raises(DemoError, match="give --eval-manifest"):
-        speech.from_manifest(path, None)
-    corpus = speech.from_manifest(path, path)
-    assert len(corpus.train) == len(corpus.test) == 1
-    assert "1 of the 1 texts" in capsys.readouterr().err
-    for content in ("", None):
-        path.write_text(content) if content is not None else path.unlink()
-        with pytest.raises(DemoError, match=r"m.jsonl: the manifest (is empty|cannot be read)"):
-            speech.read_manifest(path)
 
 
 def test_audio_beyond_the_cache_is_read_again(tmp_path, monkeypatch):

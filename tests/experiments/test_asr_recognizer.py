@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from asr_tiny import logits, tone, write_ct2
-from transformers import WhisperFeatureExtractor
+from transformers import GenerationConfig, WhisperFeatureExtractor
 
 from experiments.asr import DemoError
+from experiments.asr import recognizer as recognizer_module
 from experiments.asr.recognizer import IGNORED, Recognizer, Score, load_recognizer
+from experiments.asr.speech import Clip
 from experiments.asr.whisper_ct2 import is_ct2_whisper, load_whisper_ct2, read_ct2
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,6 +94,45 @@ def test_error_rates_after_the_normaliser(tiny):
         tiny.score(["..."], ["word"])
 
 
+def test_words_heard_where_nothing_is_said_are_inserted(tiny):
+    score = tiny.score(["some words", "...", "uh"], ["some words", "thank you", ""])
+    assert score.per_utterance == [(0, 2, 0, 10), (2, 0, 9, 0), (0, 0, 0, 0)] and score.wer == 1.0
+
+
+def test_marks_are_letters_in_other_languages(tiny):
+    """In Hindi, Tamil and Thai, vowels are combining marks; a decomposed text is the same text."""
+    hindi, other = "\u0926\u093f\u0928 \u0915\u0940", "\u0926\u093e\u0928 \u0915\u093e"
+    for language, text, heard, errors in (
+        ("hi", hindi, other, 2),
+        ("hi", hindi, f"{hindi}!", 0),
+        ("ta", "\u0bae\u0bbf", "\u0bae\u0bc0", 1),
+        ("fr", "\u00e9t\u00e9", "e\u0301te\u0301", 0),
+        ("en", "caf\u00e9", "cafe\u0301", 0),
+    ):
+        tiny.set_language(language)
+        score = tiny.score([text], [heard])
+        assert score.errors == errors and bool(score.character_errors) == bool(errors), (language, text, heard)
+
+
+def test_characters_are_the_words_of_languages_without_blanks(tiny):
+    tiny.set_language("thai")
+    said, heard = (
+        "\u0e01\u0e34\u0e19\u0e02\u0e49\u0e32\u0e27",
+        "\u0e01\u0e34\u0e19 \u0e02\u0e32\u0e27",
+    )  # six code points and marks, one of them lost
+    assert tiny.score([said], [heard]).per_utterance == [(1, 5, 1, 5)]
+    tiny.set_language("ja")
+    assert tiny.score(["\u4eca\u65e5\u306f"], ["\u4eca\u65e5 \u306f\u3002"]).errors == 0
+
+
+def test_special_tokens_in_texts_are_refused_with_their_line(tiny):
+    clips = [
+        Clip("a", text, Path("a.wav"), where=f"m.jsonl:{n}") for n, text in enumerate(("fine", "a <|endoftext|> b"))
+    ]
+    with pytest.raises(DemoError, match=r"m.jsonl:1: a text must not contain the model's own token <\|endoftext\|>"):
+        tiny.check(clips)
+
+
 def test_an_english_model_hears_another_language(ct2_folder):
     french = load_recognizer(str(ct2_folder.path), ct2_folder.path, torch.device("cpu"), "fr")
     ids = french.tokenizer.get_vocab()
@@ -129,9 +171,11 @@ def test_unknown_model_and_language_are_refused(ct2_folder, tmp_path):
     with pytest.raises(DemoError, match=r"--model must be a whisper model, .*of type bert"):
         load_recognizer(str(tmp_path / "bert"), tmp_path, torch.device("cpu"))
     model, tokenizer, _ = load_whisper_ct2(ct2_folder.path)
-    model.generation_config.is_multilingual = True
-    with pytest.raises(DemoError, match=r"`language` must .*no token <\|xx\|>, got 'xx'"):
+    with pytest.raises(DemoError, match=r"`language` must be a code or a name .*got 'xx'"):  # also by English models
         Recognizer(model, tokenizer, "tiny", torch.device("cpu"), "xx")
+    model.generation_config.is_multilingual = True
+    with pytest.raises(DemoError, match=r"`language` must .*no token <\|de\|>, got 'de'"):
+        Recognizer(model, tokenizer, "tiny", torch.device("cpu"), "German")
 
 
 def test_hugging_face_folder_loads_the_same(ct2_folder, tiny, tmp_path):
@@ -144,11 +188,15 @@ def test_hugging_face_folder_loads_the_same(ct2_folder, tiny, tmp_path):
     assert other.prefix == tiny.prefix
 
 
-@pytest.mark.parametrize("multilingual", [False, True])
+@pytest.mark.parametrize("multilingual", [False, True, "by its vocabulary alone"])
 def test_training_and_transcribing_share_the_prompt(multilingual, ct2_folder, clips, monkeypatch):
+    """Some folders have no generation_config.json, or one from before its language tokens."""
     model, tokenizer, _ = load_whisper_ct2(ct2_folder.path)
     ids = tokenizer.get_vocab()
-    if multilingual:
+    if isinstance(multilingual, str):
+        monkeypatch.setattr(recognizer_module, "MULTILINGUAL", model.config.vocab_size)
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+    elif multilingual:
         model.generation_config.is_multilingual = True
         model.generation_config.lang_to_id = {"<|en|>": ids["<|en|>"]}
         model.generation_config.task_to_id = {"transcribe": ids["<|transcribe|>"]}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -172,8 +175,8 @@ def test_demo_on_a_users_speech(command, tmp_path, monkeypatch, capsys):
 def test_without_a_choice_everything_trains(command, arguments, said, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "LEAST", 8)
     monkeypatch.chdir(tmp_path)
-    training, validation, sets = demo.gather(demo.parse([*command, *arguments]))
-    assert said in capsys.readouterr().out
+    training, validation, sets = demo.gather(demo.parse([*command, *arguments, "--language", "es"]))
+    assert said in capsys.readouterr().out and training.language == sets["m"].language == "es"
     assert len(training) == trained and validation == [] and list(sets) == ["m"]
 
 
@@ -196,6 +199,18 @@ def test_a_given_strength_is_in_its_range(value, capsys):
     with pytest.raises(SystemExit):
         demo.parse(["--strength", value])
     assert f"--strength must be between 0 and 1.5, got {value}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_terminal_shows_the_commands_own_lines_only(command):
+    """transformers imports torchao where it is installed, which complains about itself."""
+    bars = "reading|before|factorising|fine-tuning|strength|target|source|merged|transcribing"
+    own = re.compile(rf"(|({bars})\b.*%\|.*)")
+    for arguments in (["--help"], [*command, "--steps", "1"]):
+        start = [sys.executable, "-m", "experiments.asr.demo", *arguments]
+        done = subprocess.run(start, capture_output=True, text=True)
+        foreign = [line for line in re.split(r"[\r\n]", done.stderr) if not own.fullmatch(line)]
+        assert done.returncode == 0 and not foreign
 
 
 @pytest.mark.slow
@@ -233,6 +248,55 @@ def test_demo_stops_and_goes_on(command, tmp_path, monkeypatch, capsys):
 def test_demo_names_bad_arguments(command, arguments, message, capsys):
     assert demo.main([*command, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_bad_folders_are_found_before_anything_is_read(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speech.Clip, "read", lambda clip: 1 / 0)
+    (tmp_path / "file").write_text("")
+    for main in (demo.main, lambda argv: strength.main(["model", "a.safetensors", "--target", "t.jsonl", *argv[-2:]])):
+        assert main([*command, "--out", str(tmp_path / "file" / "run")]) == 2
+        assert "file/run: nothing can be written there, because of " in capsys.readouterr().err
+    assert demo.main([*command, "--language", "germanic"]) == 2
+    assert "`language` must be a code or a name that Whisper knows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["text", "checkpoint", "adapter"])
+def test_a_full_disk_is_named_and_leaves_what_was_there(what, tmp_path):
+    """As if at most 4096 bytes fitted; in a process of its own, which cannot take that back."""
+    code = f"""
+import resource, signal, torch
+import ssvd_kernels as sk
+from pathlib import Path
+from experiments.asr import commands, runfolder
+run, layer = runfolder.RunFolder(Path({str(tmp_path)!r}), {{}}), torch.nn.Sequential(torch.nn.Linear(200, 200))
+sk.inject(layer, sk.SSVDConfig(ratio=0.9), progress=False)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+write = {{
+    "text": lambda: runfolder.write_json(run.path / "text", "a" * 9999),
+    "checkpoint": lambda: run.save_checkpoint({{"a": torch.zeros(9999)}}),
+    "adapter": lambda: sk.save_adapter(layer, run.path / "adapter"),
+}}
+raise SystemExit(commands.exit_status(write[{what!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.fullmatch(rf"error: .*{what}.*cannot be written.*\n", done.stderr), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
+def test_each_set_is_heard_and_scored_in_its_own_language(clips, tmp_path, monkeypatch):
+    known: list[str] = []
+    recognizer = Mock(fingerprint="", set_language=known.append)
+    monkeypatch.setattr(clips, "language", "es")
+    english = Mock(language="en", fingerprint="", texts=[])
+    for data in (clips, english, clips):
+        folder = Mock()
+        demo.Evaluation(recognizer, folder, 2)("before", "", "set", data)
+        assert folder.transcripts.call_args[0][1]["language"] == data.language
+    monkeypatch.setattr(sk, "set_strength", lambda *args: None)
+    strength.measure(recognizer, Mock(), {}, [1.0], clips, english)
+    assert known == ["es", "en", "es", "es", "en"]
 
 
 def test_transcribe_prints_what_it_hears(ct2_folder, tmp_path, monkeypatch, capsys):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import runpy
+import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,6 +122,21 @@ def test_the_launcher_runs_an_espnet_program(capsys, monkeypatch):
         with pytest.raises(SystemExit) as stopped:
             integration.main()
         assert stopped.value.code == code and text in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(("strategy", "runs"), [("adapter_only", False), ("required_grad_only", True)])
+def test_the_launcher_refuses_what_espnet_would_refuse_after_an_epoch(capsys, monkeypatch, strategy, runs):
+    called: list[bool] = []
+    parser = argparse.ArgumentParser()
+    for option in ("--save_strategy", "--adapter"):
+        parser.add_argument(option)
+    program = SimpleNamespace(get_parser=lambda: parser, main=lambda: called.append(True))
+    monkeypatch.setitem(sys.modules, "some_train", program)
+    monkeypatch.setattr("sys.argv", ["espnet.py", "some_train", "--save_strategy", strategy, "--adapter=ssvd_kernels"])
+    with nullcontext() if runs else pytest.raises(SystemExit):
+        integration.main()
+    assert called == [True] * runs
+    assert ("save_strategy must be all or required_grad_only" in capsys.readouterr().err) != runs
 
 
 def test_processes_that_espnet_spawns_register_too(monkeypatch):

@@ -20,6 +20,7 @@ import torch
 for _needed in ("transformers", "av", "jiwer", "matplotlib", "tokenizers"):
     pytest.importorskip(_needed, reason="the speech experiment needs the extra `demo`")
 
+import av
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, WhisperConfig, WhisperForConditionalGeneration
 
@@ -139,6 +140,29 @@ def write_wav(path: Path, samples: np.ndarray, rate: int = RATE) -> Path:
         stream.setsampwidth(2)
         stream.setframerate(rate)
         stream.writeframes((samples * 32767).astype("<i2").tobytes())
+    return path
+
+
+def encode(path: Path, codec: str, samples: np.ndarray, rate: int = RATE, bit_rate: int = 32000) -> Path:
+    """Mono samples at 16 kHz in the file format that the name tells."""
+    frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
+    frame.sample_rate = RATE
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.layout = "mono"
+        stream.bit_rate = bit_rate
+        made = av.AudioResampler(format=stream.codec_context.format or "flt", layout="mono", rate=rate).resample(frame)
+        container.mux([packet for each in (*made, None) for packet in stream.encode(each)])
+    return path
+
+
+def float_wav(path: Path, samples: np.ndarray) -> Path:
+    """Samples (n, channels) at 16 kHz as a 32-bit float WAV file."""
+    data, channels = samples.astype("<f4").tobytes(), samples.shape[1]
+    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 3, channels, RATE, 4 * channels * RATE, 4 * channels, 32)
+    path.write_bytes(
+        struct.pack("<4sI4s", b"RIFF", 36 + len(data), b"WAVE") + form + struct.pack("<4sI", b"data", len(data)) + data
+    )
     return path
 
 
