@@ -69,6 +69,12 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         self.ssvd_adapter[adapter_name] = adapter
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    @torch.no_grad()
+    def draw(self, adapter_name: str) -> None:
+        """Draws all that the adapter trains from a normal distribution of standard deviation 0.02."""
+        for parameter in self.ssvd_adapter[adapter_name].parameters():
+            parameter.normal_(std=0.02)
+
     def _factorization(self, k: int, rounded: bool) -> Factorization:
         """rounded: whether that of an adapter in the activation form does, of which one basis is rounded."""
         for adapter in self._adapters():
