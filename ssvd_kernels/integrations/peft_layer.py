@@ -106,7 +106,8 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         if len(running) == 1:
             return running[0].weight
         if not running:
-            return base_weight(self.base_layer) if self.merged else self.base_weight.detach().clone()
+            merged = self.merged and not self.disable_adapters
+            return base_weight(self.base_layer) if merged else self.base_weight.detach().clone()
         return compose(self.base_weight, *_sum(running))
 
     def forward(self, x: Tensor) -> Tensor:

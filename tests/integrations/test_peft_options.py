@@ -1,9 +1,10 @@
-"""PEFT: ranks by layer, biases that train, and adapters that start at random."""
+"""PEFT: ranks by layer, biases that train, adapters that start at random, and the layers' weight while disabled."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from bounds import assert_bounded
 from cases import relative_error
 from models import RANK, train_randomly
 from peft_models import SSVDPeftConfig, adapted, base_model, config, layers, peft, run
@@ -80,3 +81,49 @@ def test_which_biases_train_and_that_they_come_back(bias, tmp_path):
     train_randomly(model).eval().save_pretrained(str(tmp_path))
     loaded = peft.PeftModel.from_pretrained(base_model(), str(tmp_path))
     assert torch.equal(run(loaded), run(model))
+
+
+FORMS = [
+    {},
+    {"side": "output"},
+    {"form": "activation"},
+    {"form": "activation", "side": "output"},
+    {"form": "activation", "side": "both"},
+]
+
+
+@pytest.mark.parametrize("options", FORMS)
+@pytest.mark.parametrize("kind", ["Linear", "Conv1d", "Conv2d"])
+def test_the_gradient_of_a_bias_is_the_sum_of_the_output_s(kind, options):
+    layer = nn.Linear(12, 9) if kind == "Linear" else getattr(nn, kind)(12, 9, 1)
+    shape, dims = {"Linear": ((40, 9), (0,)), "Conv1d": ((4, 9, 10), (0, 2)), "Conv2d": ((4, 9, 2, 5), (0, 2, 3))}[kind]
+    model = peft.get_peft_model(nn.Sequential(layer), config(target_modules=["0"], bias="ssvd_only", **options))
+    train_randomly(model)
+    draws = [torch.randn(shape) for _ in range(16)]
+    x = torch.randn(shape[0], 12, *shape[2:])
+    model(x).backward(draws[0])
+    (name,) = training_biases(model)
+    found, dtypes = {"bias": model.get_parameter(name).grad}, (torch.float32, torch.float64)
+    assert_bounded(found, lambda draw: tuple({"bias": draws[draw].to(dtype).sum(dims)} for dtype in dtypes))
+
+
+@pytest.mark.parametrize("form", ["weight", "activation"])
+def test_a_training_bias_changes_no_output(form):
+    x, layer = torch.randn(3, 8), nn.Linear(8, 8)
+    model = peft.get_peft_model(nn.Sequential(layer), config(target_modules=["0"], side="output", form=form))
+    y = train_randomly(model)(x)
+    layer.bias.requires_grad_(True)
+    assert torch.equal(model(x), y)
+
+
+# -- the weight while disabled -----------------------------------------------------------------------------------------
+
+
+def test_the_weight_of_a_disabled_layer_is_the_base_s_though_it_is_merged():
+    """Attention reads it without a call of the layer."""
+    model = adapted("wavlm")
+    with model.disable_adapter():
+        base = run(model)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(run(model), base)
