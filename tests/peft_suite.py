@@ -65,6 +65,7 @@ ROWS = {
     "test_name, tuner_method, config_cls, config_kwargs_1, config_kwargs_2": [
         (f"SSVD {number}", "ssvd", SSVDPeftConfig, *pair) for number, pair in enumerate(PAIRS)
     ],
+    "test_name, config0, config1": [("SSVD", SSVDPeftConfig(**RANDOM), SSVDPeftConfig(**RANDOM, rank=7))],
     "config_cls": [SSVDPeftConfig],
     "config0": [SSVDPeftConfig(**RANDOM)],
 }
