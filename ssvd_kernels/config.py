@@ -79,8 +79,6 @@ class _Configuration:
     def _check_targets(self) -> None:
         for argument in ("targets", "exclude", "modules_to_save"):
             object.__setattr__(self, argument, check_names(argument, getattr(self, argument)))
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(f"`modules_to_save` must be a list of module-name suffixes, got {self.modules_to_save!r}")
         if not self.targets:
             raise ValueError(
                 "`targets` must not be empty: pass 'all-linear', a preset, module-name suffixes or a regular "
@@ -233,11 +231,15 @@ Config = SSVDConfig | SpectralFTConfig
 
 
 def check_names(argument: str, value: str | Sequence[str]) -> str | tuple[str, ...]:
-    """A string as it is, a list of module-name suffixes as a tuple. Raises TypeError for anything else."""
-    if isinstance(value, str):
+    """A string as it is, but for `modules_to_save`, and a list of module-name suffixes as a tuple. Raises TypeError for
+    anything else."""
+    listed = argument == "modules_to_save"
+    if isinstance(value, str) and not listed:
         return value
-    if not isinstance(value, Sequence) or not all(isinstance(item, str) and item for item in value):
-        raise TypeError(f"`{argument}` must be a string or a list of module-name suffixes, got {value!r}")
+    names = isinstance(value, Sequence) and not isinstance(value, str)
+    if not names or not all(isinstance(item, str) and item for item in value):
+        kinds = "a list" if listed else "a string or a list"
+        raise TypeError(f"`{argument}` must be {kinds} of module-name suffixes, got {value!r}")
     return tuple(value)
 
 

@@ -9,23 +9,35 @@ adapter_config.json say so.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..basis.linears import is_quantized, move_hooks
-from ..config import PRESETS, BasisDtype, Form, Rotation, Side, SSVDConfig, check_names, check_strength
+from ..config import (
+    PRESETS,
+    BasisDtype,
+    Form,
+    Rotation,
+    Side,
+    SSVDConfig,
+    check_choice,
+    check_integer,
+    check_names,
+    check_strength,
+)
 from ..layers.base import AdaptedLinear
 from ..layers.quantized import forget_quantization
 from ..model.lookup import replace_modules
@@ -35,6 +47,8 @@ from ..utils.versions import conflicts
 from .peft_layer import BASE, MixedBatch, SSVDPeftLinear
 from .peft_quantized import SSVDPeftQuantizedLinear
 
+Bias = Literal["none", "all", "ssvd_only"]
+_DEFAULT_RATIO = 0.4
 _IMPORT = "import ssvd_kernels.integrations.peft"
 _CARD = f"""
 ## Loading
@@ -67,8 +81,11 @@ SSVD: Any = _Method("SSVD")
 class SSVDPeftConfig(PeftConfig):
     """SSVD (arXiv 2509.02830) for `peft.get_peft_model`, `model.add_adapter` and the like.
 
-    rank, ratio, side, rotation, rank_out, ratio_out, band, form, basis_dtype   as in `ssvd_kernels.SSVDConfig`; rank or
-                         ratio is needed
+    rank, ratio, side, rotation, rank_out, ratio_out, band, form, basis_dtype   as in `ssvd_kernels.SSVDConfig`, but
+                         without rank and ratio ratio=0.4
+    rank_pattern         {regular expression of the end of a module's name: rank}, instead of rank or ratio there
+    bias                 which biases train, too: "none", "all", or "ssvd_only", those of the adapted layers
+    init_weights         False, for tests: theta and delta_sigma are drawn at random, so that the output changes at once
     strength             see `ssvd_kernels.set_strength`; layers have set_scale, scale_layer and unscale_layer as LoRA's
     target_modules       a list of module-name suffixes, a regular expression, "all-linear", a preset ("whisper",
                          "wav2vec2", "hubert", "wavlm"), or None: the preset of the model's type, else "all-linear"
@@ -88,6 +105,9 @@ class SSVDPeftConfig(PeftConfig):
     band: int | None = None
     form: Form = "auto"
     basis_dtype: BasisDtype = "auto"
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    bias: Bias = "none"
+    init_weights: bool = True
     strength: float = 1.0
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
@@ -99,14 +119,38 @@ class SSVDPeftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SSVD
+        if self.rank is None and self.ratio is None:
+            self.ratio = _DEFAULT_RATIO
+        self._check_rank_pattern()
         self.ssvd()  # validates
         self.strength = check_strength(self.strength)
-        for argument in ("target_modules", "exclude_modules"):
+        check_choice("bias", self.bias, get_args(Bias))
+        if not isinstance(self.init_weights, bool):
+            raise TypeError(f"`init_weights` must be True or False, got {self.init_weights!r}")
+        self._check_modules()
+
+    def _check_rank_pattern(self) -> None:
+        if not isinstance(self.rank_pattern, dict) or not all(isinstance(key, str) for key in self.rank_pattern):
+            raise TypeError(f"`rank_pattern` must be a dict of patterns and ranks, got {self.rank_pattern!r}")
+        for pattern, rank in self.rank_pattern.items():
+            check_integer(f"rank_pattern[{pattern!r}]", rank)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"`rank_pattern` must have regular expressions, got {pattern!r}: {error}") from None
+
+    def _check_modules(self) -> None:
+        for argument, kind in (("target_modules", set), ("exclude_modules", set), ("modules_to_save", list)):
             value = getattr(self, argument)
             if value is not None:
                 names = check_names(argument, sorted(value) if isinstance(value, set) else value)
-                setattr(self, argument, names if isinstance(names, str) else set(names))
-        by_layer = self.layers_to_transform is not None
+                setattr(self, argument, names if isinstance(names, str) else kind(names))
+        if self.layers_pattern is not None:
+            check_names("layers_pattern", self.layers_pattern)
+        layers, by_layer = self.layers_to_transform, self.layers_to_transform is not None
+        if by_layer:
+            for index in layers if isinstance(layers, list) else [layers]:
+                check_integer("layers_to_transform", index, 0)
         if by_layer and isinstance(self.target_modules, str):
             raise ValueError(
                 "`layers_to_transform` requires `target_modules` to be a list of suffixes, got "
@@ -115,11 +159,12 @@ class SSVDPeftConfig(PeftConfig):
         if self.layers_pattern and not by_layer:
             raise ValueError(f"`layers_pattern` requires `layers_to_transform`, got {self.layers_pattern!r}")
 
-    def ssvd(self) -> SSVDConfig:
-        """What this asks of each layer."""
+    def ssvd(self, name: str = "") -> SSVDConfig:
+        """What this asks of the layer `name`."""
+        rank = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name))
         return SSVDConfig(
-            rank=self.rank,
-            ratio=self.ratio,
+            rank=rank or self.rank,
+            ratio=None if rank else self.ratio,
             side=self.side,
             rotation=self.rotation,
             rank_out=self.rank_out,
@@ -179,6 +224,13 @@ class SSVDPeftModel(BaseTuner):
             if not any(isinstance(module, SSVDPeftQuantizedLinear) for module in (old, new)):
                 move_hooks(old, new)
 
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        names = [name for name, _ in self.model.named_modules()]
+        for pattern in config.rank_pattern:
+            if not any(get_pattern_key([pattern], name) == pattern for name in names):
+                raise ValueError(f"`rank_pattern` must match modules of the model, got {pattern!r}, which matches none")
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         targets = peft_config.target_modules
         preset = model_config.get("model_type") if targets is None else targets
@@ -201,7 +253,10 @@ class SSVDPeftModel(BaseTuner):
         if isinstance(parent, AdaptedLinear):
             raise TypeError(f"{current_key!r} belongs to an SSVD layer created by inject: call remove(model) first")
         layer = target if isinstance(target, SSVDPeftLinear) else self._new_layer(target, current_key)
-        layer.update_layer(adapter_name, peft_config.ssvd(), peft_config.strength, peft_config.inference_mode)
+        config = peft_config.ssvd(current_key)
+        layer.update_layer(adapter_name, config, peft_config.strength, peft_config.inference_mode)
+        if not peft_config.init_weights:
+            layer.draw(adapter_name)
         if layer is not target:
             self._replace({target: layer})  # on its device already, or on "meta" until the adapter is loaded
         self._progress.update()

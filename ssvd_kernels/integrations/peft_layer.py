@@ -78,6 +78,12 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         self.ssvd_adapter[adapter_name] = adapter
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    @torch.no_grad()
+    def draw(self, adapter_name: str) -> None:
+        """Draws all that the adapter trains from a normal distribution of standard deviation 0.02."""
+        for parameter in self.ssvd_adapter[adapter_name].parameters():
+            parameter.normal_(std=0.02)
+
     def _factorization(self, k: int, rounded: bool) -> Factorization:
         """rounded: whether that of an adapter in the activation form does, of which one basis is rounded."""
         for adapter in self._adapters():
@@ -109,7 +115,8 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         if len(running) == 1:
             return running[0].weight
         if not running:
-            return base_weight(self.base_layer) if self.merged else self.base_weight.detach().clone()
+            merged = self.merged and not self.disable_adapters
+            return base_weight(self.base_layer) if merged else self.base_weight.detach().clone()
         return compose(self.base_weight, *_sum(running))
 
     def forward(self, x: Tensor) -> Tensor:

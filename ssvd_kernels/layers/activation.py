@@ -142,7 +142,14 @@ class ActivationForm(SSVDAdapter):
                 f"the base layer, a {type(self.base).__name__}, passes no gradient to its input, through which "
                 "form='activation' trains: use form='weight'"
             )
-        return y if Uh is None else self._changed(y, Uh, core, 1, self.bias)
+        if Uh is None:
+            return y
+        b = self.bias
+        if b is None or not b.requires_grad:
+            return self._changed(y, Uh, core, 1, b)
+        # `shift` passes no gradient: a zero takes b's past the change
+        zero = (b - b.detach()).to(y.dtype).reshape(-1, *(1,) * (-1 - self.channels))
+        return self._changed(y - zero, Uh, core, 1, b.detach()) + zero
 
     def _input(self, x: Tensor, Vh: Tensor, core: Tensor) -> Tensor:
         """x'. A base that reads x in a narrower dtype would round x' to nearest: it is rounded to that before."""

@@ -25,13 +25,16 @@ IMPORT = "import ssvd_kernels.integrations.peft"
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({}, "exactly one of `rank` and `ratio`"),
         ({"rank": 3, "ratio": 0.5}, "exactly one of `rank` and `ratio`"),
         ({"rank": 0}, "`rank` must be an integer >= 1, got 0"),
         ({"ratio": 1.5}, r"`ratio` must be a number in \(0, 1\], got 1\.5"),
         ({"rank": 3, "side": "left"}, "`side` must be one of 'input', 'output', 'smaller', 'both', got 'left'"),
         ({"rank": 3, "rotation": "givens"}, "`rotation` must be one of 'cayley', .*got 'givens'"),
         ({"rank": 3, "rank_out": 2}, "require side='both', got side='input'"),
+        ({"bias": "lora_only"}, "`bias` must be one of 'none', 'all', 'ssvd_only', got 'lora_only'"),
+        ({"rank_pattern": {"fc1": 0}}, r"`rank_pattern\['fc1'\]` must be an integer >= 1, got 0"),
+        ({"rank_pattern": {"fc(": 2}}, r"`rank_pattern` must have regular expressions, got 'fc\('"),
+        ({"layers_to_transform": [1, -1]}, "`layers_to_transform` must be an integer >= 0, got -1"),
         ({"rank": 3, "band": 2}, "`band` requires rotation='banded', got 2"),
         (
             {"rank": 3, "layers_to_transform": [0], "target_modules": "all-linear"},
@@ -45,10 +48,22 @@ def test_values_that_make_no_sense_are_refused(options, match):
         SSVDPeftConfig(**options)
 
 
-@pytest.mark.parametrize("argument", ["target_modules", "exclude_modules"])
-def test_names_of_another_kind_are_refused(argument):
-    with pytest.raises(TypeError, match=rf"`{argument}` must be a string or a list of .*got \[7\]"):
-        SSVDPeftConfig(rank=3, **{argument: [7]})
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"target_modules": [7]}, r"`target_modules` must be a string or a list of .*got \[7\]"),
+        ({"exclude_modules": [7]}, r"`exclude_modules` must be a string or a list of .*got \[7\]"),
+        ({"modules_to_save": "head"}, "`modules_to_save` must be a list of .*got 'head'"),
+        ({"layers_to_transform": "1"}, "`layers_to_transform` must be an integer >= 0, got '1'"),
+        ({"layers_to_transform": 1, "layers_pattern": 7}, "`layers_pattern` must be a string or a list of .*got 7"),
+        ({"rank_pattern": ["fc1"]}, r"`rank_pattern` must be a dict of patterns and ranks, got \['fc1'\]"),
+        ({"rank_pattern": {"fc1": 2.0}}, r"`rank_pattern\['fc1'\]` must be an integer >= 1, got 2\.0"),
+        ({"init_weights": "gaussian"}, "`init_weights` must be True or False, got 'gaussian'"),
+    ],
+)
+def test_values_of_another_kind_are_refused(options, match):
+    with pytest.raises(TypeError, match=match):
+        SSVDPeftConfig(**options)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +71,8 @@ def test_names_of_another_kind_are_refused(argument):
 )
 def test_configuration_survives_its_file(tmp_path, options):
     named = {"target_modules": ["q_proj"], "exclude_modules": ["fc2"], "modules_to_save": ["head"]}
-    saved = SSVDPeftConfig(ratio=0.5, **options, **named, layers_to_transform=[1], layers_pattern="layers")
+    start = {"rank_pattern": {"fc.": 4}, "bias": "ssvd_only", "init_weights": False}
+    saved = SSVDPeftConfig(ratio=0.5, **options, **named, **start, layers_to_transform=[1], layers_pattern="layers")
     saved.save_pretrained(str(tmp_path))
     loaded = peft.PeftConfig.from_pretrained(str(tmp_path))
     assert type(loaded) is SSVDPeftConfig and loaded.to_dict() == saved.to_dict()
