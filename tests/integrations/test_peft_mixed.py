@@ -99,6 +99,6 @@ def test_refusals():
     refused("in training mode")
     model.eval()
     model.merge_adapter(["a"])
-    refused("while adapters are merged")
+    refused("when there are merged adapters")
     model.unmerge_adapter()
     assert model(**given, adapter_names=NAMES)[0].isfinite().all()
