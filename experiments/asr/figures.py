@@ -282,7 +282,7 @@ def strengths(found: Sequence[Curve]) -> Figure:
     """Target WER against other speakers', a path of strengths for each method; single marks: averages beside it."""
     shifts = {shift: [c for c in found if c.shift == shift] for shift in dict.fromkeys(c.shift for c in found)}
     figure, panels = _panels(
-        len(shifts), "Strengths between the base model (0) and beyond the trained one (1)", width=7
+        len(shifts), "Strengths from 0.25 to 1.25, of which 0.5 and 1 (as trained) are marked", width=7
     )
     for panel, of_shift in zip(panels, shifts.values(), strict=True):
         rates = sorted({c.lr for c in of_shift if c.method == "ssvd"})
@@ -297,7 +297,9 @@ def strengths(found: Sequence[Curve]) -> Figure:
             marker = marker if whole else {"average": "x", "weights": "D"}[curve.how]
             style = {"color": colour, "marker": marker, "linestyle": "-" if whole else "", "fillstyle": "none"}
             panel.plot(x, y, markersize=4 if whole else 9, label=f"{curve.title}, lr {curve.lr:g}", **style)
-            for alpha, left, up in zip(shown, x, y, strict=True) if whole else ():
+            for alpha, left, up in zip(shown, x, y, strict=True):
+                if not whole or alpha not in (0.5, 1):
+                    continue
                 panel.annotate(f"{alpha:g}", (left, up), (4, 4), textcoords="offset points", color=colour, size=8)
         trained = [value for c in of_shift for alpha, value in c.means(["test"]).items() if alpha]
         panel.set(xlabel="WER of other speakers, %", ylabel="target WER, %", ylim=(0, 1.1 * max(trained)))
