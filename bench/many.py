@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import logging
 import sys
 import tempfile
 import time
@@ -114,15 +115,15 @@ def batches(k: int, counts: Iterable[int], seconds: float) -> Iterator[Row]:
     torch.manual_seed(0)
     base = Layers()
     names = [f"a{number}" for number in range(max(counts))]
-    lora = with_lora(Layers(), RANKS[k], names)
     model = adapted_by(base, k)
     adapted = list(sk.ssvd_layers(model).values())
     bank = sk.AdapterBank(model)
     for name in names:
         bank.add(name)
-    lora_bytes = 4 * sum(p.numel() for n, p in lora.named_parameters() if ".a0." in n)
-    bytes_of = {MIXED: bank.bytes_per_adapter, LORA: lora_bytes}
     for N in counts:
+        lora = with_lora(Layers(), RANKS[k], names[:N])
+        lora_bytes = 4 * sum(p.numel() for n, p in lora.named_parameters() if ".a0." in n)
+        bytes_of = {MIXED: bank.bytes_per_adapter, LORA: lora_bytes}
         for T in TOKENS:
             if N * T > MOST:
                 continue
@@ -162,6 +163,7 @@ def generation(k: int, N: int, seconds: float) -> Iterator[Row]:
     torch.manual_seed(0)
     names = [f"a{number}" for number in range(N)]
     frames = torch.randn(N, 80, 100)
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # it says at each call that max_new_tokens counts
     options = {"max_new_tokens": TOKENS_OUT, "min_new_tokens": TOKENS_OUT, "do_sample": False}
     lora = with_lora(whisper(), RANKS[k], names)
     model = adapted_by(whisper(), k)

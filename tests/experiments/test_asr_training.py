@@ -287,7 +287,13 @@ raise SystemExit(commands.exit_status(write[{what!r}]))
 
 def test_each_set_is_heard_and_scored_in_its_own_language(clips, tmp_path, monkeypatch):
     known: list[str] = []
-    recognizer = Mock(fingerprint="", set_language=known.append)
+    recognizer = Mock(fingerprint="")
+
+    def set_language(language: str) -> None:
+        known.append(language)
+        recognizer.language = language
+
+    recognizer.set_language = set_language
     monkeypatch.setattr(clips, "language", "es")
     english = Mock(language="en", fingerprint="", texts=[])
     for data in (clips, english, clips):
