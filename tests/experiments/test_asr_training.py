@@ -205,7 +205,7 @@ def test_a_given_strength_is_in_its_range(value, capsys):
 def test_the_terminal_shows_the_commands_own_lines_only(command):
     """transformers imports torchao where it is installed, which complains about itself."""
     bars = "reading|before|factorising|fine-tuning|strength|target|source|merged|transcribing"
-    own = re.compile(rf"(|({bars})\b.*%\|.*)")
+    own = re.compile(rf"(|WER .*|({bars})\b.*%\|.*)")
     for arguments in (["--help"], [*command, "--steps", "1"]):
         start = [sys.executable, "-m", "experiments.asr.demo", *arguments]
         done = subprocess.run(start, capture_output=True, text=True)
