@@ -75,7 +75,7 @@ def test_inference_in_several_threads():
 
     def serve() -> int:
         wrong = 0
-        for _ in range(150):
+        for _ in range(300):
             model.eval()
             with torch.no_grad():
                 wrong += not torch.equal(model(X), right)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -139,3 +140,15 @@ def test_backend_forced_by_the_environment_that_cannot_serve_raises(variables, e
     environment = {**os.environ, **variables, "PYTHONPATH": str(Path(sk.__file__).parents[1])}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 1 and expected in run.stderr
+
+
+@pytest.mark.parametrize(("n", "padded"), [(32, 0), (24, 2)])
+def test_the_cayley_backward_pads_only_what_other_backends_computed(n, padded, monkeypatch):
+    pads: list[tuple[int, ...]] = []
+    kernels = Mock(cayley_delta_backward=lambda grad, E, k: (grad.shape, E.shape))
+    monkeypatch.setattr(dispatch, "backend_for", lambda *_: "triton")
+    monkeypatch.setattr(dispatch.triton_linear, "kernels", lambda: kernels)
+    monkeypatch.setattr(dispatch.F, "pad", lambda matrix, pad: pads.append(pad) or torch.zeros(1, 32, 32))
+    E = torch.zeros(1, n, n)
+    assert dispatch.cayley_delta_backward(E, E, 21) == 2 * ((1, 32, 32),)
+    assert pads == padded * [(0, 8, 0, 8)]
