@@ -113,10 +113,10 @@ class AdapterBank:
         path = Path(source) if isinstance(source, (str, os.PathLike)) else None
         if path is None:
             values = self._own() if source is None else self._checked(source)  # type: ignore[arg-type]
-            entry = _Entry(self._own_strength() if strength is None and source is None else strength or 1.0)
+            default = self._own_strength() if source is None else 1.0
         else:
-            values, of_file = self._read(path)
-            entry = _Entry(of_file if strength is None else strength, path)
+            values, default = self._read(path)
+        entry = _Entry(default if strength is None else strength, path)
         with self._lock:
             if name in self._entries:
                 raise ValueError(f"`name` must not be taken, got {name!r}: the bank has {', '.join(self.names())}")

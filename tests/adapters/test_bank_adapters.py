@@ -122,8 +122,9 @@ def test_strength(net, files, tmp_path, strength):
     sk.save_adapter(net, tmp_path / "scaled")
     bank.add("of_file", tmp_path / "scaled")
     bank.add("own")
+    bank.add("of_memory", {name: layer.adapter() for name, layer in sk.ssvd_layers(net).items()}, strength=strength)
     expected = net(X).detach()
-    for name in ("given", "of_file", "own"):
+    for name in ("given", "of_file", "own", "of_memory"):
         assert relative_error(mixed(net, bank, 4 * [name]), expected.double()) <= 2e-6
 
 
