@@ -143,19 +143,23 @@ def batches(k: int, counts: Iterable[int], seconds: float) -> Iterator[Row]:
             )  # fmt: skip
 
 
-def _single(adapted: Sequence[Any], mode: str, run: Callable[[], object]) -> None:
+def _second(run: Callable[[], object]) -> float:
+    """Milliseconds of a call after one that fills what is kept between calls."""
+    run()
+    begin = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def _single(adapted: Sequence[Any], mode: str, run: Callable[[], object]) -> float:
     for layer in adapted:
         layer.mode = mode
-    run()
+    return _second(run)
 
 
 def _mixed(bank: sk.AdapterBank, names: Sequence[str], run: Callable[[], object]) -> float:
-    """Milliseconds of a step of a decoder that is not the first one, which gathers the cores."""
     with bank.rows(names):
-        run()
-        begin = time.perf_counter()
-        run()
-        return 1e3 * (time.perf_counter() - begin)
+        return _second(run)
 
 
 def _after(bank: sk.AdapterBank, model: nn.Module, names: Sequence[str], inputs: Sequence[Tensor]) -> None:
