@@ -1,7 +1,7 @@
 """Many adapters over one base model in one batch: every row with its own adapter.
 
 All adapters of a model share W, U and V; of an adapter a layer needs its core (k, k) alone. So a batch whose rows
-belong to different adapters costs what one adapter does: x V, each row times its own core, and the product with U^T.
+belong to different adapters is multiplied as one adapter's is: x V, each row by its own core, and all rows by U^T.
 
     bank = sk.AdapterBank(model)
     bank.add("alice", "alice.safetensors")
@@ -65,9 +65,11 @@ class AdapterBank:
     def __init__(self, model: nn.Module, memory: int | None = None, dtype: torch.dtype | None = None) -> None:
         self.layers: dict[str, Any] = _layers(model)
         theta: Any = next(iter(self.layers.values())).theta
-        self._dtype, self._device = dtype or theta.dtype, theta.device
+        self._device = theta.device
         self._shapes = {name: _core_shape(layer) for name, layer in self.layers.items()}
-        self._pool = torch.empty(0, sum(map(math.prod, self._shapes.values())), dtype=self._dtype, device=self._device)
+        self._pool = torch.empty(
+            0, sum(map(math.prod, self._shapes.values())), dtype=dtype or theta.dtype, device=self._device
+        )
         if memory is not None and memory < self.bytes_per_adapter:
             raise ValueError(f"`memory` must hold one adapter, {self.bytes_per_adapter} bytes, at least, got {memory}")
         self._most = None if memory is None else memory // self.bytes_per_adapter
@@ -178,7 +180,8 @@ class AdapterBank:
         """Makes adapters train, new ones from the base model, and returns their Parameters, for one optimizer over all.
 
         In `rows` each row's loss then reaches its own adapter alone. With gradients on, call the model itself, not a
-        part of it. Raises ValueError for an adapter whose values are not at hand: one that was added from memory.
+        part of it. Raises ValueError for an adapter that a running `rows` uses, and for one that was added from memory,
+        whose values are not at hand.
         """
         for name in names:
             with self._lock:
@@ -188,6 +191,8 @@ class AdapterBank:
                     values: Values = {key: layer.new_adapter() for key, layer in self.layers.items()}
                 elif entry.trained:
                     continue
+                elif entry.users:
+                    raise ValueError(f"`names` must not be in use, got {name!r}: leave its `rows` block first")
                 elif entry.path is None:
                     raise ValueError(f"the bank has only the cores of {name!r}: add it from a file to train it")
                 else:

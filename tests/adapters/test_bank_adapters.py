@@ -165,6 +165,8 @@ def test_wrong_names_and_rows(net, bank):
             pass
         with pytest.raises(ValueError, match="`name` must not be in use, got 'a'"):
             bank.remove("a")
+        with pytest.raises(ValueError, match="`names` must not be in use, got 'a'"):
+            bank.trainable(["a"])
     bank.remove("a")
 
 
