@@ -44,6 +44,8 @@ def extension(kind: str) -> Extension:
     # Compiled for OpenMP but not linked with it: the only OpenMP runtime must be torch's.
     cxx = ["-O3", "-g0", "-ffp-contract=fast"] + ["-fopenmp"] * (sys.platform == "linux")
     options: dict[str, Any] = {"extra_compile_args": {"cxx": cxx, "nvcc": ["-O3"]}}
+    if sys.platform == "linux":  # a C++ library that the compiler links statically must not mix with torch's
+        options["extra_link_args"] = ["-Wl,--exclude-libs,ALL"]
     sources = ["csrc/ssvd_ops.cpp", "csrc/cayley_cpu.cpp"]
     if kind == "cpu":
         return torch_build.CppExtension("ssvd_kernels._C", sources, **options)

@@ -121,7 +121,7 @@ def _cayley_error(device: torch.device, dtype: torch.dtype, backend: str, k: int
     """Larger error of E and of its gradient, for a batch of two; the oracle solves (I + K) E = -2 K."""
     theta = (_random(2, k * (k - 1) // 2, seed=k) * 0.5 / k**0.5).to(dtype)
     dE = _random(2, k, k, seed=k + 1).to(dtype)
-    exact_theta = theta.double().requires_grad_()
+    exact_theta = theta.detach().double().requires_grad_()
     eye = torch.eye(k, dtype=torch.float64)
     # one matrix at a time: a batched LU is wrong on the CPU (PyTorch issue 142815)
     exact = torch.stack([-2 * torch.linalg.solve(eye + K, K) for K in reference.skew(exact_theta, k)])
@@ -142,7 +142,7 @@ def _linear_error(device: torch.device, dtype: torch.dtype, backend: str, mode: 
     U, V = (torch.linalg.qr(_random(d, K, seed=d))[0].to(dtype) for d in (D_OUT, D_IN))
     core = (_random(K, K, seed=5) / (4 * K**0.5)).to(wide)
 
-    exact_inputs = [tensor.double().requires_grad_() for tensor in (x, core, bias)]
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in (x, core, bias)]
     composed = weight.double() + U.double() @ exact_inputs[1] @ V.double().mT
     exact = nn.functional.linear(exact_inputs[0], composed, exact_inputs[2])
     exact.backward(dy.double())

@@ -31,7 +31,12 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
     if not torch.compiler.is_compiling():
         return torch._C._DisableAutocast()  # on all devices, in a tenth of torch.autocast's Python calls
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
+
+
+@torch.compiler.assume_constant_result  # not traced: torch 2.11 cannot
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def skew(theta: Tensor, k: int) -> Tensor:

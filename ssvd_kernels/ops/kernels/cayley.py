@@ -15,11 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ssvd_kernels.ops.kernels import constants
-from ssvd_kernels.ops.kernels.constants import LARGE, SMALL
+from ssvd_kernels.ops.kernels.constants import LARGE
 from ssvd_kernels.ops.kernels.launch import current_device
 from ssvd_kernels.ops.kernels.tile_sizes import CAYLEY_LEAF, CAYLEY_PACK, CAYLEY_WIDE, cayley_config
 from ssvd_kernels.ops.kernels.tiles import accumulate
 
+CONVERGENT = tl.constexpr(0.25)  # ||N N||_F^2 up to which a leaf is inverted by a series
 NOT_UNIT = {"bf16x6": constants.NOT_UNIT, "bf16x3": 2**8 * constants.NOT_UNIT}  # two terms have 8 bits less than three
 
 
@@ -41,14 +42,6 @@ def _skew_kernel(theta_ptr, k_ptr, stride_k_b, stride_k_row, k, padded, BLOCK: t
         tl.store(base + i * stride_k_row + j, tile, mask=(i < padded) & (j < padded))
         if row < col:
             tl.store(base + j_t * stride_k_row + i_t, mirror, mask=(i_t < padded) & (j_t < padded))
-
-
-@triton.jit
-def _hollow_kernel(e_ptr, rest_ptr, n, size, BLOCK: tl.constexpr):
-    """rest = E without its diagonal."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    e = tl.load(e_ptr + place, mask=place < size, other=0.0)
-    tl.store(rest_ptr + place, tl.where(place // n % n == place % n, 0.0, e), mask=place < size)
 
 
 @triton.jit
@@ -84,37 +77,53 @@ def _gauss_jordan(a, n, ONE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _cayley_leaf_kernel(n_ptr, scratch_ptr, stride_b, stride_row, n, SMALL: tl.constexpr, BLOCK: tl.constexpr):
-    """N (n, n) becomes 2 F, F = (I + N)^-1 - I: in float64, or for small N in float32 and refined once by
-    F += R + F R, R = -(N + F + N F).
-
-    That is as accurate, and float64 costs 64 times as much on many GPUs. R and F pass through memory: products of
-    whole tiles in registers would spill them.
-    """
+def _square_product(acc, a_ptr, stride_a, b_ptr, stride_b, n, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    """acc + A B of matrices (n, n) in memory: products of whole tiles in registers would spill them."""
     offs = tl.arange(0, BLOCK)
-    i, j, inside = offs[:, None], offs[None, :], offs < n
-    mask = inside[:, None] & inside[None, :]
-    start = tl.program_id(0).to(tl.int64) * stride_b
-    n_ptr += start
-    scratch_ptr += start
-    n_ptrs, f_ptrs = n_ptr + i * stride_row + j, scratch_ptr + i * stride_row + j
-    N = tl.load(n_ptrs, mask=mask, other=0.0)  # [BLOCK, BLOCK]
-    if tl.max(tl.sum(N * N, axis=0)) > SMALL:
-        tl.store(n_ptrs, (2 * _gauss_jordan(N.to(tl.float64), n, 1, BLOCK)).to(tl.float32), mask=mask)
+    inside = offs < n
+    return accumulate(acc, a_ptr, stride_a, 1, b_ptr, 1, stride_b, offs, inside, offs, inside, 0, n, DEPTH, "bf16x6")
+
+
+@triton.jit
+def _cayley_leaf_kernel(n_ptr, f_ptr, stride_b, stride_row, r_ptr, n, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    """N (n, n) becomes 2 F, F = (I + N)^-1 - I = (I - N) (I + N^2) (I + N^4) ... - I; in float64 where N is large.
+
+    Elimination takes n steps one after the other; the series two to five pairs of products, F += R + F R and R = R R
+    from F = -N and R = N N. The last R is the true residual, -(N + F + N F), which takes back what rounding left.
+    """
+    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    batch, mask = tl.program_id(0).to(tl.int64), (i < n) & (j < n)
+    n_ptr += batch * stride_b
+    f_ptr += batch * stride_b
+    r_ptr += batch * BLOCK * BLOCK
+    n_ptrs, f_ptrs, r_ptrs = n_ptr + i * stride_row + j, f_ptr + i * stride_row + j, r_ptr + i * BLOCK + j
+    F = -tl.load(n_ptrs, mask=mask, other=0.0)  # [BLOCK, BLOCK]
+    zero = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    R = _square_product(zero, n_ptr, stride_row, n_ptr, stride_row, n, BLOCK, DEPTH)
+    size = tl.sum(R * R)
+    if size > CONVERGENT:
+        tl.store(n_ptrs, (2 * _gauss_jordan(-F.to(tl.float64), n, 1, BLOCK)).to(tl.float32), mask=mask)
     else:
-        F = _gauss_jordan(N, n, 1, BLOCK)
+        small = tl.sum(F * F) * 2.0**-26  # an R of this size leaves less than the rounding of F after a last step
+        steps = 0
+        while size > small:
+            size *= size
+            steps += 1
+        for _ in range(steps):
+            tl.debug_barrier()
+            tl.store(f_ptrs, F, mask=mask)
+            tl.store(r_ptrs, R, mask=mask)
+            tl.debug_barrier()
+            F = _square_product(F + R, f_ptr, stride_row, r_ptr, BLOCK, n, BLOCK, DEPTH)
+            R = _square_product(zero, r_ptr, BLOCK, r_ptr, BLOCK, n, BLOCK, DEPTH)
+        tl.debug_barrier()
         tl.store(f_ptrs, F, mask=mask)
         tl.debug_barrier()
-        R = -accumulate(
-            N + F, n_ptr, stride_row, 1, scratch_ptr, 1, stride_row, offs, inside, offs, inside, 0, n, 32, "ieee"
-        )
+        N = tl.load(n_ptrs, mask=mask, other=0.0)
+        R = -_square_product(N + F, n_ptr, stride_row, f_ptr, stride_row, n, BLOCK, DEPTH)
+        tl.store(r_ptrs, R, mask=mask)
         tl.debug_barrier()
-        tl.store(n_ptrs, R, mask=mask)
-        tl.debug_barrier()
-        F = accumulate(
-            F + R, scratch_ptr, stride_row, 1, n_ptr, 1, stride_row, offs, inside, offs, inside, 0, n, 32, "ieee"
-        )
-        tl.debug_barrier()
+        F = _square_product(F + R, f_ptr, stride_row, r_ptr, BLOCK, n, BLOCK, DEPTH)
         tl.store(n_ptrs, 2 * F, mask=mask)
 
 
@@ -233,9 +242,10 @@ def _cayley_product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    SCALED: tl.constexpr,
+    HOLLOW: tl.constexpr,
 ):
-    """out = beta C + alpha A B; in SCALED "rows" or "cols" C's are multiplied by the diagonal 1 + E[i, i] / 2 of B."""
+    """out = beta C + alpha A B. The operand that HOLLOW names, "a" or "b", is E^T or E: instead of its diagonal,
+    1 + E[i, i] / 2 is taken, by which C's rows or columns are multiplied."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     tiles = tl.cdiv(M, BLOCK_M) * blocks_n
     batch, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
@@ -245,14 +255,14 @@ def _cayley_product_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)  # [BLOCK_M, BLOCK_N]
     acc = accumulate(
         acc, a_ptr + batch * stride_a_b, stride_a_m, stride_a_k, b_ptr + batch * stride_b_b, stride_b_n, stride_b_k,
-        offs_m, mask_m, offs_n, mask_n, 0, K, BLOCK_K, PRECISION,
+        offs_m, mask_m, offs_n, mask_n, 0, K, BLOCK_K, PRECISION, HOLLOW=HOLLOW,
     )  # fmt: skip
     mask = mask_m[:, None] & mask_n[None, :]
     row, col = offs_m.to(tl.int64)[:, None], offs_n[None, :]
     c = tl.load(c_ptr + batch * stride_c_b + row * stride_c_m + col, mask=mask, other=0.0)
-    if SCALED == "rows":
+    if HOLLOW == "a":
         c *= 1 + tl.load(e_ptr + batch * M * M + row * (M + 1), mask=mask_m[:, None], other=0.0) / 2
-    elif SCALED == "cols":
+    elif HOLLOW == "b":
         c *= 1 + tl.load(e_ptr + batch * N * N + col * (N + 1), mask=mask_n[None, :], other=0.0) / 2
     tl.store(out_ptr + batch * stride_out_b + row * stride_out_m + col, beta * c + alpha * acc, mask=mask)
 
@@ -268,8 +278,8 @@ def cayley_delta(theta: Tensor, k: int) -> Tensor:
     E = theta.new_empty((B, n, n))
     with current_device(theta):
         _skew_kernel[_block_pairs(B, n)](theta, E, *E.stride()[:2], k, n, BLOCK=CAYLEY_PACK.rows, **CAYLEY_PACK.options)
-        scratch, precision = torch.empty_like(E), _precision(k)
-        _inverse_delta_(E, scratch, precision)
+        scratch, rest, precision = torch.empty_like(E), theta.new_empty((B, LEAF, LEAF)), _precision(k)
+        _inverse_delta_(E, scratch, rest, precision)
         if n > LEAF:
             _redo_large_(E, theta, k, scratch, NOT_UNIT[precision])
     return E
@@ -283,37 +293,33 @@ def cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
     B = E.shape[0]
     dtheta = grad.new_empty((B, k * (k - 1) // 2))
     if dtheta.numel():
-        E, precision, block = E.contiguous(), _precision(k), CAYLEY_PACK.rows * CAYLEY_PACK.cols
-        rest, X, Z = torch.empty_like(E), torch.empty_like(E), torch.empty_like(E)
+        E, precision, X, Z = E.contiguous(), _precision(k), torch.empty_like(E), torch.empty_like(E)
         with current_device(grad):
-            _hollow_kernel[(triton.cdiv(E.numel(), block),)](
-                E, rest, E.shape[-1], E.numel(), BLOCK=block, **CAYLEY_PACK.options
-            )
-            _multiply_add(X, 1.0, grad, 0.5, grad, rest.mT, precision, "cols", E)
-            _multiply_add(Z, 1.0, X, 0.5, rest.mT, X, precision, "rows", E)
+            _multiply_add(X, 1.0, grad, 0.5, grad, E.mT, precision, "b", E)
+            _multiply_add(Z, 1.0, X, 0.5, E.mT, X, precision, "a", E)
             _unskew_kernel[_block_pairs(B, k)](
                 Z, *Z.stride()[:2], dtheta, k, BLOCK=CAYLEY_PACK.rows, **CAYLEY_PACK.options
             )
     return dtheta
 
 
-def _inverse_delta_(N: Tensor, scratch: Tensor, precision: str) -> None:
+def _inverse_delta_(N: Tensor, scratch: Tensor, rest: Tensor, precision: str) -> None:
     """N (B, n, n) becomes 2 [(I + N)^-1 - I]; the off-diagonal blocks of `scratch` hold L and R, the leaves use the
-    others. See csrc/cayley.h."""
+    others and `rest`. See csrc/cayley.h."""
     n = N.shape[-1]
     if n <= LEAF:
         _cayley_leaf_kernel[(N.shape[0],)](
-            N, scratch, *N.stride()[:2], n, SMALL=SMALL, BLOCK=CAYLEY_LEAF.rows, **CAYLEY_LEAF.options
+            N, scratch, *N.stride()[:2], rest, n, BLOCK=CAYLEY_LEAF.rows, DEPTH=CAYLEY_LEAF.depth, **CAYLEY_LEAF.options
         )
         return
     h = LEAF * (triton.cdiv(n, LEAF) // 2)
     N11, N12, N21, N22 = N[:, :h, :h], N[:, :h, h:], N[:, h:, :h], N[:, h:, h:]
     R, L = scratch[:, :h, h:], scratch[:, h:, :h]
-    _inverse_delta_(N11, scratch[:, :h, :h], precision)  # E11
+    _inverse_delta_(N11, scratch[:, :h, :h], rest, precision)  # E11
     _multiply_add(L, 1.0, N21, 0.5, N21, N11, precision)  # L = N21 (I + N11)^-1
     _multiply_add(R, 1.0, N12, 0.5, N11, N12, precision)  # R = (I + N11)^-1 N12
     _multiply_add(N22, 1.0, N22, -1.0, L, N12, precision)  # Schur complement less I
-    _inverse_delta_(N22, scratch[:, h:, h:], precision)  # E22
+    _inverse_delta_(N22, scratch[:, h:, h:], rest, precision)  # E22
     _multiply_add(N12, -2.0, R, -1.0, R, N22, precision)  # E12 = -2 R (I + S)^-1
     _multiply_add(N21, -2.0, L, -1.0, N22, L, precision)  # E21 = -2 (I + S)^-1 L
     _multiply_add(N11, 1.0, N11, -1.0, N12, L, precision)  # E11 = 2 F11 - E12 L
@@ -337,15 +343,15 @@ def _multiply_add(
     A: Tensor,
     B: Tensor,
     precision: str,
-    scaled: str = "",
+    hollow: str = "",
     E: Tensor | None = None,
 ) -> None:
-    """out = beta C + alpha A B for batches of matrices; out is C or overlaps nothing. `scaled`: see the kernel."""
+    """out = beta C + alpha A B for batches of matrices; out is C or overlaps nothing. `hollow`: see the kernel."""
     batch, M, N = out.shape
     config = cayley_config(precision, batch, M, N)
     _cayley_product_kernel[(batch * triton.cdiv(M, config.rows) * triton.cdiv(N, config.cols),)](
         out, *out.stride()[:2], C, *C.stride()[:2], A, *A.stride(), B, *B.stride(), E, beta, alpha, M, N, A.shape[-1],
-        BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth, PRECISION=precision, SCALED=scaled,
+        BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth, PRECISION=precision, HOLLOW=hollow,
         **config.options,
     )  # fmt: skip
 

@@ -96,7 +96,7 @@ CAYLEY = {
     "bf16x3": (TileConfig(32, 32, 32, 4, 2), TileConfig(64, 64, 32, 4, 3), TileConfig(128, 128, 32, 8, 2)),
     "bf16x6": (TileConfig(32, 32, 32, 4, 2), TileConfig(64, 64, 32, 4, 3), TileConfig(128, 64, 32, 8, 3)),
 }
-CAYLEY_LEAF = TileConfig(64, 64, 0, 8, 1)  # the block that one program inverts by itself
+CAYLEY_LEAF = TileConfig(64, 64, 16, 8, 1)  # the block that one program inverts by itself; deeper products spill
 CAYLEY_PACK = TileConfig(32, 32, 0, 4, 1)
 CAYLEY_WIDE = TileConfig(16, 16, 0, 4, 1)  # one stage: no load may pass a barrier
 

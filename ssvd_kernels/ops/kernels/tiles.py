@@ -42,8 +42,13 @@ def bfloat16_terms(tile):
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b, accumulated in float32. Interpreted, "bf16x3" and "bf16x6" add the terms that the compiler does."""
+    """acc + a b, accumulated in float32. Interpreted, "bf16x3" and "bf16x6" add the terms that the compiler does.
+
+    float32 tiles ("ieee") are summed apart: in one chain of sums over all of k the error would grow with sqrt(k).
+    """
     if not INTERPRETED:
+        if a.dtype == tl.float32 and PRECISION == "ieee":
+            return acc - tl.dot(-a, b, input_precision=PRECISION)  # the compiler would make a sum one chain again
         return tl.dot(a, b, acc, input_precision=PRECISION)
     a, b = a.to(tl.float32), b.to(tl.float32)
     if PRECISION != "bf16x3" and PRECISION != "bf16x6":
@@ -89,11 +94,13 @@ def accumulate(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     stop_b=None,
+    HOLLOW: tl.constexpr = None,
 ):
     """acc[row, col] + sum over start <= j < stop of a[row, j] b[col, j]; b's tiles are cast to a's dtype.
 
-    From `stop_b` on, b counts as zero, so that a, of padded rows, can be read in wide loads. Offsets and steps are
-    64-bit: rows times stride passes 2^31 for long batches.
+    From `stop_b` on, b counts as zero, so that a, of padded rows, can be read in wide loads. So does the diagonal of
+    the operand that HOLLOW names, "a" or "b". Offsets and steps are 64-bit: rows times stride passes 2^31 for long
+    batches.
     """
     offs_k = start + tl.arange(0, BLOCK_K).to(tl.int64)
     a_ptrs = a_ptr + offs_row.to(tl.int64)[:, None] * stride_a_row + offs_k[None, :] * stride_a_k
@@ -104,6 +111,10 @@ def accumulate(
         a = tl.load(a_ptrs, mask=mask_row[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_ROWS, BLOCK_K]
         mask_k = j + tl.arange(0, BLOCK_K) < (stop if stop_b is None else stop_b)
         b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_col[None, :], other=0.0)  # [BLOCK_K, BLOCK_COLS]
+        if HOLLOW == "a":
+            a = tl.where(offs_row[:, None] == j + tl.arange(0, BLOCK_K)[None, :], 0.0, a)
+        elif HOLLOW == "b":
+            b = tl.where(j + tl.arange(0, BLOCK_K)[:, None] == offs_col[None, :], 0.0, b)
         acc = product(a, cast(b, a.dtype), acc, PRECISION)
         a_ptrs += step * stride_a_k
         b_ptrs += step * stride_b_k

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.xdist_group("launches")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 ADA, HOPPER = 89, 90
 MODULES = ("cayley", "compose", "linear_and_projection", "rows_product", "split_k", "ssvd_linear")
-NO_PRODUCT = ("_skew_kernel", "_unskew_kernel", "_hollow_kernel", "_cayley_check_kernel", "_cayley_leaf_kernel")
+NO_PRODUCT = ("_skew_kernel", "_unskew_kernel", "_cayley_check_kernel")
 FLOAT64 = ("_cayley_wide_kernel",)  # multiplies without tensor cores where these have no float64
 
 

@@ -17,7 +17,6 @@ pytest.importorskip("triton")
 
 from ssvd_kernels.ops.kernels import cayley, unavailable_reason
 from ssvd_kernels.ops.kernels import tile_sizes as tables
-from ssvd_kernels.ops.kernels.constants import SMALL
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REASON = unavailable_reason(DEVICE, torch.float32)
@@ -87,11 +86,13 @@ def test_every_configuration(name, position, monkeypatch):
 
 
 @pytest.mark.parametrize("structure", ["random", "graded"])
-def test_leaves_in_float32(structure):
-    """The largest that are not eliminated in float64."""
+@pytest.mark.parametrize("share", [0.1, 0.99, 1.01])
+def test_leaves_by_iteration_and_in_float64(structure, share):
+    """Below and above the size from which they are eliminated in float64."""
     k = 48
     theta = structured_theta(structure, k, 1.0)
-    theta *= (0.99 * SMALL / reference.skew(theta, k).square().sum(-1).max()).sqrt()
+    K = reference.skew(theta, k)
+    theta *= (share * cayley.CONVERGENT.value / (K @ K).square().sum()) ** 0.25
     with sk.use_backend("triton"):
         E = sk.cayley_delta(theta.to(DEVICE), k).cpu()
     assert_within(E, solved_delta(theta, k), exact_delta(theta, k))
