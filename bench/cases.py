@@ -52,7 +52,7 @@ LAYERS = [  # d_in, d_out, k
 CROSSOVER = (256, 512)  # besides, where composed and factored change places on the CPU, for the first two layers
 TOKENS = {"cpu": (1, 64, 1024, 4096), "cuda": (1, 64, 1024, 4096, 16384, 65536)}
 APART_CPU = 1280 * 1280  # entries of a weight; of larger ones the passes are timed together alone
-COMPILED = [(T, 1024, 1024, 409) for T in (64, 1024, 4096)]
+COMPILED = [(4096, 1024, 1024, 409)]
 LINEAR = {
     "cpu": [(T, d, d, k) for d, k in ((384, 153), (1024, 409)) for T in (64, 1024, 4096)],
     "cuda": [

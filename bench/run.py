@@ -9,6 +9,7 @@ are drawn (plot.py). The exit code is 1 if any version was refused.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cuda = options.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     planned = [case for case in cases.table(device, options.quick) if case.operation in options.only]
+    planned = [case for case in planned if options.match.search(str(case))]
     if options.list:
         print("\n".join(map(str, planned)))
         return 0
@@ -68,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that everything runs")
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(cases.OPERATIONS),
                         metavar="OPERATION,...", help=f"of {', '.join(cases.OPERATIONS)}")  # fmt: skip
+    parser.add_argument("--match", type=re.compile, default=re.compile(""), metavar="REGEX",
+                        help="of the cases that --list prints those with a match")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--resume", action="store_true", help="skip the cases that the CSV file has in full")
     parser.add_argument("--table", type=Path, metavar="CSV", help="only write the Markdown table of that file")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..basis.factorize import Factorization
 from ..config import SSVDConfig
-from ..ops.functional import Kind, add_rows, core_of, flip_theta, linear, theta_length
+from ..ops.functional import Kind, add_rows, compute_dtype, core_of, flip_theta, linear, theta_length
 from ..ops.places import Places
 from . import running
 from .adapter import Adapter, Factors
@@ -80,13 +80,18 @@ class SSVDAdapter(Adapter):
     def with_rows(self, x: Tensor, cores: Tensor, places: Places | None) -> Tensor:
         """`adapted`, where each row of x (B, ..., d_in) has a core of its own: see `add_rows`."""
         _, U, V, _ = self.frozen()
+        if x.is_cuda:
+            U, V = (basis[:, : self.k] for basis in self.bases(compute_dtype(x)))
         return add_rows(self.fixed(x), x, V, U, cores, places)
 
-    def operands(self, core: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    def operands(self, core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """U, V and, unless it would be made for one call alone, `core` as the Triton kernels read them in `dtype`."""
+        return *self.bases(dtype), self.narrow_core(core, dtype)
+
+    def bases(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """U and V as the Triton kernels read them in `dtype`."""
         cache, (_, U, V, _) = LayerCache() if self.sharded else self.cache, self.frozen()  # FSDP2 gathers them anew
-        narrow = None if core is None else self.narrow_core(core, dtype)
-        return cache.operand("U", U, dtype), cache.operand("V", V, dtype), narrow
+        return cache.operand("U", U, dtype), cache.operand("V", V, dtype)
 
     def narrow_core(self, core: Tensor, dtype: torch.dtype) -> Tensor | None:
         """`core` as the Triton kernels read it in `dtype`, unless it would be made for one call alone."""

@@ -137,13 +137,13 @@ class AddUpdateFunction(torch.autograd.Function):
     """`reference.add_update`, through which both gradients pass."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, update: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, update: Tensor, backend: str) -> Tensor:
         ctx.dtype = update.dtype
-        return reference.add_update(y, update)
+        return OPS[backend].add_update(y, update)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        return dy, dy.to(ctx.dtype)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        return dy, dy.to(ctx.dtype), None
 
 
 class RowsProductFunction(torch.autograd.Function):

@@ -110,7 +110,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def add_update(y: Tensor, update: Tensor) -> Tensor:
     """`reference.add_update`, differentiable."""
-    return y + update.to(y.dtype) if dispatch.transforming() else AddUpdateFunction.apply(y, update)
+    if dispatch.transforming():
+        return y + update.to(y.dtype)
+    choose = dispatch.linear_backend.__wrapped__ if torch.compiler.is_compiling() else dispatch.linear_backend
+    return AddUpdateFunction.apply(y, update, choose(y.device, y.dtype, dispatch.forced))
 
 
 def compose(weight: Tensor, U: Tensor, V: Tensor, core: Tensor) -> Tensor:
@@ -163,7 +166,7 @@ def ssvd_linear(
 class Operands(Protocol):
     casts: bool  # whether `weight` may have another dtype than x
 
-    def operands(self, core: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]: ...
+    def operands(self, core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
 
 def linear(
@@ -201,7 +204,7 @@ def linear(
     if compiling:
         return SSVDLinearFunction.apply(x, weight, U, V, core, bias, choices)
     if backend == "triton" and operands is not None:
-        U, V, narrow = operands.operands(core if chosen == "factored" else None, dtype)
+        U, V, narrow = operands.operands(core, dtype)
     return apply_linear(x, weight, U, V, core, bias, choices, narrow)
 
 

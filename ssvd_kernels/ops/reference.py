@@ -212,8 +212,8 @@ def compose_operand_ref(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtyp
     """
     if dtype != torch.bfloat16:
         return compose_ref(weight, U, V, core, dtype)
-    update = (U.float() @ core.float()) @ V.float().mT
-    return round_stochastically(weight.to(torch.bfloat16).float() + update)
+    P = U.to(dtype) @ core.to(dtype)
+    return round_stochastically(weight.to(dtype).float() + P.float() @ V.float().mT)
 
 
 def round_stochastically(values: Tensor) -> Tensor:

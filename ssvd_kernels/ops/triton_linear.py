@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .kernels.tile_sizes import CONCAT_MAX_D
 from .places import Places
 
 ALIGNMENT = 16  # columns
@@ -23,9 +22,7 @@ def ssvd_linear_fwd(
     U, V = operand(U, x.dtype), operand(V, x.dtype)
     if mode == "factored":
         return *kernels().ssvd_linear_fwd(x, weight, U, V, core, bias, need_z), None
-    composed = kernels().compose(weight, U, V, core, x.dtype)
-    if need_z and _concatenated(x, weight):
-        return *kernels().concat(x, composed, V, bias), composed
+    composed = kernels().compose(weight, U, V, core)
     y = F.linear(x, composed, None if bias is None else bias.to(x.dtype))
     return y, x @ V if need_z else None, composed
 
@@ -43,20 +40,9 @@ def ssvd_linear_bwd(
     """As `reference.ssvd_linear_bwd`; dcore may have rows and columns of zeros beyond the core's."""
     U = operand(U, dy.dtype)
     if composed is None:
-        V = operand(V, dy.dtype)
-        dx, dcore = kernels().ssvd_linear_bwd(dy, z, weight, U, V, core, need_dx)
-    elif need_dx and z is not None and _concatenated(dy, weight):
-        dx, dyU = kernels().concat(dy, composed.mT, U, None)
-        dcore = kernels().core_grad(dyU, z)
-    else:
-        dx = dy @ composed if need_dx else None
-        if z is None:
-            dcore = None
-        elif len(dy) < len(U):  # the three factors in the cheaper order
-            dcore = kernels().core_grad(dy @ U, z)
-        else:
-            dcore = U.to(torch.float32).mT @ kernels().core_grad(dy, z)
-    return dx, dcore
+        return kernels().ssvd_linear_bwd(dy, z, weight, U, operand(V, dy.dtype), core, need_dx)
+    # dcore in this order for any T: the other one, U^T (dy^T z), takes a product in float32
+    return dy @ composed if need_dx else None, None if z is None else kernels().core_grad(dy @ U, z)
 
 
 def ssvd_activation_fwd(x: Tensor, basis: Tensor, core: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -69,6 +55,11 @@ def ssvd_activation_bwd(
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `reference.ssvd_activation_bwd`; dcore may have rows and columns of zeros beyond the core's."""
     return kernels().ssvd_activation_bwd(dy, z, basis.to(dy.dtype), core, need_dx)
+
+
+def add_update(y: Tensor, update: Tensor) -> Tensor:
+    """As `reference.add_update`, in one pass."""
+    return kernels().add_update(y, update) if y.dtype == torch.bfloat16 else reference.add_update(y, update)
 
 
 def rows_product_fwd(z: Tensor, cores: Tensor, places: Places) -> Tensor:
@@ -110,8 +101,3 @@ def kernels() -> Any:
     from .kernels import launchers
 
     return launchers
-
-
-def _concatenated(x: Tensor, weight: Tensor) -> bool:
-    """Whether one kernel computes both products of x: by the weight and by the basis."""
-    return x.dtype.itemsize == 2 and max(weight.shape) <= CONCAT_MAX_D

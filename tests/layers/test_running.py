@@ -12,6 +12,8 @@ import torch
 from models import Stack, adapt, assert_all_within, gradients, references, square_gradients, step
 from torch import Tensor, nn
 
+import ssvd_kernels as sk
+
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(5))
 
 
@@ -36,6 +38,23 @@ def test_gradients_that_are_switched_on_within_a_forward_reach_all_parameters():
     found = compute(model)
     assert len(found) == 2 * 5 and all(bool(gradient.any()) for gradient in found.values())
     assert_all_within(found, plain, exact)
+
+
+@pytest.mark.parametrize("called", ["model", "layer"])
+def test_a_forward_without_a_backward_leaves_no_graph(called):
+    """A graph that saved its own output would never be freed: it would grow with every such call."""
+    model = adapt(Stack())
+    layer = next(iter(sk.ssvd_layers(model).values()))
+
+    def leaf() -> dict[str, object]:
+        """What is noted at the graph's end at theta, as long as a graph lives."""
+        return layer.theta.view_as(layer.theta).grad_fn.next_functions[0][0].metadata
+
+    y = model(X) if called == "model" else layer(torch.randn(3, layer.in_features))
+    leaf()["seen"] = True
+    assert leaf() and y.requires_grad
+    del y
+    assert not leaf()
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,7 +1,7 @@
 """Triton kernels and their launchers: tensors in, tensors out, no autograd.
 
 Importable without Triton; `unavailable_reason` says whether the kernels can run. The launchers are in cayley, compose,
-linear_and_projection, split_k, ssvd_activation and ssvd_linear, the tile sizes in tile_sizes.
+rows_product, ssvd_activation and ssvd_linear, the tile sizes in tile_sizes.
 """
 
 from __future__ import annotations

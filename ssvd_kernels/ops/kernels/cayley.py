@@ -348,7 +348,7 @@ def _multiply_add(
 ) -> None:
     """out = beta C + alpha A B for batches of matrices; out is C or overlaps nothing. `hollow`: see the kernel."""
     batch, M, N = out.shape
-    config = cayley_config(precision, batch, M, N)
+    config = cayley_config(batch, M, N)
     _cayley_product_kernel[(batch * triton.cdiv(M, config.rows) * triton.cdiv(N, config.cols),)](
         out, *out.stride()[:2], C, *C.stride()[:2], A, *A.stride(), B, *B.stride(), E, beta, alpha, M, N, A.shape[-1],
         BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth, PRECISION=precision, HOLLOW=hollow,

@@ -1,6 +1,7 @@
-"""add_product: y + q basis^T, accumulated in float32, each element written once; compose: W' = W + (U core) V^T.
+"""add_product: y + q basis^T, accumulated in float32, each element written once; compose: W' = W + (U core) V^T;
+add_update: y + update.
 
-The reference implementations are `reference.add_product` and `reference.compose_operand_ref`.
+The reference implementations are `reference.add_product`, `compose_operand_ref` and `add_update`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssvd_kernels.ops.kernels.launch import aligned, current_device, padded_core
-from ssvd_kernels.ops.kernels.tile_sizes import COMPOSE_PRECISION, GROUP, TileConfig, compose_config, table_key
+from ssvd_kernels.ops.kernels.tile_sizes import ELEMENTS, GROUP, TileConfig, linear_config, table_key
 from ssvd_kernels.ops.kernels.tiles import accumulate, cast, grouped_program, round_stochastically
 
 
@@ -69,7 +70,6 @@ def add_product(
     dtype: torch.dtype,
     stochastic: bool,
     config: TileConfig,
-    precision: str = "ieee",
 ) -> Tensor:
     """y + q basis^T (T, d) in `dtype`: y (T, d), q (T, n), basis (d, k), q zero beyond its k columns; any strides.
 
@@ -83,19 +83,36 @@ def add_product(
                 y, *y.stride(), q, *q.stride(), basis, *basis.stride(), out, *out.stride(),
                 T, d, q.shape[1], basis.shape[1],
                 STOCHASTIC=stochastic, BLOCK_T=config.rows, BLOCK_D=config.cols, BLOCK_K=config.depth, GROUP_T=GROUP,
-                PRECISION=precision, **config.options,
+                PRECISION="ieee", **config.options,
             )  # fmt: skip
     return out
 
 
-def compose(weight: Tensor, U: Tensor, V: Tensor, core: Tensor, dtype: torch.dtype) -> Tensor:
-    """W' = W + U core V^T: weight (d_out, d_in), U (d_out, k), V (d_in, k), core (k, k) -> (d_out, d_in) in `dtype`.
+def compose(weight: Tensor, U: Tensor, V: Tensor, core: Tensor) -> Tensor:
+    """W' = W + U core V^T: weight (d_out, d_in), U (d_out, k), V (d_in, k), core (k, k) -> (d_out, d_in) in U's dtype.
 
-    core may be smaller where the last columns of U and V are zero. bfloat16 is rounded stochastically. Half outputs
-    take the products through the tensor cores (tf32, for float16 in three terms): what that loses is below the rounding
-    of the sum, whatever the size of the update.
+    core may be smaller where the last columns of U and V are zero. bfloat16 is rounded stochastically.
     """
-    P = U.to(torch.float32) @ padded_core(core, V.shape[1], torch.float32)
-    key = table_key(dtype, (weight.dtype, V.dtype), dtype != torch.float16 and aligned(weight, P, V))
-    config = compose_config(key, *weight.shape)
-    return add_product(weight, P, V, dtype, dtype == torch.bfloat16, config, COMPOSE_PRECISION[dtype])
+    P, dtype = U @ padded_core(core, U.shape[1], U.dtype), U.dtype
+    config = linear_config(table_key(dtype, (weight.dtype,), aligned(weight, P, V)), *weight.shape)
+    return add_product(weight, P, V, dtype, dtype == torch.bfloat16, config)
+
+
+@triton.jit
+def _add_update_kernel(y_ptr, update_ptr, out_ptr, size, d, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.load(y_ptr + place, mask=place < size, other=0.0).to(tl.float32)
+    update = tl.load(update_ptr + place, mask=place < size, other=0.0).to(tl.float32)
+    tl.store(out_ptr + place, round_stochastically(y + update, place // d, place % d), mask=place < size)
+
+
+def add_update(y: Tensor, update: Tensor) -> Tensor:
+    """y + update (..., d) in bfloat16, the sum rounded stochastically."""
+    y, update = y.contiguous(), update.contiguous()
+    out = torch.empty_like(y)
+    if y.numel():
+        with current_device(y):
+            _add_update_kernel[(triton.cdiv(y.numel(), ELEMENTS.cols),)](
+                y, update, out, y.numel(), y.shape[-1], BLOCK=ELEMENTS.cols, **ELEMENTS.options
+            )
+    return out

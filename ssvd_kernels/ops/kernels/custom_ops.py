@@ -70,11 +70,9 @@ cayley_delta_backward = _operator(
     lambda grad, E, k: grad.new_empty((grad.shape[0], k * (k - 1) // 2)),
 )
 compose = _operator(
-    "compose", launchers.compose, lambda weight, U, V, core, dtype: weight.new_empty(weight.shape, dtype=dtype)
+    "compose", launchers.compose, lambda weight, U, V, core: weight.new_empty(weight.shape, dtype=U.dtype)
 )
-concat = _operator(
-    "concat", launchers.concat, lambda x, composed, V, bias: (_lead(x, composed.shape[0]), _lead(x, V.shape[1]))
-)
+add_update = _operator("add_update", launchers.add_update, lambda y, update: torch.empty_like(y))
 core_grad = _operator("core_grad", launchers.core_grad, lambda a, b: _float32(a, a.shape[1], b.shape[1]))
 _linear_fwd = _operator(
     "linear_fwd",

@@ -23,6 +23,13 @@ def padded_core(core: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     return padded
 
 
+def core_grad(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b (ka, kb) in float32, by the library: a (T, ka) and b (T, kb) of one dtype."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a.mT, b, out_dtype=torch.float32)
+    return a.to(torch.float32).mT @ b.to(torch.float32)
+
+
 def aligned(*tensors: Tensor) -> bool:
     """Whether every matrix can be read 16 elements at a time along one of its axes (what Triton specialises on)."""
     for tensor in tensors:

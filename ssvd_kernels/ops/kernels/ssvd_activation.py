@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ssvd_kernels.ops.kernels.compose import add_product
-from ssvd_kernels.ops.kernels.launch import aligned, padded_core
-from ssvd_kernels.ops.kernels.split_k import core_grad
+from ssvd_kernels.ops.kernels.launch import aligned, core_grad, padded_core
 from ssvd_kernels.ops.kernels.tile_sizes import linear_config, table_key
 
 

@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssvd_kernels.ops.kernels.launch import aligned, current_device, padded_core
-from ssvd_kernels.ops.kernels.split_k import core_grad
+from ssvd_kernels.ops.kernels.launch import aligned, core_grad, current_device, padded_core
 from ssvd_kernels.ops.kernels.tile_sizes import (
     GROUP,
     TileConfig,

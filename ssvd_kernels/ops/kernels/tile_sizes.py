@@ -17,8 +17,6 @@ import torch
 GROUP = 8  # row blocks that share their column tiles in L2
 MIN_PROGRAMS = 128  # about one program per multiprocessor of a large GPU
 ONE_PASS_MAX_T = 256  # above it, BLOCK_R / BLOCK_N more products cost more than two saved launches
-MIN_CHUNK = 256  # tokens per partial of core_grad
-CONCAT_MAX_D = 640  # up to it, reading x once is worth more than the library's larger tiles
 
 
 class TileConfig(NamedTuple):
@@ -72,31 +70,12 @@ ONE_PASS: dict[str, dict[int, tuple[TileConfig, ...]]] = {
     },
     "mixed_odd": {64: (TileConfig(16, 32, 32, 4, 3), TileConfig(32, 32, 32, 4, 3))},
     "float32": {32: (TileConfig(16, 16, 16, 4, 3), TileConfig(32, 32, 16, 4, 3))},
-    "float32_odd": {32: (TileConfig(16, 16, 16, 4, 3),)},
+    "float32_odd": {},  # would spill
 }
-COMPOSE = {
-    "half": (TileConfig(64, 64, 32, 4, 3), TileConfig(128, 128, 32, 8, 3)),
-    "half_odd": (TileConfig(64, 64, 16, 4, 3),),
-    "mixed": (TileConfig(64, 64, 32, 4, 3), TileConfig(128, 128, 32, 8, 3)),
-    "mixed_odd": (TileConfig(64, 64, 16, 4, 3),),
-    "float32": (TileConfig(32, 32, 32, 4, 3), TileConfig(64, 64, 16, 4, 3)),
-    "float32_odd": (TileConfig(32, 32, 16, 4, 3), TileConfig(64, 64, 16, 4, 3)),
-}
-# tf32 truncates the update at 2^-10, which bfloat16's rounding hides and float16's does not. The three-term products
-# need as many registers as scalar loads do, so float16 uses the odd tables.
-COMPOSE_PRECISION = {torch.float32: "ieee", torch.bfloat16: "tf32", torch.float16: "tf32x3"}
-CORE_GRAD = {
-    "half": (TileConfig(16, 16, 128, 4, 3), TileConfig(64, 64, 32, 4, 4), TileConfig(128, 128, 64, 8, 3)),
-    "half_odd": (TileConfig(16, 16, 64, 4, 2), TileConfig(64, 64, 32, 4, 2)),
-    "float32": (TileConfig(16, 16, 32, 4, 3), TileConfig(64, 64, 16, 4, 3)),
-    "float32_odd": (TileConfig(16, 16, 32, 4, 3), TileConfig(32, 32, 16, 4, 3)),
-}
-# Batches of k x k matrices in float32, by the precision of their products (see cayley.py).
-CAYLEY = {
-    "bf16x3": (TileConfig(32, 32, 32, 4, 2), TileConfig(64, 64, 32, 4, 3), TileConfig(128, 128, 32, 8, 2)),
-    "bf16x6": (TileConfig(32, 32, 32, 4, 2), TileConfig(64, 64, 32, 4, 3), TileConfig(128, 64, 32, 8, 3)),
-}
-CAYLEY_LEAF = TileConfig(64, 64, 16, 8, 1)  # the block that one program inverts by itself; deeper products spill
+# Batches of k x k matrices in float32. Larger tiles, measured on an H100, are slower: their terms fill the registers.
+CAYLEY = (TileConfig(32, 32, 32, 4, 2), TileConfig(64, 64, 32, 4, 3))
+CAYLEY_LEAF = TileConfig(64, 64, 16, 4, 1)  # the block that one program inverts by itself; deeper products spill
+ELEMENTS = TileConfig(1, 1024, 0, 4, 1)  # where there are no products
 CAYLEY_PACK = TileConfig(32, 32, 0, 4, 1)
 CAYLEY_WIDE = TileConfig(16, 16, 0, 4, 1)  # one stage: no load may pass a barrier
 
@@ -144,22 +123,5 @@ def one_pass_rank(k: int) -> int:
     return max(16, 1 << (k - 1).bit_length())
 
 
-def compose_config(key: str, d_out: int, d_in: int) -> TileConfig:
-    return _pick(COMPOSE[key], d_out, d_in)
-
-
-def core_grad_config(key: str, ka: int, kb: int) -> TileConfig:
-    """The largest tile that ka and kb fill at least half; the split over T brings the programs."""
-    return next((c for c in reversed(CORE_GRAD[key]) if 2 * min(ka, kb) > c.rows), CORE_GRAD[key][0])
-
-
-def cayley_config(precision: str, batch: int, rows: int, cols: int) -> TileConfig:
-    return _pick(CAYLEY[precision], rows, cols, batch)
-
-
-def core_grad_splits(config: TileConfig, T: int, ka: int, kb: int) -> tuple[int, int]:
-    """(tokens per chunk, number of chunks): every chunk holds a token (a single empty one for T = 0)."""
-    tiles = _cdiv(ka, config.rows) * _cdiv(kb, config.cols)
-    wanted = max(1, min(2 * MIN_PROGRAMS // tiles, _cdiv(T, MIN_CHUNK)))
-    chunk = max(1, _cdiv(_cdiv(T, wanted), config.depth)) * config.depth
-    return chunk, max(1, _cdiv(T, chunk))
+def cayley_config(batch: int, rows: int, cols: int) -> TileConfig:
+    return _pick(CAYLEY, rows, cols, batch)

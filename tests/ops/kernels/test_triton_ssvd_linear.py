@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 from ssvd_kernels.ops.kernels import tile_sizes as tables
 from ssvd_kernels.ops.kernels import unavailable_reason
 from ssvd_kernels.ops.kernels.compose import compose
-from ssvd_kernels.ops.kernels.split_k import core_grad
+from ssvd_kernels.ops.kernels.launch import core_grad
 from ssvd_kernels.ops.kernels.ssvd_linear import ssvd_linear_bwd, ssvd_linear_fwd
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -128,58 +128,32 @@ def check_compose(shape: tuple[int, int, int, int], dtype: torch.dtype, params: 
         exact = compose_ref(*(tensor.double() for tensor in args))
         return {"W'": compose_operand_ref(*args, dtype)}, {"W'": exact}
 
-    assert_bounded({"W'": compose(*factors(0), dtype)}, references)
+    weight, U, V, core = factors(0)
+    assert_bounded({"W'": compose(weight, U.to(dtype), V.to(dtype), core)}, references)
 
 
-@pytest.mark.parametrize(("key", "config"), [(key, c) for key, table in tables.COMPOSE.items() for c in table])
+@pytest.mark.parametrize(("key", "config"), [(key, c) for key, table in tables.LINEAR.items() for c in table])
 def test_every_compose_configuration(key, config, monkeypatch):
-    monkeypatch.setattr("ssvd_kernels.ops.kernels.compose.compose_config", lambda *_: config)
+    monkeypatch.setattr("ssvd_kernels.ops.kernels.compose.linear_config", lambda *_: config)
     dtype = F32 if key.startswith("float32") else BF16
     check_compose((1, config.cols + 5, config.rows + 3, 19), dtype, F32 if key.startswith("mixed") else dtype)
 
 
-def check_core_grad(shape: tuple[int, int, int], dtype: torch.dtype, other: torch.dtype | None = None) -> None:
+@pytest.mark.parametrize("shape", [(0, 3, 5), (1, 1, 1), (13, 17, 33), (700, 16, 16), (300, 70, 153)])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_core_grad(dtype, shape):
     def draw(number: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(number)
         a, b = (torch.randn(shape[0], width, device=DEVICE).to(dtype) for width in shape[1:])
-        return a.to(other or dtype), b
+        return a, b
 
     def references(number: int) -> tuple[Results, Results]:
         a, b = draw(number)
-        return {"a^T b": a.mT @ b.to(a.dtype)}, {"a^T b": a.double().mT @ b.double()}
+        return {"a^T b": a.mT @ b}, {"a^T b": a.double().mT @ b.double()}
 
     value = core_grad(*draw(0))
     assert value.dtype == F32
     assert_bounded({"a^T b": value}, references)
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 5), (1, 1, 1), (13, 17, 33), (700, 16, 16), (523, 65, 40), (300, 70, 153)])
-@pytest.mark.parametrize("dtype", [F32, F16, BF16])
-def test_core_grad(dtype, shape):
-    """700 and 523 tokens are split over several partials."""
-    check_core_grad(shape, dtype)
-
-
-@pytest.mark.parametrize(("key", "config"), [(key, c) for key, table in tables.CORE_GRAD.items() for c in table])
-def test_every_core_grad_configuration(key, config, monkeypatch):
-    monkeypatch.setattr("ssvd_kernels.ops.kernels.split_k.core_grad_config", lambda *_: config)
-    dtype = F32 if key.startswith("float32") else BF16
-    check_core_grad((301, config.rows + 3, config.cols + 5), dtype)
-
-
-def test_core_grad_of_mixed_dtypes_keeps_the_wider():
-    check_core_grad((37, 5, 7), F16, F32)
-    value = core_grad(torch.ones(3, 2, device=DEVICE).half(), torch.full((3, 2), 1 + 2**-20, device=DEVICE))
-    assert torch.equal(value, torch.full((2, 2), 3 * (1 + 2**-20), device=DEVICE))
-
-
-@pytest.mark.parametrize("chunk", [1, 255, 256, 257, 512, 10_007, 1_000_003])
-@pytest.mark.parametrize("k", [1, 64, 409])
-def test_every_partial_holds_a_token_and_every_token_is_held_once(chunk, k):
-    for table in tables.CORE_GRAD.values():
-        for config in table:
-            size, splits = tables.core_grad_splits(config, chunk, k, k)
-            assert (splits - 1) * size < chunk <= splits * size
 
 
 @pytest.mark.parametrize(("path", "dtype"), [("one pass", F32), ("products", BF16)])
@@ -191,7 +165,7 @@ def test_two_runs_give_the_same_bits(path, dtype, monkeypatch):
     def run() -> list[Tensor | None]:
         y, z = ssvd_linear_fwd(case["x"], *params, case["bias"], True)
         a = case["dy"].repeat(10, 1)
-        return [y, z, *ssvd_linear_bwd(case["dy"], z, *params, True), compose(*params, dtype), core_grad(a, a)]
+        return [y, z, *ssvd_linear_bwd(case["dy"], z, *params, True), compose(*params), core_grad(a, a)]
 
     assert all(torch.equal(first, second) for first, second in zip(run(), run(), strict=True))
 
@@ -219,7 +193,7 @@ def test_strided_and_expanded_operands(path, monkeypatch):
         factors = [operands[name] for name in ("weight", "U", "V", "core")]
         y, z = ssvd_linear_fwd(operands["x"], *factors, operands["bias"], True)
         dx, dcore = ssvd_linear_bwd(operands["dy"], z.mT.contiguous().mT, *factors, True)
-        found = {"y": y, "z": z, "dx": dx, "dcore": dcore, "W'": compose(*factors, F32)}
+        found = {"y": y, "z": z, "dx": dx, "dcore": dcore, "W'": compose(*factors)}
         assert_bounded(found, twins(strided))
 
 
