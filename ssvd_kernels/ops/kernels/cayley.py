@@ -46,7 +46,7 @@ def _skew_kernel(theta_ptr, k_ptr, stride_k_b, stride_k_row, k, padded, BLOCK: t
 
 @triton.jit
 def _unskew_kernel(z_ptr, stride_z_b, stride_z_row, dtheta_ptr, k, BLOCK: tl.constexpr):
-    """dtheta[i < j] = 2 (Z[j, i] - Z[i, j])."""
+    """dtheta[i < j] = 2 (Z[i, j] - Z[j, i])."""
     batch, row, col = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     if row <= col:
         i = row * BLOCK + tl.arange(0, BLOCK)[:, None]
@@ -57,7 +57,7 @@ def _unskew_kernel(z_ptr, stride_z_b, stride_z_row, dtheta_ptr, k, BLOCK: tl.con
         upper = tl.load(base + i * stride_z_row + j, mask=(i < k) & (j < k), other=0.0)
         lower = tl.load(base + j_t * stride_z_row + i_t, mask=(i_t < k) & (j_t < k), other=0.0)
         place = i * (2 * k - i - 1) // 2 - i - 1 + j
-        dtheta = 2 * (tl.trans(lower) - upper)
+        dtheta = 2 * (upper - tl.trans(lower))
         tl.store(dtheta_ptr + batch * (k * (k - 1) // 2) + place, dtheta, mask=(i < j) & (j < k))
 
 
@@ -224,6 +224,7 @@ def _cayley_product_kernel(
     c_ptr,
     stride_c_b,
     stride_c_m,
+    stride_c_n,
     a_ptr,
     stride_a_b,
     stride_a_m,
@@ -244,8 +245,8 @@ def _cayley_product_kernel(
     PRECISION: tl.constexpr,
     HOLLOW: tl.constexpr,
 ):
-    """out = beta C + alpha A B. The operand that HOLLOW names, "a" or "b", is E^T or E: instead of its diagonal,
-    1 + E[i, i] / 2 is taken, by which C's rows or columns are multiplied."""
+    """out = beta C + alpha A B. The operand that HOLLOW names, "a" or "b", is E: instead of its diagonal 1 + E[i, i] / 2
+    is taken, by which C's rows or columns are multiplied."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     tiles = tl.cdiv(M, BLOCK_M) * blocks_n
     batch, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
@@ -259,7 +260,7 @@ def _cayley_product_kernel(
     )  # fmt: skip
     mask = mask_m[:, None] & mask_n[None, :]
     row, col = offs_m.to(tl.int64)[:, None], offs_n[None, :]
-    c = tl.load(c_ptr + batch * stride_c_b + row * stride_c_m + col, mask=mask, other=0.0)
+    c = tl.load(c_ptr + batch * stride_c_b + row * stride_c_m + col * stride_c_n, mask=mask, other=0.0)
     if HOLLOW == "a":
         c *= 1 + tl.load(e_ptr + batch * M * M + row * (M + 1), mask=mask_m[:, None], other=0.0) / 2
     elif HOLLOW == "b":
@@ -286,8 +287,9 @@ def cayley_delta(theta: Tensor, k: int) -> Tensor:
 
 
 def cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
-    """dtheta (B, k(k-1)/2) = strict upper triangle of 2 (Z^T - Z), Z = B^T dE B^T, B = I + E/2; dE and E (B, n, n).
+    """dtheta (B, k(k-1)/2) = strict upper triangle of 2 (Z - Z^T), Z = B dE^T B, B = I + E/2; dE and E (B, n, n).
 
+    In this order no first factor of a product is transposed, for which a tile would be turned in registers.
     B's diagonal is multiplied apart from the rest, see `reference.cayley_delta_backward_ref`.
     """
     B = E.shape[0]
@@ -295,8 +297,8 @@ def cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
     if dtheta.numel():
         E, precision, X, Z = E.contiguous(), _precision(k), torch.empty_like(E), torch.empty_like(E)
         with current_device(grad):
-            _multiply_add(X, 1.0, grad, 0.5, grad, E.mT, precision, "b", E)
-            _multiply_add(Z, 1.0, X, 0.5, E.mT, X, precision, "a", E)
+            _multiply_add(X, 1.0, grad.mT, 0.5, E, grad.mT, precision, "a", E)
+            _multiply_add(Z, 1.0, X, 0.5, X, E, precision, "b", E)
             _unskew_kernel[_block_pairs(B, k)](
                 Z, *Z.stride()[:2], dtheta, k, BLOCK=CAYLEY_PACK.rows, **CAYLEY_PACK.options
             )
@@ -350,7 +352,7 @@ def _multiply_add(
     batch, M, N = out.shape
     config = cayley_config(batch, M, N)
     _cayley_product_kernel[(batch * triton.cdiv(M, config.rows) * triton.cdiv(N, config.cols),)](
-        out, *out.stride()[:2], C, *C.stride()[:2], A, *A.stride(), B, *B.stride(), E, beta, alpha, M, N, A.shape[-1],
+        out, *out.stride()[:2], C, *C.stride(), A, *A.stride(), B, *B.stride(), E, beta, alpha, M, N, A.shape[-1],
         BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth, PRECISION=precision, HOLLOW=hollow,
         **config.options,
     )  # fmt: skip
