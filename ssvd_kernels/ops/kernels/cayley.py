@@ -245,8 +245,8 @@ def _cayley_product_kernel(
     PRECISION: tl.constexpr,
     HOLLOW: tl.constexpr,
 ):
-    """out = beta C + alpha A B. The operand that HOLLOW names, "a" or "b", is E: instead of its diagonal 1 + E[i, i] / 2
-    is taken, by which C's rows or columns are multiplied."""
+    """out = beta C + alpha A B. The operand that HOLLOW names, "a" or "b", is E: instead of its diagonal one takes
+    1 + E[i, i] / 2, by which C's rows or columns are multiplied."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     tiles = tl.cdiv(M, BLOCK_M) * blocks_n
     batch, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
