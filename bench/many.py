@@ -6,7 +6,7 @@ and one row after another. Beside them one adapter for all rows, composed and fa
 step, T = 64 an encoder's pass over 1.3 s. `generate` is a whole model of tiny.en's shapes, 1 s of audio and 16 tokens.
 
 Versions take turns; the time is the least of the repeats, in milliseconds. Added: the time to add one adapter to a bank
-of all 64 layers, from its file and from memory.
+of all 64 layers, from its file and from memory. float32 on the CPU, bfloat16 on a GPU (`--device cuda`).
 """
 
 from __future__ import annotations
@@ -57,6 +57,9 @@ class Layers(nn.Module):
         return y
 
 
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+
+
 def whisper() -> Any:
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
@@ -96,24 +99,40 @@ def with_lora(model: nn.Module, r: int, names: Sequence[str]) -> Any:
     return found.eval()
 
 
-def least(versions: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+def placed(model: nn.Module, device: str) -> Any:
+    """On the device, in the dtype that is measured there."""
+    return model.to(device, DTYPES[device])
+
+
+def noise(device: str, *shape: int) -> Tensor:
+    return torch.randn(*shape, device=device, dtype=DTYPES[device])
+
+
+def now(device: str) -> float:
+    """Seconds, when all that was queued is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def least(versions: Mapping[str, Callable[[], object]], seconds: float, device: str) -> dict[str, float]:
     """Milliseconds of each, or what it returns: the least of at least three turns, as many as fit into `seconds`."""
     found = {name: float("inf") for name in versions}
     start = time.perf_counter()
     for turn in range(200):
         for name, run in versions.items():
-            begin = time.perf_counter()
+            begin = now(device)
             own = run()
-            found[name] = min(found[name], own if isinstance(own, float) else 1e3 * (time.perf_counter() - begin))
+            found[name] = min(found[name], own if isinstance(own, float) else 1e3 * (now(device) - begin))
         if turn >= 2 and time.perf_counter() - start > seconds:
             break
     return found
 
 
-def batches(k: int, counts: Iterable[int], seconds: float) -> Iterator[Row]:
+def batches(k: int, counts: Iterable[int], seconds: float, device: str) -> Iterator[Row]:
     """Of the layers."""
     torch.manual_seed(0)
-    base = Layers()
+    base = placed(Layers(), device)
     names = [f"a{number}" for number in range(max(counts))]
     model = adapted_by(base, k)
     adapted = list(sk.ssvd_layers(model).values())
@@ -121,45 +140,45 @@ def batches(k: int, counts: Iterable[int], seconds: float) -> Iterator[Row]:
     for name in names:
         bank.add(name)
     for N in counts:
-        lora = with_lora(Layers(), RANKS[k], names[:N])
+        lora = placed(with_lora(Layers(), RANKS[k], names[:N]), device)
         lora_bytes = 4 * sum(p.numel() for n, p in lora.named_parameters() if ".a0." in n)
         bytes_of = {MIXED: bank.bytes_per_adapter, LORA: lora_bytes}
         for T in TOKENS:
             if N * T > MOST:
                 continue
-            inputs, own = (torch.randn(N, T, D), torch.randn(N, T, 4 * D)), names[:N]
+            inputs, own = (noise(device, N, T, D), noise(device, N, T, 4 * D)), names[:N]
             run = partial(model, *inputs)
             turns: dict[str, Callable[[], object]] = {
-                ONE: partial(_single, adapted, "factored", run),
-                MIXED: partial(_mixed, bank, own, run),
-                COMPOSED: partial(_single, adapted, "auto", run),
+                ONE: partial(_single, adapted, "factored", run, device),
+                MIXED: partial(_mixed, bank, own, run, device),
+                COMPOSED: partial(_single, adapted, "auto", run, device),
                 LORA: partial(lora, *inputs, adapter_names=own),
                 AFTER: partial(_after, bank, model, own, inputs),
             }
-            times = least(turns, seconds)
+            times = least(turns, seconds, device)
             yield from (
                 {"what": "layers", "k": k, "N": N, "T": T, "version": version, "ms": f"{ms:.3f}",
                  "bytes": bytes_of.get(version, "")} for version, ms in times.items()
             )  # fmt: skip
 
 
-def _second(run: Callable[[], object]) -> float:
+def _second(run: Callable[[], object], device: str) -> float:
     """Milliseconds of a call after one that fills what is kept between calls."""
     run()
-    begin = time.perf_counter()
+    begin = now(device)
     run()
-    return 1e3 * (time.perf_counter() - begin)
+    return 1e3 * (now(device) - begin)
 
 
-def _single(adapted: Sequence[Any], mode: str, run: Callable[[], object]) -> float:
+def _single(adapted: Sequence[Any], mode: str, run: Callable[[], object], device: str) -> float:
     for layer in adapted:
         layer.mode = mode
-    return _second(run)
+    return _second(run, device)
 
 
-def _mixed(bank: sk.AdapterBank, names: Sequence[str], run: Callable[[], object]) -> float:
+def _mixed(bank: sk.AdapterBank, names: Sequence[str], run: Callable[[], object], device: str) -> float:
     with bank.rows(names):
-        return _second(run)
+        return _second(run, device)
 
 
 def _after(bank: sk.AdapterBank, model: nn.Module, names: Sequence[str], inputs: Sequence[Tensor]) -> None:
@@ -168,15 +187,15 @@ def _after(bank: sk.AdapterBank, model: nn.Module, names: Sequence[str], inputs:
             model(*(each[row : row + 1] for each in inputs))
 
 
-def generation(k: int, N: int, seconds: float) -> Iterator[Row]:
+def generation(k: int, N: int, seconds: float, device: str) -> Iterator[Row]:
     """Of the whole model."""
     torch.manual_seed(0)
     names = [f"a{number}" for number in range(N)]
-    frames = torch.randn(N, 80, 100)
+    frames = noise(device, N, 80, 100)
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it says at each call that max_new_tokens counts
     options = {"max_new_tokens": TOKENS_OUT, "min_new_tokens": TOKENS_OUT, "do_sample": False}
-    lora = with_lora(whisper(), RANKS[k], names)
-    model = adapted_by(whisper(), k)
+    lora = placed(with_lora(whisper(), RANKS[k], names), device)
+    model = adapted_by(placed(whisper(), device), k)
     bank = sk.AdapterBank(model)
     for name in names:
         bank.add(name)
@@ -196,14 +215,14 @@ def generation(k: int, N: int, seconds: float) -> Iterator[Row]:
         AFTER: after,
         MIXED: mixed,
     }
-    for version, ms in least(versions, seconds).items():
+    for version, ms in least(versions, seconds, device).items():
         yield {"what": "generate", "k": k, "N": N, "T": TOKENS_OUT, "version": version, "ms": f"{ms:.1f}"}
 
 
-def additions(k: int, seconds: float) -> Iterator[Row]:
+def additions(k: int, seconds: float, device: str) -> Iterator[Row]:
     """One adapter more, of tiny.en's 64 layers."""
     torch.manual_seed(0)
-    model = adapted_by(Layers(blocks=4), k)
+    model = adapted_by(placed(Layers(blocks=4), device), k)
     bank, number = sk.AdapterBank(model), 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.safetensors"
@@ -217,7 +236,7 @@ def additions(k: int, seconds: float) -> Iterator[Row]:
 
             return run
 
-        times = least({"add, from a file": add(path), "add, from memory": add(None)}, seconds)
+        times = least({"add, from a file": add(path), "add, from memory": add(None)}, seconds, device)
     for version, ms in times.items():
         yield {"what": "add", "k": k, "N": 1, "T": "", "version": version, "ms": f"{ms:.2f}",
                "bytes": bank.bytes_per_adapter}  # fmt: skip
@@ -252,18 +271,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.many", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="CSV file, replaced; a .md file is written beside it")
+    parser.add_argument("--device", choices=DTYPES, default="cpu")
     parser.add_argument("--ranks", nargs="+", type=int, choices=RANKS, default=list(RANKS))
     parser.add_argument("--counts", nargs="+", type=int, default=list(COUNTS), help="1,000 only for the lowest rank")
     parser.add_argument("--generate", type=int, default=24, help="rows of the whole model (%(default)s; 0: not at all)")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each case (%(default)s)")
     options = parser.parse_args(argv)
-    about, rows = machine(torch.device("cpu")), []
+    device, rows = options.device, []
+    about = machine(torch.device(device))
     bar = tqdm(desc="cases", unit="version", disable=None)
     for k in options.ranks:
         counts = [N for N in options.counts if N <= 256 or k == min(options.ranks)]
-        parts = [additions(k, options.seconds), batches(k, counts, options.seconds)]
+        parts = [additions(k, options.seconds, device), batches(k, counts, options.seconds, device)]
         if options.generate:
-            parts.append(generation(k, options.generate, options.seconds))
+            parts.append(generation(k, options.generate, options.seconds, device))
         for part in parts:
             for row in part:
                 rows.append({**{name: about[name] for name in COLUMNS if name in about}, **row})

@@ -24,6 +24,9 @@ from .flops import linear_flops
 BACKENDS = ("auto", "reference", "ext", "triton")
 MODES = ("auto", "composed", "factored")
 _HALF = (torch.float16, torch.bfloat16)
+FEW = (
+    64 * 256**3
+)  # B k^3 up to which the extension's Cayley transform takes less time in eager mode than Triton's (H100)
 forced = os.environ.get("SSVD_BACKEND", "auto")
 
 
@@ -114,9 +117,18 @@ def linear_backend(device: torch.device, dtype: torch.dtype, forced: str) -> str
     return backend_for("linear", device, dtype)
 
 
+def cayley_backend(device: torch.device, dtype: torch.dtype, B: int, k: int) -> str:
+    """`backend_for` a batch of B rotations; of few small ones the host's launches take the time, which are the
+    extension's cheaper ones."""
+    backend = backend_for("cayley", device, dtype)
+    if backend != "triton" or forced != "auto" or torch.compiler.is_compiling() or B * k**3 > FEW:
+        return backend
+    return "ext" if refusals("cayley", device, dtype)["ext"] is None else backend
+
+
 def cayley_delta(theta: Tensor, k: int) -> Tensor:
     """E (B, n, n) from theta (B, m): n = k, or more with zeros beyond k where the kernels want it."""
-    backend = backend_for("cayley", theta.device, theta.dtype)
+    backend = cayley_backend(theta.device, theta.dtype, len(theta), k)
     if backend == "triton":
         return triton_linear.kernels().cayley_delta(theta, k)
     if backend == "ext":
@@ -127,7 +139,7 @@ def cayley_delta(theta: Tensor, k: int) -> Tensor:
 
 def cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
     """dtheta (B, m) from dE and E (B, n, n), as `cayley_delta` gave it."""
-    backend = backend_for("cayley", grad.device, grad.dtype)
+    backend = cayley_backend(grad.device, grad.dtype, len(grad), k)
     if backend == "triton":
         pad = -E.shape[-1] % 16  # nonzero only where another backend computed E
         grad, E = (F.pad(matrix, (0, pad, 0, pad)) if pad else matrix for matrix in (grad, E))
