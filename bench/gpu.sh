@@ -5,7 +5,7 @@
 #   PART=check     GPU tests, memcheck, op and kernel tests, every benchmark case at a tiny size (the default)
 #   PART=sanitize  compute-sanitizer: memcheck, racecheck, initcheck
 #   PART=bench     benchmark of the op, the layer and the Cayley map
-#   PART=model     benchmark of models, accumulation, their extras, decoding and injection
+#   PART=model     benchmark of many adapters in a batch, of models, accumulation, their extras, decoding and injection
 #   PART=asr       the next part of the speech experiment's full grid: learning rates first, then its cells. Needs data/
 #                  and transformers; what is done is kept in runs/asr-cells, and with the tables in OUT/asr-cells.tar.gz:
 #                  put that into runs/ and the next call goes on, on another machine, too
@@ -143,7 +143,10 @@ sanitize)
     sanitize initcheck 120
     ;;
 bench) measure cayley,layer,linear ;;
-model) measure accumulate,model,extras,decode,inject ;;
+model)
+    stage "many adapters" 80 bench.log "$PYTHON" -m bench.many --device cuda --counts 24 --seconds 1 --out "$OUT/gpu-many.csv"
+    measure accumulate,model,extras,decode,inject
+    ;;
 asr)
     mkdir -p runs/asr-cells
     kept=runs/asr-cells.tar.gz # of an earlier call, on this machine or another one; unpacked once

@@ -39,6 +39,8 @@ STYLES = {
     "parametrizations.orthogonal": ("#56B4E9", "v", "-"),
     "ssvd reference": ("#0072B2", "s", "-"),
     "ssvd ext": ("#D55E00", "o", "-"),
+    "ssvd triton": ("#009E73", "^", "-"),
+    "ssvd triton, two terms": ("#E69F00", "X", "-"),
     "composed": ("#009E73", "^", "-"),
     "factored": ("#E69F00", "s", "--"),
     "activation": ("#CC79A7", "D", "-"),
@@ -92,7 +94,7 @@ def crossover_figure(rows: Sequence[Row]) -> Any:
 def cayley_figure(rows: Sequence[Row]) -> Any:
     groups: dict[str, dict[str, float]] = {}
     for (batch, k), some in of_each((row for row in rows if row["operation"] == "cayley"), ("batch", "k")).items():
-        times = _means(some, lambda row: f"ssvd {row['backend']}" if row["version"] == "ssvd" else row["version"])
+        times = _means(some, _rotation)
         if "linalg.solve" in times:
             base = times["linalg.solve"]
             groups[f"{batch} x {k}"] = {name: base / time for name, time in times.items() if name != "linalg.solve"}
@@ -110,6 +112,12 @@ def cayley_figure(rows: Sequence[Row]) -> Any:
     axes.set(xticks=range(len(groups)), xticklabels=list(groups), xlabel="batch x k", ylabel="times as fast")
     axes.margins(y=0.12)
     return _legend(figure)
+
+
+def _rotation(row: Row) -> str:
+    if row["version"] != "ssvd":
+        return row["version"]
+    return f"ssvd {row['backend']}" + (", two terms" if row["mode"] == "high" else "")
 
 
 def model_figure(rows: Sequence[Row]) -> Any:

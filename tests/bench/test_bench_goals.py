@@ -30,14 +30,16 @@ def test_a_ratio_is_compared_with_its_bound(ours, verdict):
     assert "a CPU, 2 CPU threads, torch 2, commit c" in text
 
 
-def test_rounds_are_averaged_graphs_go_first_and_refused_rows_do_not_count():
+def test_rounds_are_averaged_graphs_compared_with_graphs_and_refused_rows_do_not_count():
     rows = [
         *(cayley("linalg.solve", "torch", ms) for ms in (3.0, 5.0)),
         cayley("ssvd", "ext", 2.0),
         cayley("ssvd", "ext", 1.0, timing="graph"),
         cayley("ssvd", "ext", 0.1, note="refused: wrong result"),
     ]
-    assert "| 4 | met |" in line_of(goals.table(rows), "Cayley map 8 x 256")
+    assert "| 2 | met |" in line_of(goals.table(rows), "Cayley map 8 x 256")
+    rows.append(cayley("linalg.solve", "torch", 1.5, timing="graph"))
+    assert "| 1.5 | missed |" in line_of(goals.table(rows), "Cayley map 8 x 256")
 
 
 def test_what_no_row_holds_is_not_measured():
