@@ -128,7 +128,7 @@ def cayley_backend(device: torch.device, dtype: torch.dtype, B: int, k: int) -> 
 
 def cayley_delta(theta: Tensor, k: int) -> Tensor:
     """E (B, n, n) from theta (B, m): n = k, or more with zeros beyond k where the kernels want it."""
-    backend = cayley_backend(theta.device, theta.dtype, len(theta), k)
+    backend = cayley_backend(theta.device, theta.dtype, theta.shape[0], k)
     if backend == "triton":
         return triton_linear.kernels().cayley_delta(theta, k)
     if backend == "ext":
@@ -139,7 +139,7 @@ def cayley_delta(theta: Tensor, k: int) -> Tensor:
 
 def cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
     """dtheta (B, m) from dE and E (B, n, n), as `cayley_delta` gave it."""
-    backend = cayley_backend(grad.device, grad.dtype, len(grad), k)
+    backend = cayley_backend(grad.device, grad.dtype, grad.shape[0], k)
     if backend == "triton":
         pad = -E.shape[-1] % 16  # nonzero only where another backend computed E
         grad, E = (F.pad(matrix, (0, pad, 0, pad)) if pad else matrix for matrix in (grad, E))

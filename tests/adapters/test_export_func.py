@@ -11,7 +11,7 @@ from bounds import assert_within
 from cases import relative_error
 from models import Stack, adapt, assert_all_within, gradients, inject, references
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jvp, vmap
 
 import ssvd_kernels as sk
 
@@ -71,11 +71,42 @@ def test_export_of_an_unmerged_model_computes_with_its_theta(model, mode):
     assert model.head.theta.grad.abs().max() > 0
 
 
-def test_a_trace(model):
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_a_trace(model, with_gradients):
     x = torch.randn(5, 8)
-    with torch.no_grad():
+
+    def passes(network: nn.Module) -> dict[str, Tensor]:
+        network.zero_grad()
+        with torch.set_grad_enabled(with_gradients):
+            y = network(x.to(next(network.parameters()).dtype))
+        if with_gradients:
+            y.square().sum().backward()
+        return {"y": y.detach(), **gradients(network, whole=with_gradients)}
+
+    with torch.set_grad_enabled(with_gradients):
         traced = torch.jit.trace(model.eval(), (torch.randn(4, 8),), check_trace=False)
-        assert_within(traced(x), *references(model, lambda net: net(x.to(next(net.parameters()).dtype))))
+    plain, exact = references(model, passes)
+    found = passes(traced)
+    assert len(found) == (11 if with_gradients else 1)
+    assert_all_within(found, plain, exact)
+
+
+def test_forward_derivatives(model):
+    """Of the input and of the parameters, by torch.func."""
+    trained = {name: torch.randn(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    x, dx = torch.randn(5, 8), torch.randn(5, 8)
+
+    def derivatives(network: nn.Module) -> dict[str, Tensor]:
+        dtype = next(network.parameters()).dtype
+        values = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
+        along = {name: trained[name.replace(".values.0.", ".")].to(dtype) for name in values}
+        both = jvp(lambda p, x: functional_call(network, p, (x,)), (values, x.to(dtype)), (along, dx.to(dtype)))
+        return dict(zip(("y", "dy"), both))
+
+    plain, exact = references(model, derivatives)
+    found = derivatives(model)
+    assert found["dy"].abs().max() > 0
+    assert_all_within(found, plain, exact)
 
 
 def test_a_state_dict_is_assigned_to_a_model_without_values(model):

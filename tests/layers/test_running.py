@@ -111,7 +111,7 @@ def test_training_beside_inference_in_another_thread():
 
     def train() -> int:
         wrong = 0
-        for _ in range(150):
+        for _ in range(1500):
             model.zero_grad()
             found = square_gradients(model, X)
             wrong += any(not torch.equal(gradient, right[name]) for name, gradient in found.items())

@@ -283,7 +283,7 @@ SIDES = [sk.SSVDConfig(rank=6, side=side) for side in ("input", "output", "both"
 @pytest.mark.parametrize(
     ("config", "reads_weight"),
     [
-        *((config, False) for config in SIDES),
+        *((config, False) for config in (*SIDES, sk.SSVDConfig(rank=6, form="activation"))),
         *((config, True) for config in (*SIDES, sk.SpectralFTConfig(top=6, rank=2))),
     ],
     ids=str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -32,7 +33,8 @@ def output_gain(
     layer: Callable[[Tensor], Tensor], base: Callable[[Tensor], Tensor], update: Tensor, kappa: float
 ) -> float:
     """Of `layer` over `base`, whose weights differ by `update` (d_out, d_in), in bfloat16."""
-    tokens = 32768 if kappa < 1e-3 else 4096  # enough for the mean of stochastic rounding
+    # stochastic rounding's noise is 16 times the update at 1e-4: of so many outputs its mean deviates by 0.004
+    tokens = max(4096, math.ceil(16e6 * (1e-4 / kappa) ** 2 / update.shape[0]))
     x = torch.randn(tokens, update.shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
     y, plain = layer(x).detach(), base(x).detach()
     assert y.dtype == plain.dtype == torch.bfloat16
