@@ -80,7 +80,7 @@ class SSVDAdapter(Adapter):
     def with_rows(self, x: Tensor, cores: Tensor, places: Places | None) -> Tensor:
         """`adapted`, where each row of x (B, ..., d_in) has a core of its own: see `add_rows`."""
         _, U, V, _ = self.frozen()
-        if x.is_cuda:
+        if x.is_cuda:  # in x's dtype already
             U, V = (basis[:, : self.k] for basis in self.bases(compute_dtype(x)))
         return add_rows(self.fixed(x), x, V, U, cores, places)
 

@@ -24,9 +24,7 @@ from .flops import linear_flops
 BACKENDS = ("auto", "reference", "ext", "triton")
 MODES = ("auto", "composed", "factored")
 _HALF = (torch.float16, torch.bfloat16)
-FEW = (
-    64 * 256**3
-)  # B k^3 up to which the extension's Cayley transform takes less time in eager mode than Triton's (H100)
+FEW = 64 * 256**3  # B k^3 up to which, in eager mode on an H100, the extension's Cayley transform takes less time
 forced = os.environ.get("SSVD_BACKEND", "auto")
 
 
@@ -118,8 +116,8 @@ def linear_backend(device: torch.device, dtype: torch.dtype, forced: str) -> str
 
 
 def cayley_backend(device: torch.device, dtype: torch.dtype, B: int, k: int) -> str:
-    """`backend_for` a batch of B rotations; of few small ones the host's launches take the time, which are the
-    extension's cheaper ones."""
+    """`backend_for` a batch of B rotations. Of few small ones the time is the host's, and the extension's launches cost
+    it less than Triton's."""
     backend = backend_for("cayley", device, dtype)
     if backend != "triton" or forced != "auto" or torch.compiler.is_compiling() or B * k**3 > FEW:
         return backend
