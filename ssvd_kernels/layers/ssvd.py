@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..basis.factorize import Factorization
+from ..basis.factorize import Factorization, factorize
 from ..config import SSVDConfig
 from ..ops.functional import Kind, add_rows, compute_dtype, core_of, flip_theta, linear, theta_length
 from ..ops.places import Places
@@ -176,4 +176,9 @@ class SSVDLinear(AdaptedLinear, SSVDAdapter):
         """Factorises `linear` and adapts it as `config` says; see the class."""
         from .adapt import in_form  # the forms are subclasses
 
-        return in_form(cls, linear, config)(linear, config)
+        kind, found = in_form(cls, linear, config), None
+        if kind is not cls and config.form == "auto":  # if its singular values are large enough
+            weight = cls.base_layer.read(linear)
+            found = factorize(weight, config.triplets(*reversed(weight.shape)))
+            kind = in_form(cls, linear, config, found)
+        return kind(linear, config, found)

@@ -88,8 +88,11 @@ def test_singular_values_too_small_to_divide_by_leave_the_weight_form(kind):
 
     assert type(adapted(singular, rotation="banded", band=1).up).form == "activation"
     net = net_of(singular)
+    up = net.up
     inject(net, rank=40, targets=["up"])
-    assert net.up.form == "weight"
+    config = sk.SSVDConfig(rank=40, form="auto")
+    for layer in (net.up, sk.SSVDQuantizedLinear.from_linear(up, config)):
+        assert layer.form == "weight"
     net = net_of(singular)
     with refused(net, ValueError, r"up: form='activation' divides by singular values"):
         inject(net, rank=40, targets=["up"], form="activation")
