@@ -53,8 +53,8 @@ LINEAR = {
         TileConfig(128, 128, 32, 8, 3),
     ),
     "mixed_odd": (TileConfig(16, 32, 64, 4, 3), TileConfig(32, 64, 32, 4, 3), TileConfig(64, 128, 32, 8, 3)),
-    "float32": (TileConfig(16, 32, 16, 4, 4), TileConfig(32, 32, 16, 4, 3), TileConfig(32, 64, 16, 4, 2)),
-    "float32_odd": (TileConfig(16, 32, 16, 4, 4), TileConfig(32, 32, 16, 4, 3)),
+    "float32": (TileConfig(16, 32, 16, 4, 4), TileConfig(32, 32, 16, 4, 3)),
+    "float32_odd": (TileConfig(16, 32, 16, 4, 4),),
 }
 # By the largest k that the tiles serve: z's accumulator stays in registers, the pipeline within a block's shared memory
 # (99 KB on consumer GPUs).

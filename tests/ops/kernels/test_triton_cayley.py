@@ -73,10 +73,9 @@ def test_small_rotations_lose_nothing(precision, kappa):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16x3", "bf16x6"])
-@pytest.mark.parametrize("position", range(3))
-def test_every_configuration(name, position, monkeypatch):
+@pytest.mark.parametrize("config", tables.CAYLEY, ids=str)
+def test_every_configuration(name, config, monkeypatch):
     """Each tile on a matrix that it does not divide."""
-    config = tables.CAYLEY[name][position]
     monkeypatch.setattr(cayley, "cayley_config", lambda *_: config)
     monkeypatch.setattr(cayley, "_precision", lambda _: name)
     k = 69
