@@ -178,7 +178,7 @@ class SSVDLinear(AdaptedLinear, SSVDAdapter):
 
         kind, found = in_form(cls, linear, config), None
         if kind is not cls and config.form == "auto":  # if its singular values are large enough
-            weight = cls.base_layer.read(linear)
+            weight = kind.base_layer.read(linear)
             found = factorize(weight, config.triplets(*reversed(weight.shape)))
             kind = in_form(cls, linear, config, found)
         return kind(linear, config, found)
