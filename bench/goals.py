@@ -64,14 +64,16 @@ def times(rows: Sequence[Row], **wanted: str) -> dict[str, float]:
 
 def ms(rows: Sequence[Row], **wanted: str) -> float:
     found = times(rows, **wanted)
-    return found.get("graph", found.get("eager", 0.0))
+    return found["graph"] if "graph" in found else found["eager"]
 
 
 def ratio(rows: Sequence[Row], a: dict[str, str], b: dict[str, str]) -> float:
     """Time of `a` over time of `b`, of graphs where both have one, else eager both."""
     first, second = times(rows, **a), times(rows, **b)
-    kind = "graph" if "graph" in first and "graph" in second else "eager"
-    return first[kind] / second[kind]
+    both = [kind for kind in ("graph", "eager") if kind in first and kind in second]
+    if not both:
+        raise Missing(a, b)
+    return first[both[0]] / second[both[0]]
 
 
 def over(ours: dict[str, str], theirs: dict[str, str], **both: str) -> Callable[[Sequence[Row]], float]:

@@ -35,6 +35,7 @@ RANKS = {32: 1, 83: 5, 153: 15}  # k -> r of a LoRA with as many parameters
 COUNTS = (1, 4, 16, 24, 64, 256, 1000)
 TOKENS = (1, 64)
 TOKENS_OUT = 16
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}  # of the devices
 MOST = 4096  # rows times tokens of a batch
 AFTER, MIXED, LORA, ONE, COMPOSED = (
     "one after another", "bank", "PEFT, mixed LoRA", "one adapter, factored", "one adapter, composed",
@@ -55,9 +56,6 @@ class Layers(nn.Module):
         for layer in self.layers:
             y = layer(x if layer.in_features == D else h)
         return y
-
-
-DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 def whisper() -> Any:

@@ -42,6 +42,11 @@ def test_rounds_are_averaged_graphs_compared_with_graphs_and_refused_rows_do_not
     assert "| 1.5 | missed |" in line_of(goals.table(rows), "Cayley map 8 x 256")
 
 
+def test_times_of_different_kinds_are_not_compared():
+    rows = [cayley("linalg.solve", "torch", 4.0), cayley("ssvd", "ext", 1.0, timing="graph")]
+    assert "not measured" in line_of(goals.table(rows), "Cayley map 8 x 256")
+
+
 def test_what_no_row_holds_is_not_measured():
     text = goals.table([cayley("linalg.solve", "torch", 4.0)])
     goal_lines = [line for line in text.splitlines() if line.startswith("| P") or line.startswith("|  |")]
