@@ -8,6 +8,7 @@ factorisation of the same weight is compared with the sketch, and its signs are 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -107,6 +108,14 @@ def match_signs(saved: Tensor, found: Tensor, tolerance: float = MATCH_TOLERANCE
     scale = torch.maximum(saved.norm(dim=0), saved.new_tensor(1.0))
     matches = (found * signs - saved).norm(dim=0) <= tolerance * scale
     return signs if bool(matches.all()) else None
+
+
+def match_rounded(saved: Tensor, bases: Mapping[str, Tensor]) -> Tensor | None:
+    """`match_signs` of `bases` ("U", "V" or both), which were rounded to their dtype, with their part of `saved`."""
+    rows = dict(zip("VU", saved.chunk(2)))
+    found = torch.cat([_project(basis) for basis in bases.values()]).to("cpu", torch.float32)
+    rounding = max(torch.finfo(basis.dtype).eps for basis in bases.values())
+    return match_signs(torch.cat([rows[name] for name in bases]), found, max(MATCH_TOLERANCE, 8 * rounding))
 
 
 def _relative_gap(sigma: Tensor, following: Tensor) -> float:

@@ -283,9 +283,10 @@ class PeftAdapter(SSVDAdapter):
         if self.stored == other.stored and all(torch.equal(own[name], theirs[name]) for name in self.stored):
             own.update({name: theirs[name] for name in self.stored})
 
-    def replace_basis(self, values: dict[str, Tensor]) -> None:
+    def replace_basis(self, values: Mapping[str, Tensor]) -> None:
         """By new tensors: other adapters share the present ones."""
-        self.__dict__.update({name: value.to(getattr(self, name), copy=True) for name, value in values.items()})
+        kept = self.as_kept(values)
+        self.__dict__.update({name: value.to(getattr(self, name), copy=True) for name, value in kept.items()})
 
     @property
     def base_weight(self) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..basis.factorize import MATCH_TOLERANCE, Factorization, fingerprint, match_signs, sketch
+from ..basis.factorize import BasisIdentity, Factorization, fingerprint, match_rounded, sketch
 from ..basis.linears import input_dtype
 from ..basis.pointwise import channels_of
 from ..ops.functional import activation, add_rows, linear
@@ -95,21 +96,18 @@ class ActivationForm(SSVDAdapter):
         other = gathered(self.kept("V" if name == "U" else "U")).mT.to(sigma.dtype)
         return (W if name == "U" else W.mT) @ other / sigma
 
-    def replace_basis(self, values: dict[str, Tensor]) -> None:
-        stored = {f"{name}h": value.mT for name, value in values.items() if name in KEPT[self.side]}
-        super().replace_basis(stored | {name: value for name, value in values.items() if name == "sigma"})
+    def as_kept(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        kept = {f"{name}h": values[name].mT for name in KEPT[self.side] if name in values}
+        return kept | {name: value for name, value in values.items() if name == "sigma"}
 
     def recognise_basis(self) -> None:
         """As for the weight form; but a kept basis in half precision is the known one, rounded."""
-        found, known = sketch(self.U, self.V), self.basis
-        kept = self.kept(KEPT[self.side][0])
-        assert kept is not None
-        tolerance = max(MATCH_TOLERANCE, 8 * torch.finfo(kept.dtype).eps)
-        same = match_signs(known.sketch, found, tolerance) is not None
-        self.basis = known._replace(
-            fingerprint=fingerprint(gathered(self.base_weight)),
-            gap=known.gap if same else 0.0,
-            sketch=known.sketch if same else found,
+        known = self.basis
+        signs = match_rounded(known.sketch, {name: gathered(self.kept(name)).mT for name in KEPT[self.side]})
+        self.basis = BasisIdentity(
+            fingerprint(gathered(self.base_weight)),
+            0.0 if signs is None else known.gap,
+            sketch(self.U, self.V) if signs is None else known.sketch * signs,
         )
 
     def update(self, x: Tensor) -> Tensor:

@@ -125,9 +125,13 @@ class Adapter(nn.Module, ABC):
             # frozen parameters, not buffers: DDP broadcasts buffers, even non-persistent ones, every step
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
-    def replace_basis(self, values: dict[str, Tensor]) -> None:
+    def as_kept(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By the names under which the layer keeps them, those of `values` (U, sigma, V) that it keeps."""
+        return dict(values)
+
+    def replace_basis(self, values: Mapping[str, Tensor]) -> None:
         """Overwrites the basis with `values` of the same shapes; called with gradients off."""
-        for name, value in values.items():
+        for name, value in self.as_kept(values).items():
             assign(getattr(self, name), value)
 
     @property

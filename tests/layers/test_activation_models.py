@@ -95,6 +95,20 @@ def test_a_basis_with_other_signs_is_repaired(tmp_path):
 
 
 @sides
+def test_a_state_dict_brings_the_signs_of_its_basis(side, tmp_path):
+    """Of bases in bfloat16 as well, whose rounding is not taken for another basis."""
+    source, target, third = (stack(side=side, basis_dtype="bfloat16") for _ in range(3))
+    for layer in sk.ssvd_layers(source).values():
+        layer.flip_basis(torch.where(torch.arange(layer.k) % 2 == 0, -1.0, 1.0))
+    target.load_state_dict(source.state_dict())
+    sk.save_adapter(target, tmp_path / "a.safetensors")
+    sk.load_adapter(third, tmp_path / "a.safetensors", progress=False)
+    assert torch.equal(run(third), run(source))
+    for name, layer in sk.ssvd_layers(target).items():
+        assert layer.basis.gap > 0 and torch.equal(layer.basis.sketch, sk.ssvd_layers(source)[name].basis.sketch)
+
+
+@sides
 def test_merging_unmerging_and_removing(side):
     base, model = base_of(), stack(side=side)
     y, (plain, exact) = run(model), references(model, run)
