@@ -39,12 +39,15 @@ from ..basis.factorize import (
     Factorization,
     basis_error,
     factorize,
+    match_rounded,
     match_signs,
     sketch,
 )
 from ..basis.linears import check_linear, features
-from ..config import SSVDConfig, check_choice
+from ..config import Form, SSVDConfig, check_choice
+from ..layers.activation import KEPT, ActivationForm, check_sigma
 from ..layers.base import adapted_layers
+from ..layers.base_layer import BASES
 from ..layers.ssvd import SSVDLinear
 from ..model.inject import InjectReport, install
 from ..model.lookup import ssvd_layers
@@ -73,6 +76,7 @@ def create_adapter(
     rotation_map: Literal["linear", "cayley"] = "linear",
     target_modules: str | Sequence[str] = "espnet",
     weights: Literal["later", "now"] = "later",
+    form: Form = "auto",
 ) -> InjectReport:
     """Adapts `model` in place, as ESPnet calls it: `create_adapter(model=model, **adapter_conf)`.
 
@@ -82,9 +86,9 @@ def create_adapter(
                            "self_attn.linear_q"); or a string as in `SSVDConfig.targets`
     weights                "later": a state dict will bring the pretrained weights (init_param, a model file);
                            "now": the model holds them already (Whisper and s3prl models load their own)
+    form                   as in `SSVDConfig`: "activation" keeps one basis instead of two and no second weight
 
-    The smaller side rotates (side="smaller"), as in ESPnet, in the weight form: the pretrained weights, whose
-    singular vectors these are, come later. Weights and biases of the adapted layers are frozen; what
+    The smaller side rotates (side="smaller"), as in ESPnet. Weights and biases of the adapted layers are frozen; what
     else trains is left to freeze_param, as with ESPnet's LoRA, and is reported. Raises ValueError or TypeError naming
     the argument, its value and what is allowed, with nothing changed.
     """
@@ -94,7 +98,7 @@ def create_adapter(
         raise ValueError("model has SSVD layers already: create_adapter is called once")
     if not isinstance(target_modules, str):
         target_modules = _names_that_end(model, target_modules)
-    config = SSVDConfig(rank, rotation_ratio, "smaller", rotation_map, target_modules)
+    config = SSVDConfig(rank, rotation_ratio, "smaller", rotation_map, target_modules, form=form)
     plan = {name: (linear, config) for name, linear in find_targets(model, config).items()}
     for name, (linear, _) in plan.items():
         check_linear(linear, name)
@@ -104,7 +108,8 @@ def create_adapter(
         found = {name: _placeholder(linear, config) for name, (linear, _) in plan.items()}
     others = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adapted = {id(p) for linear, _ in plan.values() for p in linear.parameters()}
-    report = install(model, plan, found, ESPnetSSVDLinear)
+    kind = ESPnetSSVDActivationLinear if form == "activation" else ESPnetSSVDLinear
+    report = install(model, plan, found, kind)
     trained_too = [parameter.requires_grad_(True) for parameter in others if id(parameter) not in adapted]
     model.register_load_state_dict_pre_hook(_refuse_strays)
     logger.info("%s", report)
@@ -148,9 +153,11 @@ class ESPnetSSVDLinear(SSVDLinear):
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.factorized = bool(self.basis.sketch.any())
+        if not self.factorized:
+            self.basis = known
 
     def _with_basis(self, state_dict: Any, prefix: str) -> Any:
-        """`state_dict` with the U, sigma and V that belong to its weight and theta; ValueError if there are none."""
+        """`state_dict` with the basis that belongs to its weight and theta; ValueError if there is none."""
         given = self._given(state_dict, prefix)
         own = dict(self.named_parameters())
         if any(tensor.shape != own[name].shape for name, tensor in given.items()):
@@ -158,25 +165,32 @@ class ESPnetSSVDLinear(SSVDLinear):
         present = [name for name in _TRAINED if prefix + name in state_dict]
         if present and len(present) < len(_TRAINED):
             raise ValueError(f"the state dict has {present[0]}, but not all of {', '.join(_TRAINED)}")
-        basis = self._resolve_basis(given, prefix[:-1])
+        identity = state_dict.get(prefix + _IDENTITY)
+        if identity is not None:
+            identity = identity.to("cpu", torch.float32) if identity[:-1].any() else None  # of a layer without a weight
+        basis = self._resolve_basis(given, identity, prefix[:-1])
         if basis is None:
             return state_dict  # the model's own, or without this layer
-        values = {**basis, **self._aligned_thetas(given, state_dict.get(prefix + _IDENTITY), basis)}
+        values = {**basis, **self._aligned_thetas(given, identity)}
         return {**state_dict, **{prefix + name: tensor for name, tensor in values.items()}}
 
-    def _resolve_basis(self, given: dict[str, Tensor], name: str) -> dict[str, Tensor] | None:
-        """The basis of the weight that is loaded: the state dict's, this layer's, or a new one; None without weight."""
-        weight, stored = given.get("weight"), {key: given[key] for key in BASIS if key in given}
+    def _resolve_basis(self, given: dict[str, Tensor], identity: Tensor | None, name: str) -> dict[str, Tensor] | None:
+        """The basis, as it is kept, of the weight that is loaded: the state dict's, this layer's, or a new one; None
+        without weight. Its sketch is then `self.basis`'s."""
+        weight, kept = given.get("weight"), [key for key in ("sigma", *BASES) if key in self._parameters]
         base = self.base_weight if weight is None else weight.to(self.base_weight.device, self.base_weight.dtype)
-        if len(stored) == len(BASIS) and bool(stored["U"].any()):
-            _check_basis(base, **stored)
+        if all(key in given and bool(given[key].any()) for key in kept):
+            stored = {key: given[key] for key in kept}
+            own = self._identified(base, stored, identity)
+            gap = 0.0 if match_signs(self.basis.sketch, own) is None else self.basis.gap
+            self.basis = self.basis._replace(gap=gap, sketch=own)
             return stored
         if self.factorized:
             if not torch.equal(base, self.base_weight):
                 raise ValueError(
                     "the base weight differs from the one that was factorised: load base weights once, before training"
                 )
-            return {key: getattr(self, key) for key in BASIS}
+            return {key: self.get_parameter(key) for key in kept}
         if weight is None:
             if any(key in given for key in _TRAINED):
                 raise ValueError("the state dict has a trained theta, but no base weight was loaded: load that first")
@@ -184,17 +198,20 @@ class ESPnetSSVDLinear(SSVDLinear):
         found = factorize(base, self.k)
         logger.info("SSVD: factorised %s (%d x %d, k = %d)", name, *base.shape, self.k)
         self.basis = BasisIdentity(found.fingerprint, found.gap, found.sketch)
-        return {key: getattr(found, key) for key in BASIS}
+        return self.as_kept({key: getattr(found, key) for key in BASIS})
 
-    def _aligned_thetas(
-        self, given: dict[str, Tensor], identity: Tensor | None, basis: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """The thetas of the state dict, inactive adapters' too, with the signs that they need in `basis`."""
-        if identity is None or not identity[:-1].any():  # none, or of a layer without a weight
+    def _identified(self, weight: Tensor, stored: dict[str, Tensor], identity: Tensor | None) -> Tensor:
+        """The sketch of the basis `stored`. Raises ValueError if it is not of `weight`."""
+        _check_error("U^T W V", "sigma", basis_error(weight, **stored), weight)
+        return sketch(stored["U"], stored["V"])
+
+    def _aligned_thetas(self, given: dict[str, Tensor], identity: Tensor | None) -> dict[str, Tensor]:
+        """The thetas of the state dict, inactive adapters' too, with the signs that they need in `self.basis`."""
+        if identity is None:
             if any(key in given for key in _TRAINED):
                 raise ValueError("the state dict has theta, but no sketch of the singular vectors that it rotates")
             return {}
-        signs = self._match(identity, sketch(basis["U"], basis["V"]))
+        signs = self._match(identity, self.basis.sketch)
         thetas = [key for key in given if key.rpartition(".")[2] == "theta"]
         return {key: flip_theta(given[key], signs, self.rotation) for key in thetas}
 
@@ -211,10 +228,33 @@ class ESPnetSSVDLinear(SSVDLinear):
         rotation = _MAPS[round(float(identity[-1, 0]))]
         if rotation != self.rotation:
             raise ValueError(f"theta was trained with rotation_map={rotation!r}, but the layer has {self.rotation!r}")
-        signs = match_signs(identity[:-1].to("cpu", torch.float32), found)
+        signs = match_signs(identity[:-1], found)
         if signs is None:
             raise ValueError("theta was trained with the singular vectors of another base weight")
         return signs
+
+
+class ESPnetSSVDActivationLinear(ActivationForm, ESPnetSSVDLinear):
+    """`ESPnetSSVDLinear` in the activation form."""
+
+    def _resolve_basis(self, *args: Any) -> dict[str, Tensor] | None:
+        basis = super()._resolve_basis(*args)
+        if basis is not None:
+            check_sigma(basis["sigma"], self.get_parameter(f"{KEPT[self.side][0]}h").dtype, "its weight")
+        return basis
+
+    def _identified(self, weight: Tensor, stored: dict[str, Tensor], identity: Tensor | None) -> Tensor:
+        """By the side that is kept, say V: W V = U Sigma. To its rounding it is that of `identity`, if there is one."""
+        (name,), device = KEPT[self.side], weight.device
+        sigma, kept = stored["sigma"].to(device), stored[f"{name}h"].to(device).mT
+        image = (weight if name == "V" else weight.mT).to(sigma.dtype) @ kept.to(sigma.dtype)
+        squares = torch.diag(sigma**2)
+        error = float((image.mT @ image - squares).norm() / squares.norm())
+        _check_error("V^T W^T W V" if name == "V" else "U^T W W^T U", "sigma^2", error, weight, kept)
+        signs = None if identity is None else match_rounded(identity[:-1], {name: kept})
+        if identity is not None and signs is not None:
+            return identity[:-1] * signs
+        return sketch(**{name: kept, "U" if name == "V" else "V": image / sigma})
 
 
 def _names_that_end(model: nn.Module, endings: Sequence[str]) -> list[str]:
@@ -227,22 +267,22 @@ def _names_that_end(model: nn.Module, endings: Sequence[str]) -> list[str]:
 
 
 def _placeholder(linear: nn.Module, config: SSVDConfig) -> Factorization:
-    """Zeros in the shapes that a factorisation will have."""
+    """No singular vectors, in the shapes that a factorisation will have; each sigma is 1, as it may be divided by."""
     d_in, d_out = features(linear)
     k = config.triplets(d_in, d_out)
     weight = linear.get_parameter("weight")
     zeros, dtype = weight.new_zeros, torch.promote_types(weight.dtype, torch.float32)
-    U, sigma, V = (zeros(shape, dtype=dtype) for shape in ((d_out, k), (k,), (d_in, k)))
-    return Factorization(U, sigma, V, "", 0.0, torch.zeros(2 * SKETCH_ROWS, k))
+    U, V = (zeros(d, k, dtype=dtype) for d in (d_out, d_in))
+    return Factorization(U, weight.new_ones(k, dtype=dtype), V, "", 0.0, torch.zeros(2 * SKETCH_ROWS, k))
 
 
-def _check_basis(weight: Tensor, U: Tensor, sigma: Tensor, V: Tensor) -> None:
-    allowed = max(MATCH_TOLERANCE, torch.finfo(weight.dtype).eps)  # the weight may be a rounding to half precision
-    error = basis_error(weight, U, sigma, V)
+def _check_error(product: str, values: str, error: float, *rounded: Tensor) -> None:
+    """Raises ValueError for a basis of another weight; `rounded` may have been rounded to half precision."""
+    allowed = max(MATCH_TOLERANCE, *(torch.finfo(tensor.dtype).eps for tensor in rounded))
     if not error <= allowed:
         raise ValueError(
-            f"U, sigma and V of the state dict belong to another weight: U^T W V differs from sigma by {error:.2g} of "
-            f"||W|| (tolerance {allowed:.2g})"
+            f"the singular vectors of the state dict belong to another weight: {product} differs from {values} by a "
+            f"relative error of {error:.2g} (tolerance {allowed:.2g})"
         )
 
 

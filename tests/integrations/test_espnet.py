@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 
 import pytest
 import torch
@@ -51,17 +52,22 @@ def pretrained(path, kind: str = "e_branchformer", **conf) -> nn.Module:
     return model
 
 
+@pytest.fixture(params=["weight", "activation"])
+def form(request) -> str:
+    return request.param
+
+
 @pytest.fixture
-def trained(base) -> nn.Module:
-    model = pretrained(base()[0])
+def trained(base, form) -> nn.Module:
+    model = pretrained(base()[0], form=form)
     train_randomly(model)
     return model
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_parameters_come_first_and_the_factorisation_with_the_weights(kind, base, caplog):
+def test_parameters_come_first_and_the_factorisation_with_the_weights(kind, base, form, caplog):
     path, plain = base(kind)
-    model = adapted(kind)
+    model = adapted(kind, form=form)
     before = {name: (id(parameter), parameter.shape) for name, parameter in model.named_parameters()}
     with pytest.raises(RuntimeError, match="no pretrained weight was loaded into this SSVD layer"):
         outputs(model)
@@ -75,7 +81,9 @@ def test_parameters_come_first_and_the_factorisation_with_the_weights(kind, base
     assert {name: (id(parameter), parameter.shape) for name, parameter in model.named_parameters()} == before
     assert torch.equal(outputs(model), outputs(plain))
     for name, layer in sk.ssvd_layers(model).items():
-        fresh = sk.SSVDLinear.from_linear(plain.get_submodule(name), sk.SSVDConfig(rank=layer.k))
+        config = sk.SSVDConfig(rank=layer.k, side="smaller", form=form)
+        fresh = sk.SSVDLinear.from_linear(plain.get_submodule(name), config)
+        assert [key for key, _ in layer.named_parameters()] == [key for key, _ in fresh.named_parameters()]
         for key in ("U", "sigma", "V"):
             assert torch.equal(getattr(layer, key), getattr(fresh, key)), (name, key)
         assert layer.basis.fingerprint == fresh.basis.fingerprint and layer.basis.gap == fresh.basis.gap > 0
@@ -83,9 +91,9 @@ def test_parameters_come_first_and_the_factorisation_with_the_weights(kind, base
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rotation_map", ["linear", "cayley"])
-def test_gradients_reach_every_adapter_and_the_function_is_the_formula(kind, rotation_map, base):
+def test_gradients_reach_every_adapter_and_the_function_is_the_formula(kind, rotation_map, base, form):
     path, plain = base(kind)
-    model = pretrained(path, kind, rotation_map=rotation_map, target_modules="espnet")
+    model = pretrained(path, kind, rotation_map=rotation_map, target_modules="espnet", form=form)
     train_randomly(model)
     loss, *_ = model.train()(**batch())
     loss.backward()
@@ -109,16 +117,16 @@ def test_gradients_reach_every_adapter_and_the_function_is_the_formula(kind, rot
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_encoder_alone_and_the_weights_it_holds_now(kind):
+def test_an_encoder_alone_and_the_weights_it_holds_now(kind, form):
     model = encoder(kind).eval()
     x, lengths = torch.randn(2, FRAMES, FEATURES), torch.tensor([FRAMES, FRAMES])
     with torch.no_grad():
         before = model(x, lengths)[0]
-        create_adapter(model, "ssvd_kernels", {"rank": 3, "weights": "now"})
+        create_adapter(model, "ssvd_kernels", {"rank": 3, "weights": "now", "form": form})
         assert torch.equal(model(x, lengths)[0], before)
     layers = sk.ssvd_layers(model)
     assert len(layers) == (2 * 12 if kind == "e_branchformer" else 2 * 6)
-    assert {layer.rotation for layer in layers.values()} == {"linear"} and {layer.k for layer in layers.values()} == {3}
+    assert {(layer.rotation, layer.k, layer.form) for layer in layers.values()} == {("linear", 3, form)}
 
 
 def test_modules_are_named_by_their_endings_as_in_espnet():
@@ -154,6 +162,7 @@ def test_other_parameters_stay_as_freeze_param_left_them(caplog):
         ({"target_modules": "caley"}, ValueError, "`targets` must be a preset .*got 'caley'"),
         ({"rotation_map": "free"}, ValueError, "`rotation_map` must be one of 'linear', 'cayley', got 'free'"),
         ({"weights": "soon"}, ValueError, "`weights` must be one of 'later', 'now', got 'soon'"),
+        ({"form": "input"}, ValueError, "`form` must be one of 'weight', 'activation', 'auto', got 'input'"),
         ({"rotation_ratio": None}, ValueError, "exactly one of `rank` and `ratio`"),
         ({"rotation_ratio": 1.5}, ValueError, r"`ratio` must be a number in .*got 1\.5"),
         ({"rotation_ratio": 0.01}, ValueError, r"`ratio` must be at least .*got 0\.01, which gives rank 0"),
@@ -175,9 +184,9 @@ def test_a_second_adapter_and_a_taken_name_are_refused():
     integration.register()  # again
 
 
-def test_weights_may_come_in_parts(base):
+def test_weights_may_come_in_parts(base, form):
     path, plain = base()
-    model = pretrained(f"{path}:encoder:encoder")
+    model = pretrained(f"{path}:encoder:encoder", form=form)
     with torch.no_grad():
         frames, lengths = model.encode(batch()["speech"], batch()["speech_lengths"])
         with pytest.raises(RuntimeError, match="no pretrained weight was loaded"):
@@ -187,12 +196,14 @@ def test_weights_may_come_in_parts(base):
     assert torch.equal(outputs(model), outputs(plain))
 
 
-def test_layers_that_no_weight_was_loaded_into_stay_unusable(base):
-    model = pretrained(f"{base()[0]}:::decoder")  # everything else; the decoder gets its own random weights back
+def test_layers_that_no_weight_was_loaded_into_stay_unusable(base, form, tmp_path):
+    model = pretrained(f"{base()[0]}:::decoder", form=form)  # the decoder gets its own random weights back
     layers = sk.ssvd_layers(model)
     assert {name.partition(".")[0] for name, layer in layers.items() if not layer.factorized} == {"decoder"}
     with pytest.raises(RuntimeError, match="no pretrained weight was loaded"):
         outputs(model)
+    with pytest.raises(ValueError, match=r"decoder\..* has no singular vectors yet"):
+        sk.save_adapter(model, tmp_path / "a.safetensors")
 
 
 def test_a_base_loaded_again_is_refused_unless_it_is_the_same(base, trained):
@@ -208,27 +219,57 @@ def test_a_base_loaded_again_is_refused_unless_it_is_the_same(base, trained):
         init_param(trained, path)
 
 
-def test_state_dicts_carry_all_that_outputs_need(base, trained):
+def test_state_dicts_carry_all_that_outputs_need(base, trained, form):
     whole, part, expected = trained.state_dict(), trained_part(trained), outputs(trained)
     keys = {name.rpartition(".")[2] for name in part if ".linear_q." in name}
     assert keys == {"theta", "delta_sigma", "_extra_state"}
 
-    fresh = pretrained(base()[0])
+    bases = {name.rpartition(".")[2] for name in whole if re.search("linear_q|w_2", name)} - keys
+    assert bases == {"weight", "bias", "sigma", *(("U", "V") if form == "weight" else ("Uh", "Vh"))}
+
+    fresh = pretrained(base()[0], form=form)
     fresh.load_state_dict(part, strict=False)
     assert torch.equal(outputs(fresh), expected)
 
-    for twin in (adapted(), copy.deepcopy(trained), copy.deepcopy(adapted())):
+    for twin in (adapted(form=form), copy.deepcopy(trained), copy.deepcopy(adapted(form=form))):
         twin.load_state_dict(whole)
         assert torch.equal(outputs(twin), expected)
+        fresh.load_state_dict(trained_part(twin), strict=False)  # which identifies the basis as exactly
+        assert torch.equal(outputs(fresh), expected)
 
 
-def test_signs_of_singular_vectors_are_repaired(base, trained):
+def test_a_state_dict_serves_the_other_form(base, trained, form):
+    """What trained means the same; a whole state dict has the other form's bases, and its weights are factorised."""
+    other, plain, exact = "activation" if form == "weight" else "weight", *references(trained, outputs)
+    model = pretrained(base()[0], form=other)
+    for target, state in ((model, trained_part(trained)), (adapted(form=other), trained.state_dict())):
+        target.load_state_dict(state, strict=False)
+        assert_within(outputs(target), plain, exact)
+        assert {layer.form for layer in sk.ssvd_layers(target).values()} == {other}
+
+
+def test_singular_values_too_small_to_divide_by_are_refused_as_they_come(base, tmp_path):
+    path, plain = base()
+    name = "encoder.encoders.1.attn.linear_q"
+    with torch.no_grad():
+        plain.get_submodule(name).weight[:, 4:] *= 1e-6
+    torch.save(plain.state_dict(), path)
+    with pytest.raises(RuntimeError, match=rf"{name}: its weight: form='activation' divides by .* at least 0\.0001 "):
+        pretrained(path, form="activation")
+    torch.save(pretrained(path).state_dict(), path)
+    with pytest.raises(RuntimeError, match="form='activation' divides by singular values"):
+        pretrained(path, form="activation")
+
+
+def test_signs_of_singular_vectors_are_repaired(base, trained, form):
     """As if another machine's SVD had turned them: theta means another update then."""
     for layer in sk.ssvd_layers(trained).values():
         layer.flip_basis(torch.where(torch.arange(layer.k) % 3 == 0, -1.0, 1.0))
-    fresh = pretrained(base()[0])
-    fresh.load_state_dict(trained_part(trained), strict=False)
-    assert torch.equal(outputs(fresh), outputs(trained))
+    fresh, twin = pretrained(base()[0], form=form), adapted(form=form)
+    twin.load_state_dict({**fresh.state_dict(), **trained_part(trained)})  # a basis, and theta in one of other signs
+    for model, state in ((fresh, trained_part(trained)), (fresh, trained_part(twin))):
+        model.load_state_dict(state, strict=False)
+        assert torch.equal(outputs(model), outputs(trained)) and torch.equal(outputs(twin), outputs(trained))
     layer = next(iter(sk.ssvd_layers(fresh).values()))
     assert layer.basis.gap > 0  # still known as the weight's own
 
@@ -236,15 +277,19 @@ def test_signs_of_singular_vectors_are_repaired(base, trained):
 whole = nn.Module.state_dict
 
 
-def of_another_base(path) -> nn.Module:
+def of_another_base(path, **conf) -> nn.Module:
     torch.manual_seed(9)
     torch.save(asr_model().state_dict(), path)
-    return pretrained(path)
+    return pretrained(path, **conf)
 
 
 def mixed_bases(model: nn.Module) -> dict:
     other = asr_model().state_dict()
     return {name: other.get(name, tensor) for name, tensor in whole(model).items()}
+
+
+def mixed_sigmas(model: nn.Module) -> dict:
+    return {name: tensor.flip(0) if name.endswith("sigma") else tensor for name, tensor in whole(model).items()}
 
 
 def renamed(model: nn.Module) -> dict:
@@ -264,7 +309,16 @@ def espnets_own(model: nn.Module) -> dict:
     [
         (of_another_base, trained_part, "theta was trained with the singular vectors of another base weight"),
         ({}, trained_part, "trained theta, but no base weight was loaded: load that first"),
-        ({}, mixed_bases, r"U, sigma and V of the state dict belong to another weight: U\^T W V differs"),
+        (
+            {},
+            mixed_bases,
+            r"the singular vectors of the state dict belong to another weight: .* W.* differs from sigma",
+        ),
+        (
+            {},
+            mixed_sigmas,
+            r"the singular vectors of the state dict belong to another weight: .* W.* differs from sigma",
+        ),
         ({"rotation_map": "linear"}, whole, "trained with rotation_map='cayley', but the layer has 'linear'"),
         ({"rotation_ratio": 0.25}, whole, "size mismatch for encoder.*theta"),
         ({"target_modules": ["linear_q"]}, whole, "10 SSVD layers and ESPnetASRModel has 6; they differ, .* '.*w_2'"),
@@ -273,12 +327,12 @@ def espnets_own(model: nn.Module) -> dict:
         ({}, lambda m: without(whole(m), "linear_q.theta"), "has delta_sigma, but not all of theta, delta_sigma"),
         ({}, espnets_own, r"ESPnet's own SSVD adapter: convert it \(python -m ssvd_kernels convert"),
     ],
-    ids=range(10),
+    ids=range(11),
 )
-def test_state_dicts_that_would_load_in_silence_are_refused(model, state, match, base, trained):
+def test_state_dicts_that_would_load_in_silence_are_refused(model, state, match, base, trained, form):
     """strict=False, as ESPnet loads."""
     given, (path, _) = state(trained), base()
-    other = model(path) if callable(model) else adapted(**model)
+    other = model(path, form=form) if callable(model) else adapted(**model, form=form)
     with pytest.raises(RuntimeError, match=match):
         other.load_state_dict(given, strict=False)
 
@@ -291,10 +345,11 @@ def test_a_merged_model_is_not_loaded_into(trained):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_train_dtype(dtype, base):
+def test_train_dtype(dtype, base, form):
     path, plain = base()
+    conf = {**CONF, "form": form}
     model = asr_model().to(dtype)
-    create_adapter(model, "ssvd_kernels", CONF)
+    create_adapter(model, "ssvd_kernels", conf)
     init_param(model, path)
     train_randomly(model)
     whole, layers = model.state_dict(), sk.ssvd_layers(model)
@@ -302,15 +357,21 @@ def test_train_dtype(dtype, base):
         assert torch.equal(layer.base_weight, plain.get_submodule(name).weight.to(dtype))
         assert layer.theta.dtype == torch.promote_types(dtype, torch.float32)
     fresh = asr_model().to(dtype)
-    create_adapter(fresh, "ssvd_kernels", CONF)
+    create_adapter(fresh, "ssvd_kernels", conf)
     fresh.load_state_dict(whole, strict=False)
     for name, layer in sk.ssvd_layers(fresh).items():
         assert torch.equal(layer.weight, layers[name].weight)
+    again = asr_model().to(dtype)
+    create_adapter(again, "ssvd_kernels", conf)
+    init_param(again, path)
+    again.load_state_dict(trained_part(fresh), strict=False)  # over a new factorisation, not a rounding of it
+    for name, layer in sk.ssvd_layers(again).items():
+        assert torch.equal(layer.weight, layers[name].weight)
 
 
-def test_a_state_dict_of_float32_loads_into_a_bfloat16_model(trained):
+def test_a_state_dict_of_float32_loads_into_a_bfloat16_model(trained, form):
     fresh = asr_model().bfloat16()
-    create_adapter(fresh, "ssvd_kernels", CONF)
+    create_adapter(fresh, "ssvd_kernels", {**CONF, "form": form})
     fresh.load_state_dict(trained.state_dict(), strict=False)
     for name, layer in sk.ssvd_layers(fresh).items():
         source = sk.ssvd_layers(trained)[name]
@@ -318,9 +379,12 @@ def test_a_state_dict_of_float32_loads_into_a_bfloat16_model(trained):
         assert_within(layer.weight.detach(), plain, exact, name)
 
 
-def test_adapter_files_of_this_package_are_interchangeable(base, trained, tmp_path):
+def test_adapter_files_of_this_package_are_interchangeable(base, trained, form, tmp_path):
     path, plain = base()
     sk.save_adapter(trained, tmp_path / "adapter.safetensors")
-    for model in (plain, pretrained(path)):
-        sk.load_adapter(model, tmp_path / "adapter.safetensors", progress=False)
-        assert torch.equal(outputs(model), outputs(trained))
+    expected = outputs(trained)
+    model = pretrained(path, form=form)
+    sk.load_adapter(model, tmp_path / "adapter.safetensors", progress=False)
+    assert torch.equal(outputs(model), expected)
+    sk.load_adapter(plain, tmp_path / "adapter.safetensors", progress=False)
+    assert_within(outputs(plain), *references(trained, outputs))

@@ -18,8 +18,10 @@ from models import references
 
 import ssvd_kernels as sk
 
+forms = pytest.mark.parametrize("form", ["weight", "activation"])
 
-def train(folder: Path, epochs: int, encoder: str = "e_branchformer", strategy: str = "all") -> Path:
+
+def train(folder: Path, epochs: int, form: str, encoder: str = "e_branchformer", strategy: str = "all") -> Path:
     """Trains for `epochs` on random data as a recipe would, going on from what is there; the folder of its results."""
     data, base, results = folder / "data", folder / "base.pth", folder / "results"
     if not base.exists():
@@ -31,7 +33,8 @@ def train(folder: Path, epochs: int, encoder: str = "e_branchformer", strategy: 
         encoder: {encoder}
         use_adapter: true
         adapter: ssvd_kernels
-        adapter_conf: {{rotation_ratio: 0.5, rotation_map: cayley, target_modules: [attn.linear_q, w_2]}}
+        adapter_conf:
+            {{rotation_ratio: 0.5, rotation_map: cayley, target_modules: [attn.linear_q, w_2], form: {form}}}
         save_strategy: {strategy}
         freeze_param: [encoder, decoder, ctc]
         optim: adamw
@@ -60,15 +63,16 @@ def load(results: Path, file: str) -> torch.nn.Module:
     return model.eval()
 
 
+@forms
 @pytest.mark.parametrize("encoder", ["e_branchformer", "transformer"])
-def test_a_trained_model_file_loads_and_averages(tmp_path, encoder):
-    results = train(tmp_path, 3, encoder)
+def test_a_trained_model_file_loads_and_averages(tmp_path, encoder, form):
+    results = train(tmp_path, 3, form, encoder)
     last, state = load(results, "3epoch.pth"), torch.load(results / "3epoch.pth")
     base = asr_model(encoder)
     base.load_state_dict(torch.load(tmp_path / "base.pth"))
     layers = sk.ssvd_layers(last)
     assert {name.rpartition(".")[2] for name in layers} == {"linear_q", "w_2"} and any("src_attn" in n for n in layers)
-    assert {layer.side for layer in layers.values()} == {"input", "output"}
+    assert {(layer.side, layer.form) for layer in layers.values()} == {("input", form), ("output", form)}
     assert all(layer.theta.abs().max() > 0 and layer.delta_sigma.abs().max() > 0 for layer in layers.values())
     assert (outputs(last) - outputs(base)).abs().max() > 1e-3
     for name, tensor in base.state_dict().items():  # only the adapter was trained
@@ -88,21 +92,23 @@ def test_a_trained_model_file_loads_and_averages(tmp_path, encoder):
     assert_within(outputs(last), plain, exact, "merged")
 
 
-def test_training_goes_on_where_it_was_interrupted(tmp_path):
-    whole = torch.load(train(tmp_path, 2) / "2epoch.pth")
+@forms
+def test_training_goes_on_where_it_was_interrupted(tmp_path, form):
+    whole = torch.load(train(tmp_path, 2, form) / "2epoch.pth")
     for strategy in ("all", "required_grad_only"):
         folder = tmp_path / strategy
         folder.mkdir()
-        train(folder, 1, strategy=strategy)
-        resumed = torch.load(train(folder, 2, strategy=strategy) / "2epoch.pth")
+        train(folder, 1, form, strategy=strategy)
+        resumed = torch.load(train(folder, 2, form, strategy=strategy) / "2epoch.pth")
         assert any(name.endswith("theta") for name in resumed)
         for name, tensor in resumed.items():
             assert torch.equal(tensor, whole[name]), name
     assert not any(name.endswith("weight") for name in resumed)
 
 
-def test_what_trained_alone_loads_over_the_base_weights_only(tmp_path):
-    results = train(tmp_path, 1, strategy="required_grad_only")
+@forms
+def test_what_trained_alone_loads_over_the_base_weights_only(tmp_path, form):
+    results = train(tmp_path, 1, form, strategy="required_grad_only")
     with pytest.raises(RuntimeError, match="no base weight was loaded"):
         load(results, "1epoch.pth")
     model, _ = TinyTask.build_model_from_file(results / "config.yaml", tmp_path / "base.pth")
