@@ -30,7 +30,6 @@ from bench.injection import inject_case
 from bench.layers import Factors, Problem, cayley_by_solve, naive
 from bench.parts import decode_case, extras_case
 from bench.versions import (
-    CAYLEY_BOUND,
     PEER_BOUND,
     chosen,
     exactly,
@@ -185,10 +184,6 @@ def cayley_case(B: int, k: int) -> Case:
         for backend in served(device, torch.float32, "cayley"):
             run = Passes(lambda t: sk.cayley_delta(t, k), [theta], dE, within=within(backend))
             versions.append(Version("ssvd", run, exact, bound, work.rotation_flops(k) * B, moved, backend))
-            if backend == "triton":  # products of two terms, where torch may use them
-                high = Passes(lambda t: sk.cayley_delta(t, k), [theta], dE, within=within(backend, "high"))
-                loose, flops = [CAYLEY_BOUND] * len(exact), work.rotation_flops(k) * B
-                versions.append(Version("ssvd", high, exact, loose, flops, moved, backend, "high"))
         return versions
 
     return Case("cayley", torch.float32, build, "linalg.solve", k=k, batch=B)
@@ -234,7 +229,6 @@ def _accumulated(module: nn.Module, xs: Sequence[Tensor], dys: Sequence[Tensor])
     leaves, parameters = [leaf(x) for x in xs], trained(module)
 
     def run() -> tuple[Tensor, ...]:
-        module.train()  # as a changed parameter would, it drops whatever was kept
         for tensor in (*leaves, *parameters):
             tensor.grad = None
         for x, dy in zip(leaves, dys):

@@ -133,13 +133,10 @@ GPU = [
     Goal("P4", "layer, T = 4k, against torch.compile of the naive one", False, 1.3,
          faster({"version": "naive compiled"}, AUTO, **HALF, T="4096")),
     *(Goal("P5", f"Cayley map {batch} x {k}, ms", True, bound,
-           partial(ms, **cayley(batch, k), version="ssvd", backend="triton", mode=""))
-      for batch, k, bound in ((256, 512, 2.0), (256, 409, 1.2), (128, 1024, 7.0))),
-    *(Goal("P5", f"Cayley map {batch} x {k}, products of two terms, ms", True, bound,
-           partial(ms, **cayley(batch, k), version="ssvd", backend="triton", mode="high"))
+           partial(ms, **cayley(batch, k), version="ssvd", backend="triton"))
       for batch, k, bound in ((256, 512, 2.0), (256, 409, 1.2), (128, 1024, 7.0))),
     *(Goal("P5", f"Cayley map {batch} x {k}, against torch.linalg.solve", False, bound,
-           faster(SOLVE, {"version": "ssvd", "backend": "triton", "mode": ""}, **cayley(batch, k)))
+           faster(SOLVE, {"version": "ssvd", "backend": "triton"}, **cayley(batch, k)))
       for batch, k, bound in ((256, 512, 12), (128, 1024, 20))),
     Goal("P6", "256 layers' rotations, compositions, projections, ms", True, 2.5, extras),
     *(Goal("P7", f"decoding, d = {d}, merged over nn.Linear", True, 1.00,

@@ -29,22 +29,16 @@ MIN_REPEATS = 5
 Run = Callable[[], tuple[Tensor, ...]]
 
 
-def nothing() -> None:
-    """What happens before a forward whose module keeps nothing from call to call."""
-
-
 @dataclass(frozen=True)
 class Passes:
     """y = forward(*leaves) and the gradients of `leaves` for dy, together (a call) or apart.
 
-    begin    before every forward: drops what a change of the parameters would invalidate
     within   the context of every pass
     """
 
     forward: Callable[..., Tensor]
     leaves: Sequence[Tensor]  # the input first
     dy: Tensor
-    begin: Callable[[], object] = nothing
     within: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __call__(self) -> tuple[Tensor, ...]:
@@ -55,7 +49,6 @@ class Passes:
     def only_forward(self) -> tuple[Tensor, ...]:
         """(y,), with its graph."""
         with self.within():
-            self.begin()
             return (self.forward(*self.leaves),)
 
     def only_backward(self) -> Run:
@@ -71,7 +64,6 @@ class Passes:
     def of_input(self, x: Tensor) -> Tensor:
         """y of another input."""
         with self.within():
-            self.begin()
             return self.forward(x, *self.leaves[1:])
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import layers, work
-from bench.harness import Case, Passes, Run, Version
+from bench.harness import Case, Run, Version
 from bench.layers import Factors
 from bench.versions import PEER_BOUND, chosen, held, in_float64, leaf, passes_of, twice
 from ssvd_kernels import SSVDConfig
@@ -80,7 +80,6 @@ def extras_case(dtype: torch.dtype, B: int, T: int, d: int, k: int) -> Case:
         def version(name: str, fan: Fan, exact: list[Tensor], bound: list[float], mode: str = "") -> Version:
             flops, moved = B * work.layer_flops(name, mode, *size), B * work.layer_bytes(name, dtype.itemsize, *size)
             run = passes_of(fan, leaf(x), dy, fan)
-            run = Passes(run.forward, run.leaves, dy, begin=fan.train)  # drops what is kept, as a step would
             backend = "auto" if name == "ssvd" else "torch"
             return Version(name, run, exact, bound, flops, moved, backend, mode, held=held(fan))
 

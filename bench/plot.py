@@ -40,7 +40,6 @@ STYLES = {
     "ssvd reference": ("#0072B2", "s", "-"),
     "ssvd ext": ("#D55E00", "o", "-"),
     "ssvd triton": ("#009E73", "^", "-"),
-    "ssvd triton, two terms": ("#E69F00", "X", "-"),
     "composed": ("#009E73", "^", "-"),
     "factored": ("#E69F00", "s", "--"),
     "activation": ("#CC79A7", "D", "-"),
@@ -117,7 +116,7 @@ def cayley_figure(rows: Sequence[Row]) -> Any:
 def _rotation(row: Row) -> str:
     if row["version"] != "ssvd":
         return row["version"]
-    return f"ssvd {row['backend']}" + (", two terms" if row["mode"] == "high" else "")
+    return f"ssvd {row['backend']}"
 
 
 def model_figure(rows: Sequence[Row]) -> Any:

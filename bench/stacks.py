@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import ssvd_kernels as sk
 from bench import layers, peers, work
-from bench.harness import Case, Run, Version, nothing
+from bench.harness import Case, Run, Version
 from bench.layers import Factors
 from bench.memory import saved_bytes
 from bench.versions import PEER_BOUND, chosen, held, leaf, trained, twice
@@ -180,7 +180,7 @@ def model_case(dtype: torch.dtype, architecture: Architecture, sequences: int, T
             stack: nn.Module,
             exact: Sequence[Tensor],
             bound: Sequence[float] = loose,
-            begin: Callable[[], None] = nothing,
+            begin: Callable[[], None] = lambda: None,
             modes: Mapping[str, str] | None = None,
             **more: Any,
         ) -> Version:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from ssvd_kernels.ops import dispatch
 # other methods: they are only checked to compute their own function, whose mistakes would be of order one. In eps
 # theirs are 84 of float32, for sums of thousands of terms; 10 of float16 and 4 of bfloat16, rounded a few times.
 ALLOWED = 2.0
-CAYLEY_BOUND = 1e-5  # promised where torch may multiply float32 as sums of two bfloat16 numbers, each of 2^-17 = 7.6e-6
 PEER_BOUND = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
@@ -65,20 +65,9 @@ def served(device: torch.device, dtype: torch.dtype, op: str) -> list[str]:
     return [name for name in names if name != "triton" or device.type == "cuda"]
 
 
-def within(backend: str, precision: str = "highest") -> Callable[[], AbstractContextManager[Any]]:
-    """Context with `backend` forced and torch's precision of float32 products."""
-
-    @contextmanager
-    def context() -> Iterator[None]:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(precision)
-        try:
-            with sk.use_backend(backend):
-                yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-    return context
+def within(backend: str) -> Callable[[], AbstractContextManager[Any]]:
+    """Context with `backend` forced."""
+    return partial(sk.use_backend, backend)
 
 
 def chosen(
@@ -142,8 +131,7 @@ def layer_versions(p: Problem, compile: bool) -> Iterator[Version]:
         layer = layers.ssvd_layer(f)
         layer.mode = mode
         run = passes(layer, layer)
-        # in training the parameters change before every forward: what is kept of them must not live on
-        run = Passes(run.forward, run.leaves, p.dy, begin=layer.train, within=within(backend))
+        run = Passes(run.forward, run.leaves, p.dy, within=within(backend))
         found, label = chosen(x.device, dtype, *shape, mode, backend)
         yield version("ssvd", run, exact, bound, layer, computes=found, backend=backend, mode=label)
     layer = layers.ssvd_layer(f, "activation")

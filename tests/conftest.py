@@ -60,15 +60,6 @@ def _small_models(request: pytest.FixtureRequest):
         request.getfixturevalue("one_thread")
 
 
-@pytest.fixture(params=["highest", "high"])
-def precision(request: pytest.FixtureRequest):
-    """Of float32 products: "high" lets them use TF32, or two bfloat16 terms a number."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(request.param)
-    yield request.param
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.fixture(scope="session")
 def group(tmp_path_factory: pytest.TempPathFactory):
     """Two processes with gloo between them, see processes.py."""

@@ -33,7 +33,6 @@ ROWS = [
     *(layer("frozen linear", T, 1) for T in (64, 4096)),
     *(layer("ssvd", T, 2, mode) for T in (64, 4096) for mode in ("auto (composed)", "composed", "factored")),
     *(row(**CAYLEY, version="ssvd", backend=name) for name in ("ext", "triton", "reference")),
-    row(**CAYLEY, version="ssvd", backend="triton", mode="high"),
     *(row(**CAYLEY, version=name, backend="torch") for name in ("linalg.solve", "parametrizations.orthogonal")),
     *(row(**MODEL, version=name) for name in ("frozen linear", "ssvd")),
 ]

@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from bounds import DRAWS, TWO_TERMS, assert_right_for_any_k, assert_within, in_float64, twice, twice_of_draws
+from bounds import DRAWS, assert_right_for_any_k, assert_within, in_float64, twice, twice_of_draws
 from cases import exact_delta, linear_inputs, naive_linear, relative_error, solved_delta, theta_of_norm, together
 from models import op_passes, references
 from test_gpu_activation import activation_is_accurate, activation_on_device
@@ -61,7 +61,7 @@ def on_device(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("B", [1, 5])
 @pytest.mark.parametrize("k", RANKS)
-def test_cayley_error(cayley_backend, precision, k, B, dtype):
+def test_cayley_error(cayley_backend, k, B, dtype):
     if cayley_backend == "triton" and dtype == torch.float64:
         pytest.skip("float32 only: test_triton_cayley.py has the refusal")
     count = DRAWS if k < 8 else 1
@@ -70,12 +70,7 @@ def test_cayley_error(cayley_backend, precision, k, B, dtype):
     plain = list(zip(*(solve_passes(theta, grad, k) for theta, grad in draws)))
     theta, grad = draws[0]
     for value, theirs, truths in zip(cayley_passes(theta.to(DEVICE), grad.to(DEVICE), k), plain, exact, strict=True):
-        if dtype == torch.float64:
-            bound = in_float64(k)
-        elif cayley_backend == "triton" and precision == "high":
-            bound = TWO_TERMS
-        else:
-            bound = twice_of_draws(zip(theirs, truths))
+        bound = in_float64(k) if dtype == torch.float64 else twice_of_draws(zip(theirs, truths))
         assert relative_error(value.cpu(), truths[0]) <= bound
 
 

@@ -18,7 +18,6 @@ DRAWS = 16  # of results with few elements, whose rounding error in one draw is 
 ORTHOGONAL = 5e-6  # promised of every number of G^T G - I in float32: 42 eps, for sums of up to 1024 terms
 # Promised in float32 of any K, ||K||_2 <= 1000: of every number of E, of G^T G - I, and of dtheta relative to its norm.
 ANY_K = {"E": 1e-5, "G^T G": 2e-5, "dtheta": 2e-4}
-TWO_TERMS = 1e-5  # promised where torch's "high" lets float32 numbers be two bfloat16 terms, each of 2^-17 = 7.6e-6
 Results = dict[str, Tensor]
 
 

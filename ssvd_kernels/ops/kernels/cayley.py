@@ -2,26 +2,28 @@
 
 The algorithm is that of csrc/cayley.h: E = 2 [(I + K)^-1 - I] by 2x2 block elimination, with its backward in closed
 form. Ranks are zero-padded to a multiple of 16, which is exact, keeps rows aligned and avoids ragged tiles.
-Each product splits its fp32 operands into bf16 terms, multiplies those on the tensor cores and accumulates in fp32.
-Three terms ("bf16x6", six products of terms) keep float32 accuracy. Two ("bf16x3") keep 16 bits, the meaning of
-`torch.set_float32_matmul_precision("high")` in torch.
+Each product splits its float32 operands into two terms of float16, multiplies those on the tensor cores and accumulates
+in float32 (Ootomo and Yokota, arXiv 2203.03341). For float16's narrow range, operands are scaled by a power of two for
+each matrix: by the largest |theta|, of which every operand is a moderate multiple where float32 serves at all (see
+csrc/cayley.h), or the largest |dE|.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssvd_kernels.ops.kernels import constants
-from ssvd_kernels.ops.kernels.constants import LARGE
+from ssvd_kernels.ops.kernels.constants import LARGE, NOT_UNIT
 from ssvd_kernels.ops.kernels.launch import current_device
 from ssvd_kernels.ops.kernels.tile_sizes import CAYLEY_LEAF, CAYLEY_PACK, CAYLEY_WIDE, cayley_config
-from ssvd_kernels.ops.kernels.tiles import accumulate
+from ssvd_kernels.ops.kernels.tiles import accumulate, scale_for
 
 CONVERGENT = tl.constexpr(0.25)  # ||N N||_F^2 up to which a leaf is inverted by a series
-NOT_UNIT = {"bf16x6": constants.NOT_UNIT, "bf16x3": 2**8 * constants.NOT_UNIT}  # two terms have 8 bits less than three
+E_SCALE = tl.constexpr(256.0)  # of E, whose entries are at most 2
 
 
 @triton.jit
@@ -77,11 +79,17 @@ def _gauss_jordan(a, n, ONE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _square_product(acc, a_ptr, stride_a, b_ptr, stride_b, n, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
-    """acc + A B of matrices (n, n) in memory: products of whole tiles in registers would spill them."""
+def _square_product(a_ptr, stride_a, a, b_ptr, stride_b, b, n, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    """a b of matrices (n, n) in memory and in registers: products of whole tiles in registers would spill them."""
     offs = tl.arange(0, BLOCK)
     inside = offs < n
-    return accumulate(acc, a_ptr, stride_a, 1, b_ptr, 1, stride_b, offs, inside, offs, inside, 0, n, DEPTH, "bf16x6")
+    scale_a, scale_b = scale_for(tl.max(tl.abs(a))), scale_for(tl.max(tl.abs(b)))
+    acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    acc = accumulate(
+        acc, a_ptr, stride_a, 1, b_ptr, 1, stride_b, offs, inside, offs, inside, 0, n, DEPTH, "ieee", None,
+        scale_a, scale_b,
+    )  # fmt: skip
+    return acc * (1 / scale_a) * (1 / scale_b)
 
 
 @triton.jit
@@ -98,8 +106,7 @@ def _cayley_leaf_kernel(n_ptr, f_ptr, stride_b, stride_row, r_ptr, n, BLOCK: tl.
     r_ptr += batch * BLOCK * BLOCK
     n_ptrs, f_ptrs, r_ptrs = n_ptr + i * stride_row + j, f_ptr + i * stride_row + j, r_ptr + i * BLOCK + j
     F = -tl.load(n_ptrs, mask=mask, other=0.0)  # [BLOCK, BLOCK]
-    zero = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    R = _square_product(zero, n_ptr, stride_row, n_ptr, stride_row, n, BLOCK, DEPTH)
+    R = _square_product(n_ptr, stride_row, F, n_ptr, stride_row, F, n, BLOCK, DEPTH)
     size = tl.sum(R * R)
     if size > CONVERGENT:
         tl.store(n_ptrs, (2 * _gauss_jordan(-F.to(tl.float64), n, 1, BLOCK)).to(tl.float32), mask=mask)
@@ -114,16 +121,16 @@ def _cayley_leaf_kernel(n_ptr, f_ptr, stride_b, stride_row, r_ptr, n, BLOCK: tl.
             tl.store(f_ptrs, F, mask=mask)
             tl.store(r_ptrs, R, mask=mask)
             tl.debug_barrier()
-            F = _square_product(F + R, f_ptr, stride_row, r_ptr, BLOCK, n, BLOCK, DEPTH)
-            R = _square_product(zero, r_ptr, BLOCK, r_ptr, BLOCK, n, BLOCK, DEPTH)
+            F += R + _square_product(f_ptr, stride_row, F, r_ptr, BLOCK, R, n, BLOCK, DEPTH)
+            R = _square_product(r_ptr, BLOCK, R, r_ptr, BLOCK, R, n, BLOCK, DEPTH)
         tl.debug_barrier()
         tl.store(f_ptrs, F, mask=mask)
         tl.debug_barrier()
         N = tl.load(n_ptrs, mask=mask, other=0.0)
-        R = -_square_product(N + F, n_ptr, stride_row, f_ptr, stride_row, n, BLOCK, DEPTH)
+        R = -(N + F + _square_product(n_ptr, stride_row, N, f_ptr, stride_row, F, n, BLOCK, DEPTH))
         tl.store(r_ptrs, R, mask=mask)
         tl.debug_barrier()
-        F = _square_product(F + R, f_ptr, stride_row, r_ptr, BLOCK, n, BLOCK, DEPTH)
+        F += R + _square_product(f_ptr, stride_row, F, r_ptr, BLOCK, R, n, BLOCK, DEPTH)
         tl.store(n_ptrs, 2 * F, mask=mask)
 
 
@@ -147,8 +154,8 @@ def _cayley_check_kernel(
             squares += tl.sum(upper * upper, axis=0)
         if row >= col:
             squares += tl.sum(upper * upper, axis=1)
-    failed = (tl.max(squares) > LARGE) | (tl.max(tl.abs(excess)) > NOT_UNIT)
-    tl.store(failed_ptr + batch * tl.num_programs(1) + tl.program_id(1), failed.to(tl.int32))
+    served = (squares <= LARGE) & (tl.abs(excess) <= NOT_UNIT)  # false for what is not a number
+    tl.store(failed_ptr + batch * tl.num_programs(1) + tl.program_id(1), 1 - tl.min(served.to(tl.int32)))
 
 
 @triton.jit
@@ -234,6 +241,7 @@ def _cayley_product_kernel(
     stride_b_k,
     stride_b_n,
     e_ptr,
+    largest_ptr,
     beta,
     alpha,
     M,
@@ -242,21 +250,23 @@ def _cayley_product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
     HOLLOW: tl.constexpr,
 ):
-    """out = beta C + alpha A B. The operand that HOLLOW names, "a" or "b", is E: instead of its diagonal one takes
-    1 + E[i, i] / 2, by which C's rows or columns are multiplied."""
+    """out = beta C + alpha A B, scaled by `largest` (batch,). The operand that HOLLOW names, "a" or "b", is E: instead
+    of its diagonal one takes 1 + E[i, i] / 2, by which C's rows or columns are multiplied."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     tiles = tl.cdiv(M, BLOCK_M) * blocks_n
     batch, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     offs_m = tile // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tile % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
+    scale = scale_for(tl.load(largest_ptr + batch))
+    scale_a = E_SCALE if HOLLOW == "a" else scale
+    scale_b = E_SCALE if HOLLOW == "b" else scale
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)  # [BLOCK_M, BLOCK_N]
     acc = accumulate(
         acc, a_ptr + batch * stride_a_b, stride_a_m, stride_a_k, b_ptr + batch * stride_b_b, stride_b_n, stride_b_k,
-        offs_m, mask_m, offs_n, mask_n, 0, K, BLOCK_K, PRECISION, HOLLOW=HOLLOW,
+        offs_m, mask_m, offs_n, mask_n, 0, K, BLOCK_K, "ieee", None, scale_a, scale_b, HOLLOW,
     )  # fmt: skip
     mask = mask_m[:, None] & mask_n[None, :]
     row, col = offs_m.to(tl.int64)[:, None], offs_n[None, :]
@@ -265,7 +275,8 @@ def _cayley_product_kernel(
         c *= 1 + tl.load(e_ptr + batch * M * M + row * (M + 1), mask=mask_m[:, None], other=0.0) / 2
     elif HOLLOW == "b":
         c *= 1 + tl.load(e_ptr + batch * N * N + col * (N + 1), mask=mask_n[None, :], other=0.0) / 2
-    tl.store(out_ptr + batch * stride_out_b + row * stride_out_m + col, beta * c + alpha * acc, mask=mask)
+    out = beta * c + alpha * (acc * (1 / scale_a) * (1 / scale_b))
+    tl.store(out_ptr + batch * stride_out_b + row * stride_out_m + col, out, mask=mask)
 
 
 LEAF = CAYLEY_LEAF.rows
@@ -279,10 +290,10 @@ def cayley_delta(theta: Tensor, k: int) -> Tensor:
     E = theta.new_empty((B, n, n))
     with current_device(theta):
         _skew_kernel[_block_pairs(B, n)](theta, E, *E.stride()[:2], k, n, BLOCK=CAYLEY_PACK.rows, **CAYLEY_PACK.options)
-        scratch, rest, precision = torch.empty_like(E), theta.new_empty((B, LEAF, LEAF)), _precision(k)
-        _inverse_delta_(E, scratch, rest, precision)
+        scratch, rest, largest = torch.empty_like(E), theta.new_empty((B, LEAF, LEAF)), _largest(theta)
+        _inverse_delta_(E, scratch, rest, largest)
         if n > LEAF:
-            _redo_large_(E, theta, k, scratch, NOT_UNIT[precision])
+            _redo_large_(E, theta, k, scratch)
     return E
 
 
@@ -295,17 +306,17 @@ def cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
     B = E.shape[0]
     dtheta = grad.new_empty((B, k * (k - 1) // 2))
     if dtheta.numel():
-        E, precision, X, Z = E.contiguous(), _precision(k), torch.empty_like(E), torch.empty_like(E)
+        E, largest, X, Z = E.contiguous(), _largest(grad), torch.empty_like(E), torch.empty_like(E)
         with current_device(grad):
-            _multiply_add(X, 1.0, grad.mT, 0.5, E, grad.mT, precision, "a", E)
-            _multiply_add(Z, 1.0, X, 0.5, X, E, precision, "b", E)
+            _multiply_add(X, 1.0, grad.mT, 0.5, E, grad.mT, largest, "a", E)
+            _multiply_add(Z, 1.0, X, 0.5, X, E, largest, "b", E)
             _unskew_kernel[_block_pairs(B, k)](
                 Z, *Z.stride()[:2], dtheta, k, BLOCK=CAYLEY_PACK.rows, **CAYLEY_PACK.options
             )
     return dtheta
 
 
-def _inverse_delta_(N: Tensor, scratch: Tensor, rest: Tensor, precision: str) -> None:
+def _inverse_delta_(N: Tensor, scratch: Tensor, rest: Tensor, largest: Tensor) -> None:
     """N (B, n, n) becomes 2 [(I + N)^-1 - I]; the off-diagonal blocks of `scratch` hold L and R, the leaves use the
     others and `rest`. See csrc/cayley.h."""
     n = N.shape[-1]
@@ -317,22 +328,22 @@ def _inverse_delta_(N: Tensor, scratch: Tensor, rest: Tensor, precision: str) ->
     h = LEAF * (triton.cdiv(n, LEAF) // 2)
     N11, N12, N21, N22 = N[:, :h, :h], N[:, :h, h:], N[:, h:, :h], N[:, h:, h:]
     R, L = scratch[:, :h, h:], scratch[:, h:, :h]
-    _inverse_delta_(N11, scratch[:, :h, :h], rest, precision)  # E11
-    _multiply_add(L, 1.0, N21, 0.5, N21, N11, precision)  # L = N21 (I + N11)^-1
-    _multiply_add(R, 1.0, N12, 0.5, N11, N12, precision)  # R = (I + N11)^-1 N12
-    _multiply_add(N22, 1.0, N22, -1.0, L, N12, precision)  # Schur complement less I
-    _inverse_delta_(N22, scratch[:, h:, h:], rest, precision)  # E22
-    _multiply_add(N12, -2.0, R, -1.0, R, N22, precision)  # E12 = -2 R (I + S)^-1
-    _multiply_add(N21, -2.0, L, -1.0, N22, L, precision)  # E21 = -2 (I + S)^-1 L
-    _multiply_add(N11, 1.0, N11, -1.0, N12, L, precision)  # E11 = 2 F11 - E12 L
+    _inverse_delta_(N11, scratch[:, :h, :h], rest, largest)  # E11
+    _multiply_add(L, 1.0, N21, 0.5, N21, N11, largest)  # L = N21 (I + N11)^-1
+    _multiply_add(R, 1.0, N12, 0.5, N11, N12, largest)  # R = (I + N11)^-1 N12
+    _multiply_add(N22, 1.0, N22, -1.0, L, N12, largest)  # Schur complement less I
+    _inverse_delta_(N22, scratch[:, h:, h:], rest, largest)  # E22
+    _multiply_add(N12, -2.0, R, -1.0, R, N22, largest)  # E12 = -2 R (I + S)^-1
+    _multiply_add(N21, -2.0, L, -1.0, N22, L, largest)  # E21 = -2 (I + S)^-1 L
+    _multiply_add(N11, 1.0, N11, -1.0, N12, L, largest)  # E11 = 2 F11 - E12 L
 
 
-def _redo_large_(E: Tensor, theta: Tensor, k: int, scratch: Tensor, not_unit: float) -> None:
+def _redo_large_(E: Tensor, theta: Tensor, k: int, scratch: Tensor) -> None:
     """Does those matrices of the batch again, in float64, that float32 did not serve."""
     B, n, blocks, check, wide = len(E), E.shape[-1], triton.cdiv(k, CAYLEY_PACK.rows), CAYLEY_PACK, CAYLEY_WIDE
     failed = torch.empty((B, blocks), dtype=torch.int32, device=E.device)
     _cayley_check_kernel[(B, blocks)](
-        theta, E, failed, k, n, LARGE=LARGE, NOT_UNIT=not_unit, BLOCK=check.rows, **check.options
+        theta, E, failed, k, n, LARGE=LARGE, NOT_UNIT=NOT_UNIT, BLOCK=check.rows, **check.options
     )
     _cayley_wide_kernel[(B,)](theta, E, scratch, failed, blocks, k, n, BLOCK=wide.rows, **wide.options)
 
@@ -344,7 +355,7 @@ def _multiply_add(
     alpha: float,
     A: Tensor,
     B: Tensor,
-    precision: str,
+    largest: Tensor,
     hollow: str = "",
     E: Tensor | None = None,
 ) -> None:
@@ -352,15 +363,15 @@ def _multiply_add(
     batch, M, N = out.shape
     config = cayley_config(batch, M, N)
     _cayley_product_kernel[(batch * triton.cdiv(M, config.rows) * triton.cdiv(N, config.cols),)](
-        out, *out.stride()[:2], C, *C.stride(), A, *A.stride(), B, *B.stride(), E, beta, alpha, M, N, A.shape[-1],
-        BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth, PRECISION=precision, HOLLOW=hollow,
+        out, *out.stride()[:2], C, *C.stride(), A, *A.stride(), B, *B.stride(), E, largest, beta, alpha, M, N,
+        A.shape[-1], BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth, HOLLOW=hollow,
         **config.options,
     )  # fmt: skip
 
 
-def _precision(k: int) -> str:
-    """Two terms where torch may use them and there is something to gain."""
-    return "bf16x6" if torch.get_float32_matmul_precision() == "highest" or k <= LEAF else "bf16x3"
+def _largest(batch: Tensor) -> Tensor:
+    """The largest absolute value in each of a batch (B,)."""
+    return torch.linalg.vector_norm(batch.flatten(1), math.inf, dim=1)
 
 
 def _block_pairs(batch: int, n: int) -> tuple[int, int, int]:

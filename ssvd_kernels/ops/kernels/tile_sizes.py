@@ -72,11 +72,13 @@ ONE_PASS: dict[str, dict[int, tuple[TileConfig, ...]]] = {
     "float32": {32: (TileConfig(16, 16, 16, 4, 3), TileConfig(32, 32, 16, 4, 3))},
     "float32_odd": {},  # would spill
 }
-# Batches of k x k matrices in float32. Larger tiles, measured on an H100, are slower: their terms fill the registers.
-CAYLEY = (TileConfig(32, 32, 32, 4, 2), TileConfig(64, 64, 32, 4, 3))
+# Batches of k x k matrices in float32. The largest tile, measured on an H200, is faster only where there are many to a
+# matrix: k = 409 fills four of them in each direction by 80 %.
+CAYLEY = (TileConfig(32, 32, 32, 4, 2), TileConfig(64, 64, 32, 4, 3), TileConfig(128, 128, 32, 8, 3))
+CAYLEY_LARGEST_FROM = 512  # rows and columns
 CAYLEY_LEAF = TileConfig(64, 64, 16, 4, 1)  # the block that one program inverts by itself; deeper products spill
 ELEMENTS = TileConfig(1, 1024, 0, 4, 1)  # where there are no products
-CAYLEY_PACK = TileConfig(32, 32, 0, 4, 1)
+CAYLEY_PACK = TileConfig(64, 64, 0, 4, 1)
 CAYLEY_WIDE = TileConfig(16, 16, 0, 4, 1)  # one stage: no load may pass a barrier
 
 
@@ -124,4 +126,4 @@ def one_pass_rank(k: int) -> int:
 
 
 def cayley_config(batch: int, rows: int, cols: int) -> TileConfig:
-    return _pick(CAYLEY, rows, cols, batch)
+    return _pick(CAYLEY if min(rows, cols) >= CAYLEY_LARGEST_FROM else CAYLEY[:-1], rows, cols, batch)

@@ -33,35 +33,43 @@ def round_stochastically(tile, row, col):
 
 
 @triton.jit
-def bfloat16_terms(tile):
-    """float32 tile as the sum of three tiles of bfloat16 values, largest first."""
-    first = cast(tile, tl.bfloat16).to(tl.float32)
-    second = cast(tile - first, tl.bfloat16).to(tl.float32)
-    return first, second, cast(tile - first - second, tl.bfloat16).to(tl.float32)
+def scale_for(largest):
+    """The power of two that brings `largest`, a float32, to 2^7 or more, less than 2^8: 2^-8 of float16's range."""
+    exponent = largest.to(tl.int32, bitcast=True) >> 23
+    return (tl.minimum(tl.maximum(261 - exponent, 1), 253) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def float16_terms(tile):
+    """float32 tile as the sum of two of float16, largest first: 23 of its 24 bits."""
+    first = tile.to(tl.float16)
+    return first, (tile - first.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def split_product(a, b, acc):
+    """acc + a b of float32 tiles by the tensor cores, without the product of the second terms, 2^-24 of the first's.
+
+    Summed apart, as tensor cores cut off sums that they carry on, where an addition rounds.
+    """
+    a0, a1 = float16_terms(-a)
+    b0, b1 = float16_terms(b)
+    part = tl.dot(a1, b0)
+    part = tl.dot(a0, b1, part)
+    return acc - tl.dot(a0, b0, part)  # of a sum the compiler would make one chain again
 
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b, accumulated in float32. Interpreted, "bf16x3" and "bf16x6" add the terms that the compiler does.
+    """acc + a b, accumulated in float32.
 
     float32 tiles ("ieee") are summed apart: in one chain of sums over all of k the error would grow with sqrt(k).
     """
-    if not INTERPRETED:
-        if a.dtype == tl.float32 and PRECISION == "ieee":
-            return acc - tl.dot(-a, b, input_precision=PRECISION)  # the compiler would make a sum one chain again
-        return tl.dot(a, b, acc, input_precision=PRECISION)
-    a, b = a.to(tl.float32), b.to(tl.float32)
-    if PRECISION != "bf16x3" and PRECISION != "bf16x6":
-        return tl.dot(a, b, acc, input_precision="ieee")
-    a0, a1, a2 = bfloat16_terms(a)
-    b0, b1, b2 = bfloat16_terms(b)
-    if PRECISION == "bf16x6":
-        acc = tl.dot(a2, b0, acc, input_precision="ieee")
-        acc = tl.dot(a1, b1, acc, input_precision="ieee")
-        acc = tl.dot(a0, b2, acc, input_precision="ieee")
-    acc = tl.dot(a1, b0, acc, input_precision="ieee")
-    acc = tl.dot(a0, b1, acc, input_precision="ieee")
-    return tl.dot(a0, b0, acc, input_precision="ieee")
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        return acc - tl.dot(-a, b, input_precision=PRECISION)  # the compiler would make a sum one chain again
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -94,13 +102,15 @@ def accumulate(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     stop_b=None,
+    scale_a=None,
+    scale_b=None,
     HOLLOW: tl.constexpr = None,
 ):
     """acc[row, col] + sum over start <= j < stop of a[row, j] b[col, j]; b's tiles are cast to a's dtype.
 
     From `stop_b` on, b counts as zero, so that a, of padded rows, can be read in wide loads. So does the diagonal of
-    the operand that HOLLOW names, "a" or "b". Offsets and steps are 64-bit: rows times stride passes 2^31 for long
-    batches.
+    the operand that HOLLOW names, "a" or "b". Given scales, a and b are float32, and (scale_a a) and (scale_b b) are
+    multiplied as `split_product` does it. Offsets and steps are 64-bit: rows times stride passes 2^31 for long batches.
     """
     offs_k = start + tl.arange(0, BLOCK_K).to(tl.int64)
     a_ptrs = a_ptr + offs_row.to(tl.int64)[:, None] * stride_a_row + offs_k[None, :] * stride_a_k
@@ -115,7 +125,10 @@ def accumulate(
             a = tl.where(offs_row[:, None] == j + tl.arange(0, BLOCK_K)[None, :], 0.0, a)
         elif HOLLOW == "b":
             b = tl.where(j + tl.arange(0, BLOCK_K)[:, None] == offs_col[None, :], 0.0, b)
-        acc = product(a, cast(b, a.dtype), acc, PRECISION)
+        if scale_a is None:
+            acc = product(a, cast(b, a.dtype), acc, PRECISION)
+        else:
+            acc = split_product(a * scale_a, b * scale_b, acc)
         a_ptrs += step * stride_a_k
         b_ptrs += step * stride_b_k
     return acc
