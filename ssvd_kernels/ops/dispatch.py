@@ -24,7 +24,6 @@ from .flops import linear_flops
 BACKENDS = ("auto", "reference", "ext", "triton")
 MODES = ("auto", "composed", "factored")
 _HALF = (torch.float16, torch.bfloat16)
-FEW = 64 * 256**3  # B k^3 up to which, in eager mode on an H100, the extension's Cayley transform takes less time
 forced = os.environ.get("SSVD_BACKEND", "auto")
 
 
@@ -115,18 +114,9 @@ def linear_backend(device: torch.device, dtype: torch.dtype, forced: str) -> str
     return backend_for("linear", device, dtype)
 
 
-def cayley_backend(device: torch.device, dtype: torch.dtype, B: int, k: int) -> str:
-    """`backend_for` a batch of B rotations. Of few small ones the time is the host's, and the extension's launches cost
-    it less than Triton's."""
-    backend = backend_for("cayley", device, dtype)
-    if backend != "triton" or forced != "auto" or torch.compiler.is_compiling() or B * k**3 > FEW:
-        return backend
-    return "ext" if refusals("cayley", device, dtype)["ext"] is None else backend
-
-
 def cayley_delta(theta: Tensor, k: int) -> Tensor:
     """E (B, n, n) from theta (B, m): n = k, or more with zeros beyond k where the kernels want it."""
-    backend = cayley_backend(theta.device, theta.dtype, theta.shape[0], k)
+    backend = backend_for("cayley", theta.device, theta.dtype)
     if backend == "triton":
         return triton_linear.kernels().cayley_delta(theta, k)
     if backend == "ext":
@@ -137,7 +127,7 @@ def cayley_delta(theta: Tensor, k: int) -> Tensor:
 
 def cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
     """dtheta (B, m) from dE and E (B, n, n), as `cayley_delta` gave it."""
-    backend = cayley_backend(grad.device, grad.dtype, grad.shape[0], k)
+    backend = backend_for("cayley", grad.device, grad.dtype)
     if backend == "triton":
         pad = -E.shape[-1] % 16  # nonzero only where another backend computed E
         grad, E = (F.pad(matrix, (0, pad, 0, pad)) if pad else matrix for matrix in (grad, E))

@@ -23,7 +23,7 @@ def ssvd_linear_fwd(
     if mode == "factored":
         return *kernels().ssvd_linear_fwd(x, weight, U, V, core, bias, need_z), None
     composed = kernels().compose(weight, U, V, core)
-    y = F.linear(x, composed, None if bias is None else bias.to(x.dtype))
+    y = F.linear(x, composed, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
     return y, x @ V if need_z else None, composed
 
 
@@ -83,7 +83,9 @@ def operand(basis: Tensor, dtype: torch.dtype) -> Tensor:
     Zeros change no product, but rows of 409 half-precision elements, say, cannot be read in wide loads.
     """
     extra = -basis.shape[1] % ALIGNMENT
-    return F.pad(basis.to(dtype), (0, extra)) if extra else basis.to(dtype)
+    if extra:
+        return F.pad(basis.to(dtype), (0, extra))
+    return basis if basis.dtype == dtype else basis.to(dtype)  # which takes time even where it does nothing
 
 
 def core_operand(core: Tensor, dtype: torch.dtype) -> Tensor:

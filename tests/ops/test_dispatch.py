@@ -153,17 +153,3 @@ def test_the_cayley_backward_pads_only_what_other_backends_computed(n, padded, m
     with sk.use_backend("triton"):
         assert dispatch.cayley_delta_backward(E, E, 21) == 2 * ((1, 32, 32),)
     assert pads == padded * [(0, 8, 0, 8)]
-
-
-@pytest.mark.parametrize(
-    ("B", "k", "forced", "without", "expected"),
-    [
-        (24, 153, "auto", False, "ext"), (1, 409, "auto", False, "ext"), (64, 256, "auto", False, "ext"),
-        (256, 409, "auto", False, "triton"), (1, 153, "triton", False, "triton"), (1, 153, "auto", True, "triton"),
-    ],
-)  # fmt: skip
-def test_few_rotations_on_a_gpu_are_left_to_the_extension(B, k, forced, without, expected, monkeypatch):
-    why = "not built" if without else None
-    monkeypatch.setattr(dispatch, "refusals", lambda *_: {"triton": None, "ext": why, "reference": None})
-    with sk.use_backend(forced):
-        assert dispatch.cayley_backend(torch.device("cuda"), torch.float32, B, k) == expected

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ssvd_kernels.ops.kernels.constants import LARGE, NOT_UNIT
-from ssvd_kernels.ops.kernels.launch import current_device
-from ssvd_kernels.ops.kernels.tile_sizes import CAYLEY_LEAF, CAYLEY_PACK, CAYLEY_WIDE, cayley_config
+from ssvd_kernels.ops.kernels.launch import launch
+from ssvd_kernels.ops.kernels.tile_sizes import CAYLEY_LEAF, CAYLEY_PACK, CAYLEY_WIDE, cayley_config, cdiv
 from ssvd_kernels.ops.kernels.tiles import accumulate, scale_for
 
 CONVERGENT = tl.constexpr(0.25)  # ||N N||_F^2 up to which a leaf is inverted by a series
@@ -27,7 +27,15 @@ E_SCALE = tl.constexpr(256.0)  # of E, whose entries are at most 2
 
 
 @triton.jit
-def _skew_kernel(theta_ptr, k_ptr, stride_k_b, stride_k_row, k, padded, BLOCK: tl.constexpr):
+def _skew_kernel(
+    theta_ptr,
+    k_ptr,
+    stride_k_b,
+    stride_k_row,
+    k,
+    padded,
+    BLOCK: tl.constexpr,
+):
     """Block (r, c) of K, r <= c, and its mirror image; zero beyond k."""
     batch, row, col = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     if row <= col:
@@ -47,7 +55,14 @@ def _skew_kernel(theta_ptr, k_ptr, stride_k_b, stride_k_row, k, padded, BLOCK: t
 
 
 @triton.jit
-def _unskew_kernel(z_ptr, stride_z_b, stride_z_row, dtheta_ptr, k, BLOCK: tl.constexpr):
+def _unskew_kernel(
+    z_ptr,
+    dtheta_ptr,
+    stride_z_b,
+    stride_z_row,
+    k,
+    BLOCK: tl.constexpr,
+):
     """dtheta[i < j] = 2 (Z[i, j] - Z[j, i])."""
     batch, row, col = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     if row <= col:
@@ -86,14 +101,23 @@ def _square_product(a_ptr, stride_a, a, b_ptr, stride_b, b, n, BLOCK: tl.constex
     scale_a, scale_b = scale_for(tl.max(tl.abs(a))), scale_for(tl.max(tl.abs(b)))
     acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     acc = accumulate(
-        acc, a_ptr, stride_a, 1, b_ptr, 1, stride_b, offs, inside, offs, inside, 0, n, DEPTH, "ieee", None,
+        acc, a_ptr, stride_a, 1, b_ptr, 1, stride_b, offs, inside, offs, inside, 0, n, DEPTH, None,
         scale_a, scale_b,
     )  # fmt: skip
     return acc * (1 / scale_a) * (1 / scale_b)
 
 
 @triton.jit
-def _cayley_leaf_kernel(n_ptr, f_ptr, stride_b, stride_row, r_ptr, n, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+def _cayley_leaf_kernel(
+    n_ptr,
+    f_ptr,
+    r_ptr,
+    stride_b,
+    stride_row,
+    n,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     """N (n, n) becomes 2 F, F = (I + N)^-1 - I = (I - N) (I + N^2) (I + N^4) ... - I; in float64 where N is large.
 
     Elimination takes n steps one after the other; the series two to five pairs of products, F += R + F R and R = R R
@@ -136,7 +160,14 @@ def _cayley_leaf_kernel(n_ptr, f_ptr, stride_b, stride_row, r_ptr, n, BLOCK: tl.
 
 @triton.jit
 def _cayley_check_kernel(
-    theta_ptr, e_ptr, failed_ptr, k, n, LARGE: tl.constexpr, NOT_UNIT: tl.constexpr, BLOCK: tl.constexpr
+    theta_ptr,
+    e_ptr,
+    failed_ptr,
+    k,
+    n,
+    LARGE: tl.constexpr,
+    NOT_UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Whether a block of columns of K or of G = I + E is one that float32 may not serve, see csrc/cayley.h."""
     batch, col, offs = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK, tl.arange(0, BLOCK)
@@ -172,7 +203,16 @@ def _store_wide(high_ptr, low_ptr, i, j, n, value):
 
 
 @triton.jit
-def _cayley_wide_kernel(theta_ptr, e_ptr, low_ptr, failed_ptr, blocks, k, n, BLOCK: tl.constexpr):
+def _cayley_wide_kernel(
+    theta_ptr,
+    e_ptr,
+    low_ptr,
+    failed_ptr,
+    blocks,
+    k,
+    n,
+    BLOCK: tl.constexpr,
+):
     """E (n, n) anew where a block of it failed: block Gauss-Jordan on A = I + K in float64, A stored as e + low.
 
     Of few matrices, so one program does a whole one, and needs no memory of its own.
@@ -226,22 +266,22 @@ def _cayley_wide_kernel(theta_ptr, e_ptr, low_ptr, failed_ptr, blocks, k, n, BLO
 @triton.jit
 def _cayley_product_kernel(
     out_ptr,
+    c_ptr,
+    a_ptr,
+    b_ptr,
+    e_ptr,
+    largest_ptr,
     stride_out_b,
     stride_out_m,
-    c_ptr,
     stride_c_b,
     stride_c_m,
     stride_c_n,
-    a_ptr,
     stride_a_b,
     stride_a_m,
     stride_a_k,
-    b_ptr,
     stride_b_b,
     stride_b_k,
     stride_b_n,
-    e_ptr,
-    largest_ptr,
     beta,
     alpha,
     M,
@@ -266,7 +306,7 @@ def _cayley_product_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)  # [BLOCK_M, BLOCK_N]
     acc = accumulate(
         acc, a_ptr + batch * stride_a_b, stride_a_m, stride_a_k, b_ptr + batch * stride_b_b, stride_b_n, stride_b_k,
-        offs_m, mask_m, offs_n, mask_n, 0, K, BLOCK_K, "ieee", None, scale_a, scale_b, HOLLOW,
+        offs_m, mask_m, offs_n, mask_n, 0, K, BLOCK_K, None, scale_a, scale_b, HOLLOW,
     )  # fmt: skip
     mask = mask_m[:, None] & mask_n[None, :]
     row, col = offs_m.to(tl.int64)[:, None], offs_n[None, :]
@@ -284,16 +324,15 @@ LEAF = CAYLEY_LEAF.rows
 
 def cayley_delta(theta: Tensor, k: int) -> Tensor:
     """E (B, n, n) from theta (B, k(k-1)/2), float32; n is k rounded up to a multiple of 16, E zero beyond k."""
-    B, n = theta.shape[0], triton.cdiv(k, 16) * 16
+    B, n = theta.shape[0], cdiv(k, 16) * 16
     if not theta.numel():  # k = 1, or an empty batch
         return theta.new_zeros((B, n, n))
     E = theta.new_empty((B, n, n))
-    with current_device(theta):
-        _skew_kernel[_block_pairs(B, n)](theta, E, *E.stride()[:2], k, n, BLOCK=CAYLEY_PACK.rows, **CAYLEY_PACK.options)
-        scratch, rest, largest = torch.empty_like(E), theta.new_empty((B, LEAF, LEAF)), _largest(theta)
-        _inverse_delta_(E, scratch, rest, largest)
-        if n > LEAF:
-            _redo_large_(E, theta, k, scratch)
+    launch(_skew_kernel, _block_pairs(B, n), (theta, E), (*E.stride()[:2], k, n), (CAYLEY_PACK.rows,), CAYLEY_PACK)
+    scratch, rest, largest = torch.empty_like(E), theta.new_empty((B, LEAF, LEAF)), _largest(theta)
+    _inverse_delta_(E, scratch, rest, largest)
+    if n > LEAF:
+        _redo_large_(E, theta, k, scratch)
     return E
 
 
@@ -307,12 +346,10 @@ def cayley_delta_backward(grad: Tensor, E: Tensor, k: int) -> Tensor:
     dtheta = grad.new_empty((B, k * (k - 1) // 2))
     if dtheta.numel():
         E, largest, X, Z = E.contiguous(), _largest(grad), torch.empty_like(E), torch.empty_like(E)
-        with current_device(grad):
-            _multiply_add(X, 1.0, grad.mT, 0.5, E, grad.mT, largest, "a", E)
-            _multiply_add(Z, 1.0, X, 0.5, X, E, largest, "b", E)
-            _unskew_kernel[_block_pairs(B, k)](
-                Z, *Z.stride()[:2], dtheta, k, BLOCK=CAYLEY_PACK.rows, **CAYLEY_PACK.options
-            )
+        _multiply_add(X, 1.0, grad.mT, 0.5, E, grad.mT, largest, "a", E)
+        _multiply_add(Z, 1.0, X, 0.5, X, E, largest, "b", E)
+        numbers = *Z.stride()[:2], k
+        launch(_unskew_kernel, _block_pairs(B, k), (Z, dtheta), numbers, (CAYLEY_PACK.rows,), CAYLEY_PACK)
     return dtheta
 
 
@@ -321,11 +358,11 @@ def _inverse_delta_(N: Tensor, scratch: Tensor, rest: Tensor, largest: Tensor) -
     others and `rest`. See csrc/cayley.h."""
     n = N.shape[-1]
     if n <= LEAF:
-        _cayley_leaf_kernel[(N.shape[0],)](
-            N, scratch, *N.stride()[:2], rest, n, BLOCK=CAYLEY_LEAF.rows, DEPTH=CAYLEY_LEAF.depth, **CAYLEY_LEAF.options
-        )
+        constants = CAYLEY_LEAF.rows, CAYLEY_LEAF.depth
+        numbers = *N.stride()[:2], n
+        launch(_cayley_leaf_kernel, (N.shape[0], 1, 1), (N, scratch, rest), numbers, constants, CAYLEY_LEAF)
         return
-    h = LEAF * (triton.cdiv(n, LEAF) // 2)
+    h = LEAF * (cdiv(n, LEAF) // 2)
     N11, N12, N21, N22 = N[:, :h, :h], N[:, :h, h:], N[:, h:, :h], N[:, h:, h:]
     R, L = scratch[:, :h, h:], scratch[:, h:, :h]
     _inverse_delta_(N11, scratch[:, :h, :h], rest, largest)  # E11
@@ -340,12 +377,12 @@ def _inverse_delta_(N: Tensor, scratch: Tensor, rest: Tensor, largest: Tensor) -
 
 def _redo_large_(E: Tensor, theta: Tensor, k: int, scratch: Tensor) -> None:
     """Does those matrices of the batch again, in float64, that float32 did not serve."""
-    B, n, blocks, check, wide = len(E), E.shape[-1], triton.cdiv(k, CAYLEY_PACK.rows), CAYLEY_PACK, CAYLEY_WIDE
+    B, n, blocks = len(E), E.shape[-1], cdiv(k, CAYLEY_PACK.rows)
     failed = torch.empty((B, blocks), dtype=torch.int32, device=E.device)
-    _cayley_check_kernel[(B, blocks)](
-        theta, E, failed, k, n, LARGE=LARGE, NOT_UNIT=NOT_UNIT, BLOCK=check.rows, **check.options
-    )
-    _cayley_wide_kernel[(B,)](theta, E, scratch, failed, blocks, k, n, BLOCK=wide.rows, **wide.options)
+    constants = LARGE, NOT_UNIT, CAYLEY_PACK.rows
+    launch(_cayley_check_kernel, (B, blocks, 1), (theta, E, failed), (k, n), constants, CAYLEY_PACK)
+    numbers = blocks, k, n
+    launch(_cayley_wide_kernel, (B, 1, 1), (theta, E, scratch, failed), numbers, (CAYLEY_WIDE.rows,), CAYLEY_WIDE)
 
 
 def _multiply_add(
@@ -362,10 +399,11 @@ def _multiply_add(
     """out = beta C + alpha A B for batches of matrices; out is C or overlaps nothing. `hollow`: see the kernel."""
     batch, M, N = out.shape
     config = cayley_config(batch, M, N)
-    _cayley_product_kernel[(batch * triton.cdiv(M, config.rows) * triton.cdiv(N, config.cols),)](
-        out, *out.stride()[:2], C, *C.stride(), A, *A.stride(), B, *B.stride(), E, largest, beta, alpha, M, N,
-        A.shape[-1], BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth, HOLLOW=hollow,
-        **config.options,
+    launch(
+        _cayley_product_kernel, (batch * cdiv(M, config.rows) * cdiv(N, config.cols), 1, 1),
+        (out, C, A, B, out if E is None else E, largest),
+        (*out.stride()[:2], *C.stride(), *A.stride(), *B.stride(), beta, alpha, M, N, A.shape[-1]),
+        (config.rows, config.cols, config.depth, hollow), config,
     )  # fmt: skip
 
 
@@ -375,5 +413,5 @@ def _largest(batch: Tensor) -> Tensor:
 
 
 def _block_pairs(batch: int, n: int) -> tuple[int, int, int]:
-    blocks = triton.cdiv(n, CAYLEY_PACK.rows)
+    blocks = cdiv(n, CAYLEY_PACK.rows)
     return batch, blocks, blocks

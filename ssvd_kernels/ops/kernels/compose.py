@@ -11,23 +11,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssvd_kernels.ops.kernels.launch import aligned, current_device, padded_core
-from ssvd_kernels.ops.kernels.tile_sizes import ELEMENTS, GROUP, TileConfig, linear_config, table_key
+from ssvd_kernels.ops.kernels.launch import aligned, launch, padded_core
+from ssvd_kernels.ops.kernels.tile_sizes import ELEMENTS, GROUP, TileConfig, cdiv, linear_config, table_key
 from ssvd_kernels.ops.kernels.tiles import accumulate, cast, grouped_program, round_stochastically
 
 
 @triton.jit(do_not_specialize=["T"])
 def _add_product_kernel(
     y_ptr,
+    q_ptr,
+    basis_ptr,
+    out_ptr,
     stride_y_t,
     stride_y_d,
-    q_ptr,
     stride_q_t,
     stride_q_k,
-    basis_ptr,
     stride_basis_d,
     stride_basis_k,
-    out_ptr,
     stride_out_t,
     stride_out_d,
     T,
@@ -39,7 +39,6 @@ def _add_product_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_T: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     pid_t, pid_d = grouped_program(T, d, BLOCK_T, BLOCK_D, GROUP_T)
     offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -49,7 +48,7 @@ def _add_product_kernel(
     acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)  # [BLOCK_T, BLOCK_D]
     acc = accumulate(
         acc, q_ptr, stride_q_t, stride_q_k, basis_ptr, stride_basis_d, stride_basis_k,
-        offs_t, mask_t, offs_d, mask_d, 0, n, BLOCK_K, PRECISION, k,
+        offs_t, mask_t, offs_d, mask_d, 0, n, BLOCK_K, k,
     )  # fmt: skip
     row_t, row_d = offs_t.to(tl.int64)[:, None], offs_d.to(tl.int64)[None, :]
     y = tl.load(y_ptr + row_t * stride_y_t + row_d * stride_y_d, mask=mask, other=0.0)
@@ -78,13 +77,11 @@ def add_product(
     T, d = y.shape
     out = torch.empty((T, d), dtype=dtype, device=y.device)
     if T:
-        with current_device(y):
-            _add_product_kernel[(triton.cdiv(T, config.rows) * triton.cdiv(d, config.cols),)](
-                y, *y.stride(), q, *q.stride(), basis, *basis.stride(), out, *out.stride(),
-                T, d, q.shape[1], basis.shape[1],
-                STOCHASTIC=stochastic, BLOCK_T=config.rows, BLOCK_D=config.cols, BLOCK_K=config.depth, GROUP_T=GROUP,
-                PRECISION="ieee", **config.options,
-            )  # fmt: skip
+        launch(
+            _add_product_kernel, (cdiv(T, config.rows) * cdiv(d, config.cols), 1, 1), (y, q, basis, out),
+            (*y.stride(), *q.stride(), *basis.stride(), *out.stride(), T, d, q.shape[1], basis.shape[1]),
+            (stochastic, config.rows, config.cols, config.depth, GROUP), config,
+        )  # fmt: skip
     return out
 
 
@@ -99,7 +96,14 @@ def compose(weight: Tensor, U: Tensor, V: Tensor, core: Tensor) -> Tensor:
 
 
 @triton.jit
-def _add_update_kernel(y_ptr, update_ptr, out_ptr, size, d, BLOCK: tl.constexpr):
+def _add_update_kernel(
+    y_ptr,
+    update_ptr,
+    out_ptr,
+    size,
+    d,
+    BLOCK: tl.constexpr,
+):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     y = tl.load(y_ptr + place, mask=place < size, other=0.0).to(tl.float32)
     update = tl.load(update_ptr + place, mask=place < size, other=0.0).to(tl.float32)
@@ -111,8 +115,6 @@ def add_update(y: Tensor, update: Tensor) -> Tensor:
     y, update = y.contiguous(), update.contiguous()
     out = torch.empty_like(y)
     if y.numel():
-        with current_device(y):
-            _add_update_kernel[(triton.cdiv(y.numel(), ELEMENTS.cols),)](
-                y, update, out, y.numel(), y.shape[-1], BLOCK=ELEMENTS.cols, **ELEMENTS.options
-            )
+        grid, numbers = (cdiv(y.numel(), ELEMENTS.cols), 1, 1), (y.numel(), y.shape[-1])
+        launch(_add_update_kernel, grid, (y, update, out), numbers, (ELEMENTS.cols,), ELEMENTS)
     return out

@@ -6,23 +6,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssvd_kernels.ops.kernels.launch import aligned, current_device
-from ssvd_kernels.ops.kernels.tile_sizes import GROUP, rows_config, table_key
+from ssvd_kernels.ops.kernels.launch import aligned, launch
+from ssvd_kernels.ops.kernels.tile_sizes import GROUP, cdiv, rows_config, table_key
 from ssvd_kernels.ops.kernels.tiles import accumulate, cast, grouped_program
 
 
 @triton.jit(do_not_specialize=["T"])
 def _rows_product_kernel(
     z_ptr,
+    cores_ptr,
+    index_ptr,
+    out_ptr,
     stride_z_r,
     stride_z_t,
     stride_z_k,
-    cores_ptr,
     stride_cores_n,
     stride_cores_row,
     stride_cores_col,
-    index_ptr,
-    out_ptr,
     stride_out_r,
     stride_out_t,
     stride_out_k,
@@ -43,7 +43,7 @@ def _rows_product_kernel(
     acc = accumulate(
         acc, z_ptr + r * stride_z_r, stride_z_t, stride_z_k,
         cores_ptr + n * stride_cores_n, stride_cores_row, stride_cores_col,
-        offs_t, mask_t, offs_d, mask_d, 0, tl.where(n < 0, 0, k), BLOCK_K, "ieee",
+        offs_t, mask_t, offs_d, mask_d, 0, tl.where(n < 0, 0, k), BLOCK_K,
     )  # fmt: skip
     row_t, row_d = offs_t.to(tl.int64)[:, None], offs_d.to(tl.int64)[None, :]
     out = out_ptr + r * stride_out_r + row_t * stride_out_t + row_d * stride_out_k
@@ -60,9 +60,9 @@ def rows_product(z: Tensor, cores: Tensor, index: Tensor) -> Tensor:
     if out.numel():
         readable = aligned(z[0], cores[0]) and (z.stride(0) | cores.stride(0)) % 16 == 0
         config = rows_config(table_key(z.dtype, (cores.dtype,), readable), R, T, k)
-        with current_device(z):
-            _rows_product_kernel[(triton.cdiv(T, config.rows) * triton.cdiv(k, config.cols), R)](
-                z, *z.stride(), cores, *cores.stride(), index, out, *out.stride(), T, k,
-                BLOCK_T=config.rows, BLOCK_D=config.cols, BLOCK_K=config.depth, GROUP_T=GROUP, **config.options,
-            )  # fmt: skip
+        launch(
+            _rows_product_kernel, (cdiv(T, config.rows) * cdiv(k, config.cols), R, 1), (z, cores, index, out),
+            (*z.stride(), *cores.stride(), *out.stride(), T, k), (config.rows, config.cols, config.depth, GROUP),
+            config,
+        )  # fmt: skip
     return out

@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssvd_kernels.ops.kernels.launch import aligned, core_grad, current_device, padded_core
+from ssvd_kernels.ops.kernels.launch import aligned, core_grad, launch, padded_core
 from ssvd_kernels.ops.kernels.tile_sizes import (
     GROUP,
     TileConfig,
+    cdiv,
     linear_config,
     one_pass_config,
     one_pass_rank,
@@ -32,20 +33,20 @@ from ssvd_kernels.ops.kernels.tiles import accumulate, cast, grouped_program, pr
 @triton.jit(do_not_specialize=["T"])
 def _ssvd_linear_fwd_kernel(
     x_ptr,
+    w_ptr,
+    q_ptr,
+    u_ptr,
+    b_ptr,
+    y_ptr,
     stride_x_t,
     stride_x_d,
-    w_ptr,
     stride_w_n,
     stride_w_d,
-    q_ptr,
     stride_q_t,
     stride_q_k,
-    u_ptr,
     stride_u_n,
     stride_u_k,
-    b_ptr,
     stride_b_n,
-    y_ptr,
     stride_y_t,
     stride_y_n,
     T,
@@ -57,7 +58,6 @@ def _ssvd_linear_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_T: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     pid_t, pid_n = grouped_program(T, d_out, BLOCK_T, BLOCK_N, GROUP_T)
     offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -66,11 +66,11 @@ def _ssvd_linear_fwd_kernel(
     acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)  # [BLOCK_T, BLOCK_N]
     acc = accumulate(
         acc, x_ptr, stride_x_t, stride_x_d, w_ptr, stride_w_n, stride_w_d,
-        offs_t, mask_t, offs_n, mask_n, 0, d_in, BLOCK_K, PRECISION,
+        offs_t, mask_t, offs_n, mask_n, 0, d_in, BLOCK_K,
     )  # fmt: skip
     acc = accumulate(
         acc, q_ptr, stride_q_t, stride_q_k, u_ptr, stride_u_n, stride_u_k,
-        offs_t, mask_t, offs_n, mask_n, 0, k, BLOCK_K, PRECISION,
+        offs_t, mask_t, offs_n, mask_n, 0, k, BLOCK_K,
     )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(b_ptr + offs_n * stride_b_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
@@ -81,26 +81,26 @@ def _ssvd_linear_fwd_kernel(
 @triton.jit(do_not_specialize=["T"])
 def _ssvd_linear_one_pass_kernel(
     x_ptr,
+    w_ptr,
+    v_ptr,
+    core_ptr,
+    u_ptr,
+    b_ptr,
+    y_ptr,
+    z_ptr,
     stride_x_t,
     stride_x_d,
-    w_ptr,
     stride_w_n,
     stride_w_d,
-    v_ptr,
     stride_v_d,
     stride_v_k,
-    core_ptr,
     stride_core_i,
     stride_core_j,
-    u_ptr,
     stride_u_n,
     stride_u_k,
-    b_ptr,
     stride_b_n,
-    y_ptr,
     stride_y_t,
     stride_y_n,
-    z_ptr,
     stride_z_t,
     stride_z_k,
     T,
@@ -115,7 +115,6 @@ def _ssvd_linear_one_pass_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_T: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     pid_t, pid_n = grouped_program(T, d_out, BLOCK_T, BLOCK_N, GROUP_T)
     offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -136,8 +135,8 @@ def _ssvd_linear_one_pass_kernel(
         x = tl.load(x_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_T, BLOCK_K]
         w = tl.load(w_ptrs, mask=mask_d[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
         v = tl.load(v_ptrs, mask=mask_d[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_K, BLOCK_R]
-        acc = product(x, cast(w, dtype), acc, PRECISION)
-        acc_z = product(x, cast(v, dtype), acc_z, PRECISION)
+        acc = product(x, cast(w, dtype), acc)
+        acc_z = product(x, cast(v, dtype), acc_z)
         x_ptrs += step * stride_x_d
         w_ptrs += step * stride_w_d
         v_ptrs += step * stride_v_d
@@ -150,10 +149,10 @@ def _ssvd_linear_one_pass_kernel(
     mask_core = (offs_r < rank)[None, :] & (offs_r < rank)[:, None]
     core_t = tl.load(core_ptrs, mask=mask_core, other=0.0)  # [BLOCK_R, BLOCK_R]
     acc_q = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
-    acc_q = product(z, cast(core_t, dtype), acc_q, PRECISION)  # [BLOCK_T, BLOCK_R]
+    acc_q = product(z, cast(core_t, dtype), acc_q)  # [BLOCK_T, BLOCK_R]
     u_ptrs = u_ptr + row_n[None, :] * stride_u_n + offs_r[:, None] * stride_u_k
     u_t = tl.load(u_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_R, BLOCK_N]
-    acc = product(cast(acc_q, dtype), cast(u_t, dtype), acc, PRECISION)
+    acc = product(cast(acc_q, dtype), cast(u_t, dtype), acc)
     if HAS_BIAS:
         acc += tl.load(b_ptr + offs_n * stride_b_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + row_t[:, None] * stride_y_t + offs_n[None, :] * stride_y_n
@@ -167,13 +166,12 @@ def _products(x: Tensor, weight: Tensor, q: Tensor, U: Tensor, bias: Tensor | No
     key = table_key(x.dtype, (weight.dtype, U.dtype), aligned(x, weight, q, U))
 
     config = linear_config(key, T, d_out)
-    with current_device(x):
-        _ssvd_linear_fwd_kernel[(triton.cdiv(T, config.rows) * triton.cdiv(d_out, config.cols),)](
-            x, *x.stride(), weight, *weight.stride(), q, *q.stride(), U, *U.stride(),
-            y if bias is None else bias, 0 if bias is None else bias.stride(0), y, *y.stride(), T, d_in, d_out, k,
-            HAS_BIAS=bias is not None, BLOCK_T=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth,
-            GROUP_T=GROUP, PRECISION="ieee", **config.options,
-        )  # fmt: skip
+    b, grid = y if bias is None else bias, cdiv(T, config.rows) * cdiv(d_out, config.cols)
+    launch(
+        _ssvd_linear_fwd_kernel, (grid, 1, 1), (x, weight, q, U, b, y),
+        (*x.stride(), *weight.stride(), *q.stride(), *U.stride(), b.stride(-1), *y.stride(), T, d_in, d_out, k),
+        (bias is not None, config.rows, config.cols, config.depth, GROUP), config,
+    )  # fmt: skip
     return y
 
 
@@ -183,15 +181,13 @@ def _one_pass(
     (T, d_in), d_out, k = x.shape, weight.shape[0], V.shape[1]
     y = torch.empty((T, d_out), dtype=x.dtype, device=x.device)
     z = torch.empty((T, k), dtype=x.dtype, device=x.device) if need_z else None
-    grid = (triton.cdiv(T, config.rows) * triton.cdiv(d_out, config.cols),)
-    with current_device(x):
-        _ssvd_linear_one_pass_kernel[grid](
-            x, *x.stride(), weight, *weight.stride(), V, *V.stride(), core, *core.stride(), U, *U.stride(),
-            y if bias is None else bias, 0 if bias is None else bias.stride(0), y, *y.stride(),
-            *((y, 0, 0) if z is None else (z, *z.stride())), T, d_in, d_out, k, core.shape[0],
-            HAS_BIAS=bias is not None, NEED_Z=need_z, BLOCK_T=config.rows, BLOCK_N=config.cols, BLOCK_K=config.depth,
-            BLOCK_R=one_pass_rank(k), GROUP_T=GROUP, PRECISION="ieee", **config.options,
-        )  # fmt: skip
+    b, out_z, grid = y if bias is None else bias, y if z is None else z, cdiv(T, config.rows) * cdiv(d_out, config.cols)
+    launch(
+        _ssvd_linear_one_pass_kernel, (grid, 1, 1), (x, weight, V, core, U, b, y, out_z),
+        (*x.stride(), *weight.stride(), *V.stride(), *core.stride(), *U.stride(), b.stride(-1), *y.stride(),
+         *out_z.stride(), T, d_in, d_out, k, core.shape[0]),
+        (bias is not None, need_z, config.rows, config.cols, config.depth, one_pass_rank(k), GROUP), config,
+    )  # fmt: skip
     return y, z
 
 

@@ -60,16 +60,16 @@ def split_product(a, b, acc):
 
 
 @triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr):
+def product(a, b, acc):
     """acc + a b, accumulated in float32.
 
-    float32 tiles ("ieee") are summed apart: in one chain of sums over all of k the error would grow with sqrt(k).
+    float32 tiles are summed apart: in one chain of sums over all of k the error would grow with sqrt(k).
     """
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    if a.dtype == tl.float32 and PRECISION == "ieee":
-        return acc - tl.dot(-a, b, input_precision=PRECISION)  # the compiler would make a sum one chain again
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    if a.dtype == tl.float32:
+        return acc - tl.dot(-a, b, input_precision="ieee")  # the compiler would make a sum one chain again
+    return tl.dot(a, b, acc)
 
 
 @triton.jit
@@ -100,7 +100,6 @@ def accumulate(
     start,
     stop,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
     stop_b=None,
     scale_a=None,
     scale_b=None,
@@ -126,7 +125,7 @@ def accumulate(
         elif HOLLOW == "b":
             b = tl.where(j + tl.arange(0, BLOCK_K)[:, None] == offs_col[None, :], 0.0, b)
         if scale_a is None:
-            acc = product(a, cast(b, a.dtype), acc, PRECISION)
+            acc = product(a, cast(b, a.dtype), acc)
         else:
             acc = split_product(a * scale_a, b * scale_b, acc)
         a_ptrs += step * stride_a_k
