@@ -111,7 +111,8 @@ def exponent(rates: Mapping[Series, float]) -> tuple[float, float] | None:
     By least squares of logarithms, Student's t; infinite from no more rates than fit exactly.
     """
     x, y, groups = [], [], 0
-    for _, members in groupby(sorted(rates), key=lambda s: (s.model, s.shift, s.seed)):
+    key: Callable[[Series], tuple[str, str, int]] = lambda s: (s.model, s.shift, s.seed)  # noqa: E731
+    for _, members in groupby(sorted(rates, key=key), key=key):
         series = list(members)
         logs = np.log([s.rank for s in series]), np.log([rates[s] for s in series])
         x, y = [*x, *(logs[0] - logs[0].mean())], [*y, *(logs[1] - logs[1].mean())]

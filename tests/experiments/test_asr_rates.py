@@ -132,6 +132,12 @@ def test_the_exponent_is_recovered_with_its_interval():
     assert rates_report.exponent(two) == pytest.approx((1.7, math.inf))
 
 
+def test_each_seed_has_a_constant_of_its_own_in_the_exponent():
+    rates = {Series("tiny.en", "child", k, seed): 3.0**seed / k**1.7 for k in (48, 96, 242) for seed in (0, 1)}
+    p, half = rates_report.exponent(rates) or (0, 0)
+    assert p == pytest.approx(1.7) and half == pytest.approx(0, abs=1e-6)
+
+
 def test_losses_between_and_beyond_the_rates_tried():
     losses = {1e-4: 3.0, 1e-3: 2.0, 1e-2: 4.0, 1e-1: math.inf}
     assert rates_report.loss_at(10**-3.5, losses) == pytest.approx(2.5)
