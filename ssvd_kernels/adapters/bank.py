@@ -248,7 +248,11 @@ class AdapterBank:
     @torch.no_grad()
     def _fill(self, entry: _Entry, values: Values) -> None:
         """Computes the cores and puts them into a free slot of the pool."""
-        made = cores_of([Member(layer, values[name], entry.strength) for name, layer in self.layers.items()])
+        members = []
+        for name, layer in self.layers.items():
+            own = {key: value.to(layer.sigma.device) for key, value in values[name].items()}
+            members.append(Member(layer, own, entry.strength))
+        made = cores_of(members)
         entry.slot = self._free_slot()
         torch.cat([core.flatten() for core in made], out=self._pool[entry.slot])
 

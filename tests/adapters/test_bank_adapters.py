@@ -104,6 +104,13 @@ def test_adapters_by_name(net, bank):
     assert torch.equal(mixed(net, bank, 4 * ["again"]), mixed(net, bank, 4 * ["c"]))
 
 
+def test_values_from_elsewhere_come_to_the_layers_device(net, files):
+    """A file is read on the CPU; the "meta" device refuses, as a GPU does, to compute with tensors that are there."""
+    bank = sk.AdapterBank(net.to("meta"))
+    bank.add("a", files["a"])
+    assert "a" in bank
+
+
 def test_adding_factorises_nothing(net, files, monkeypatch):
     def forbidden(*arguments: object) -> None:
         raise AssertionError("factorised")
