@@ -189,7 +189,7 @@ def _best_lines(tried: Tried, rule: float) -> list[str]:
     lines.append("|---|---|" + "---:|" * 7)
     for series, losses in tried.items():
         lr = best_rate(losses)
-        kind = f"{series.shift}, by spectrum" if series.by_spectrum else series.shift
+        kind = f"{series.shift}, rates by spectrum" if series.by_spectrum else series.shift
         tails = [
             f"{lr:.2e}",
             f"{lr * series.rank**1.5:.2f}",

@@ -168,7 +168,9 @@ def test_everything_is_written(tmp_path):
     text = rates_report.write(results, gradients, 3.0, tmp_path)
     assert text == (tmp_path / "table.md").read_text()
     assert text.count("| tiny.en | all | 6 | 2.00 ± 0.00 |") == 2
-    assert "| tiny.en | child, by spectrum | 96 | 0 | 3 | 2.00e-04 | 0.19 | 1.2000 |" in text and "base" not in text
+    assert (
+        "| tiny.en | child, rates by spectrum | 96 | 0 | 3 | 2.00e-04 | 0.19 | 1.2000 |" in text and "base" not in text
+    )
     rows = rows_of(tmp_path / "cells.csv")
     assert len(rows) == sum(map(len, losses.values()))
     last = [(row["validation loss"], row["training loss"]) for row in rows if row["by spectrum"] == "1"]
