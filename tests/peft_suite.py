@@ -2,7 +2,8 @@
 
 CHECKOUT holds PEFT's source at the installed version. Its test modules are imported from there, and the tables of
 methods in them are exchanged for SSVD's rows; tests that name another method are left out. The last ones, of
-torch.compile, run with PEFT_DEBUG_WITH_TORCH_COMPILE=1. Those in HUB download models, and may fail where they cannot.
+torch.compile, run with PEFT_DEBUG_WITH_TORCH_COMPILE=1, on a small OPT and sentences that are made here. Those in HUB
+download models, and may fail where they cannot.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from typing import Any
@@ -19,7 +21,11 @@ import accelerate  # noqa: F401  (before the stand-ins below)
 import peft  # noqa: F401
 import pytest
 import torch
-import transformers  # noqa: F401
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch.utils.data import Dataset
 
 from ssvd_kernels.integrations.peft import SSVDPeftConfig
 
@@ -95,7 +101,6 @@ SEED = 0  # logarithms near 0, which some tests compare to 1e-5, must not be all
 HUB = {
     "test_multiple_adapters_automatic_modules_to_save": "bert-base-uncased",
     "test_multiple_adapters_no_needless_copy_modules_to_save": "peft-internal-testing/tiny-random-OPTForCausalLM",
-    "test_causal_lm": "peft-internal-testing/tiny-random-OPTForCausalLM and the data set english_quotes",
 }
 
 
@@ -116,8 +121,59 @@ def of_ssvd(item: pytest.Item) -> bool:
     return any(name in ROWS or name == "settings" for name in names) or item.originalname in GENERIC
 
 
+WORDS = "the quick brown fox jumps over a lazy dog and then sleeps all day in the sun near an old river".split()
+
+
+class Sentences(Dataset):
+    """What the tests of torch.compile do with a set of sentences of a data set, which is tokenized already."""
+
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+        self.rows = [dict(tokenizer(" ".join(WORDS[i % 7 : i % 7 + 8]))) for i in range(32)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int | slice) -> dict[str, Any]:
+        if isinstance(place, int):
+            return self.rows[place]
+        return {key: [row[key] for row in self.rows[place]] for key in self.rows[0]}
+
+
+class Unused:
+    """In place of classes of `datasets`, of which transformers asks whether data are of them."""
+
+
+class DataSet(dict[str, Sentences]):
+    def map(self, *_: object, **__: object) -> DataSet:
+        return self
+
+    remove_columns = map
+
+
+def without_hub(module: Any) -> None:
+    """Gives the tests of torch.compile a model, a tokenizer and data that are made here."""
+    if hasattr(module, "made_here"):
+        return
+    module.made_here = folder = tempfile.TemporaryDirectory()
+    special = ("<unk>", "<pad>", "</s>")
+    model = WordLevel({word: i for i, word in enumerate(dict.fromkeys([*special, *WORDS]))}, unk_token="<unk>")
+    plain = Tokenizer(model)
+    plain.pre_tokenizer = Whitespace()
+    names = dict(zip(("unk_token", "pad_token", "eos_token"), special))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, model_max_length=64, **names)
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2}
+    tokens = {"vocab_size": 64, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
+    config = transformers.OPTConfig(num_attention_heads=2, max_position_embeddings=128, **sizes, **tokens)
+    for saved in (transformers.OPTForCausalLM(config), tokenizer):
+        saved.save_pretrained(folder.name)
+    module.TestTorchCompileCausalLM.model_id = folder.name
+    module.load_dataset_english_quotes = lambda: DataSet(train=Sentences(tokenizer))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if hasattr(metafunc.module, "TestTorchCompileCausalLM"):
+        without_hub(metafunc.module)
     settings = getattr(metafunc.module, "SETTINGS", {})
     settings.clear()
     settings["ssvd"] = SSVDPeftConfig(task_type="CAUSAL_LM"), {}
@@ -127,6 +183,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    entries = {*GENERIC, *LEFT_OUT, *HUB}
+    if gone := sorted(entry for entry in entries if not any(item.name.startswith(entry) for item in items)):
+        raise pytest.UsageError(f"no test of PEFT begins with {', '.join(gone)}: take that out of {__file__}")
     ours = [item for item in items if of_ssvd(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in ours])
     items[:] = ours
@@ -152,7 +211,7 @@ def _for_ssvd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def main(checkout: str, *options: str) -> int:
     for name in ("datasets", "diffusers"):  # that the helpers of PEFT's tests import, but not these tests
         if importlib.util.find_spec(name) is None:
-            sys.modules[name] = module = MagicMock()
+            sys.modules[name] = module = MagicMock(Dataset=Unused, IterableDataset=Unused)
             module.__spec__ = ModuleSpec(name, None)
     os.chdir(checkout)
     arguments = ["-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider", *FILES, *options]

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssvd_kernels.ops.kernels.constants import LARGE, NOT_UNIT
+from ssvd_kernels.ops.kernels.cayley_float64 import gauss_jordan, redo_large_
 from ssvd_kernels.ops.kernels.launch import launch
-from ssvd_kernels.ops.kernels.tile_sizes import CAYLEY_LEAF, CAYLEY_PACK, CAYLEY_WIDE, cayley_config, cdiv
+from ssvd_kernels.ops.kernels.tile_sizes import CAYLEY_LEAF, CAYLEY_PACK, cayley_config, cdiv
 from ssvd_kernels.ops.kernels.tiles import accumulate, scale_for
 
 CONVERGENT = tl.constexpr(0.25)  # ||N N||_F^2 up to which a leaf is inverted by a series
@@ -79,21 +79,6 @@ def _unskew_kernel(
 
 
 @triton.jit
-def _gauss_jordan(a, n, ONE: tl.constexpr, BLOCK: tl.constexpr):
-    """a = A - ONE I becomes A^-1 - ONE I, without pivoting; with ONE = 1 nothing is lost of a small a."""
-    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-    for p in range(n):
-        row = tl.sum(tl.where(i == p, a, 0.0), axis=0)[None, :]
-        col = tl.sum(tl.where(j == p, a, 0.0), axis=1)[:, None]
-        pivot = tl.sum(tl.where(i == p, col, 0.0))
-        inverse = 1.0 / (ONE + pivot)
-        scaled = tl.where(j == p, inverse, row * inverse)
-        own = -pivot * inverse if ONE else inverse
-        a = tl.where(i == p, tl.where(j == p, own, scaled), tl.where(j == p, 0.0, a) - col * scaled)
-    return a
-
-
-@triton.jit
 def _square_product(a_ptr, stride_a, a, b_ptr, stride_b, b, n, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
     """a b of matrices (n, n) in memory and in registers: products of whole tiles in registers would spill them."""
     offs = tl.arange(0, BLOCK)
@@ -133,7 +118,7 @@ def _cayley_leaf_kernel(
     R = _square_product(n_ptr, stride_row, F, n_ptr, stride_row, F, n, BLOCK, DEPTH)
     size = tl.sum(R * R)
     if size > CONVERGENT:
-        tl.store(n_ptrs, (2 * _gauss_jordan(-F.to(tl.float64), n, 1, BLOCK)).to(tl.float32), mask=mask)
+        tl.store(n_ptrs, (2 * gauss_jordan(-F.to(tl.float64), n, 1, BLOCK)).to(tl.float32), mask=mask)
     else:
         small = tl.sum(F * F) * 2.0**-26  # an R of this size leaves less than the rounding of F after a last step
         steps = 0
@@ -156,111 +141,6 @@ def _cayley_leaf_kernel(
         tl.debug_barrier()
         F += R + _square_product(f_ptr, stride_row, F, r_ptr, BLOCK, R, n, BLOCK, DEPTH)
         tl.store(n_ptrs, 2 * F, mask=mask)
-
-
-@triton.jit
-def _cayley_check_kernel(
-    theta_ptr,
-    e_ptr,
-    failed_ptr,
-    k,
-    n,
-    LARGE: tl.constexpr,
-    NOT_UNIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Whether a block of columns of K or of G = I + E is one that float32 may not serve, see csrc/cayley.h."""
-    batch, col, offs = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK, tl.arange(0, BLOCK)
-    theta_ptr += batch * (k * (k - 1) // 2)
-    squares = tl.zeros((BLOCK,), dtype=tl.float32)  # of the columns of K
-    excess = tl.zeros((BLOCK,), dtype=tl.float32)  # of those of G, over 1
-    for row in range(0, k, BLOCK):
-        i, j = row + offs[:, None], col + offs[None, :]
-        e = tl.load(e_ptr + batch * n * n + i * n + j, mask=(i < k) & (j < k), other=0.0)
-        excess += tl.sum(e * tl.where(i == j, e + 2, e), axis=0)
-        i, j = min(row, col) + offs[:, None], max(row, col) + offs[None, :]
-        place = i * (2 * k - i - 1) // 2 - i - 1 + j
-        upper = tl.load(theta_ptr + place, mask=(i < j) & (j < k), other=0.0)
-        if row <= col:
-            squares += tl.sum(upper * upper, axis=0)
-        if row >= col:
-            squares += tl.sum(upper * upper, axis=1)
-    served = (squares <= LARGE) & (tl.abs(excess) <= NOT_UNIT)  # false for what is not a number
-    tl.store(failed_ptr + batch * tl.num_programs(1) + tl.program_id(1), 1 - tl.min(served.to(tl.int32)))
-
-
-@triton.jit
-def _load_wide(high_ptr, low_ptr, i, j, n):
-    return tl.load(high_ptr + i * n + j).to(tl.float64) + tl.load(low_ptr + i * n + j).to(tl.float64)
-
-
-@triton.jit
-def _store_wide(high_ptr, low_ptr, i, j, n, value):
-    tl.debug_barrier()  # what `value` was made of has been read
-    high = value.to(tl.float32)
-    tl.store(high_ptr + i * n + j, high)
-    tl.store(low_ptr + i * n + j, (value - high.to(tl.float64)).to(tl.float32))
-
-
-@triton.jit
-def _cayley_wide_kernel(
-    theta_ptr,
-    e_ptr,
-    low_ptr,
-    failed_ptr,
-    blocks,
-    k,
-    n,
-    BLOCK: tl.constexpr,
-):
-    """E (n, n) anew where a block of it failed: block Gauss-Jordan on A = I + K in float64, A stored as e + low.
-
-    Of few matrices, so one program does a whole one, and needs no memory of its own.
-    """
-    batch, offs = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    theta_ptr += batch * (k * (k - 1) // 2)
-    e_ptr += batch * n * n
-    low_ptr += batch * n * n
-    failed = 0
-    for block in range(blocks):
-        failed += tl.load(failed_ptr + batch * blocks + block)
-    if failed > 0:
-        for row in range(0, n, BLOCK):
-            for col in range(0, n, BLOCK):
-                i, j = row + offs[:, None], col + offs[None, :]
-                first, last = tl.minimum(i, j), tl.maximum(i, j)
-                place = first * (2 * k - first - 1) // 2 - first - 1 + last
-                upper = tl.load(theta_ptr + place, mask=(i != j) & (last < k), other=0.0)
-                value = tl.where(i < j, upper, tl.where(i > j, -upper, 1.0)).to(tl.float64)
-                _store_wide(e_ptr, low_ptr, i, j, n, value)
-        for p in range(0, n, BLOCK):
-            r, c = p + offs[:, None], p + offs[None, :]
-            tl.debug_barrier()
-            pivot = _gauss_jordan(_load_wide(e_ptr, low_ptr, r, c, n), BLOCK, 0, BLOCK)
-            for col in range(0, n, BLOCK):
-                if col != p:
-                    j = col + offs[None, :]
-                    value = tl.dot(pivot, _load_wide(e_ptr, low_ptr, r, j, n), out_dtype=tl.float64)
-                    _store_wide(e_ptr, low_ptr, r, j, n, value)
-            tl.debug_barrier()
-            for row in range(0, n, BLOCK):
-                if row != p:
-                    i = row + offs[:, None]
-                    column = _load_wide(e_ptr, low_ptr, i, c, n)
-                    for col in range(0, n, BLOCK):
-                        if col != p:
-                            j = col + offs[None, :]
-                            value = _load_wide(e_ptr, low_ptr, i, j, n)
-                            value -= tl.dot(column, _load_wide(e_ptr, low_ptr, r, j, n), out_dtype=tl.float64)
-                            _store_wide(e_ptr, low_ptr, i, j, n, value)
-                    _store_wide(e_ptr, low_ptr, i, c, n, -tl.dot(column, pivot, out_dtype=tl.float64))
-            _store_wide(e_ptr, low_ptr, r, c, n, pivot)
-        tl.debug_barrier()
-        for row in range(0, n, BLOCK):
-            for col in range(0, n, BLOCK):
-                i, j = row + offs[:, None], col + offs[None, :]
-                value = 2 * (_load_wide(e_ptr, low_ptr, i, j, n) - tl.where(i == j, 1.0, 0.0))
-                _store_wide(e_ptr, low_ptr, i, j, n, value)
 
 
 @triton.jit
@@ -332,7 +212,7 @@ def cayley_delta(theta: Tensor, k: int) -> Tensor:
     scratch, rest, largest = torch.empty_like(E), theta.new_empty((B, LEAF, LEAF)), _largest(theta)
     _inverse_delta_(E, scratch, rest, largest)
     if n > LEAF:
-        _redo_large_(E, theta, k, scratch)
+        redo_large_(E, theta, k, scratch)
     return E
 
 
@@ -373,16 +253,6 @@ def _inverse_delta_(N: Tensor, scratch: Tensor, rest: Tensor, largest: Tensor) -
     _multiply_add(N12, -2.0, R, -1.0, R, N22, largest)  # E12 = -2 R (I + S)^-1
     _multiply_add(N21, -2.0, L, -1.0, N22, L, largest)  # E21 = -2 (I + S)^-1 L
     _multiply_add(N11, 1.0, N11, -1.0, N12, L, largest)  # E11 = 2 F11 - E12 L
-
-
-def _redo_large_(E: Tensor, theta: Tensor, k: int, scratch: Tensor) -> None:
-    """Does those matrices of the batch again, in float64, that float32 did not serve."""
-    B, n, blocks = len(E), E.shape[-1], cdiv(k, CAYLEY_PACK.rows)
-    failed = torch.empty((B, blocks), dtype=torch.int32, device=E.device)
-    constants = LARGE, NOT_UNIT, CAYLEY_PACK.rows
-    launch(_cayley_check_kernel, (B, blocks, 1), (theta, E, failed), (k, n), constants, CAYLEY_PACK)
-    numbers = blocks, k, n
-    launch(_cayley_wide_kernel, (B, 1, 1), (theta, E, scratch, failed), numbers, (CAYLEY_WIDE.rows,), CAYLEY_WIDE)
 
 
 def _multiply_add(

@@ -31,7 +31,7 @@ from ssvd_kernels.ops.triton_linear import core_operand, operand, rows_product_b
 pytestmark = pytest.mark.xdist_group("launches")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 ADA, HOPPER = 89, 90
-MODULES = ("cayley", "compose", "rows_product", "ssvd_linear")
+MODULES = ("cayley", "cayley_float64", "compose", "rows_product", "ssvd_linear")
 CORE_GRAD = ["_to_copy", "_to_copy", "mm"]  # on the CPU; on a GPU it is one product
 NO_PRODUCT = ("_skew_kernel", "_unskew_kernel", "_cayley_check_kernel", "_add_update_kernel")
 FLOAT64 = ("_cayley_wide_kernel",)  # multiplies without tensor cores where these have no float64
