@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import ssvd_kernels as sk
 from ssvd_kernels import __main__
+from ssvd_kernels.cli.merge import write_missing
 from ssvd_kernels.ops import dispatch, extension, reference
 
 COMMANDS = ["average", "convert", "info", "inspect", "merge", "plan", "selftest"]
@@ -204,6 +205,25 @@ def test_what_faster_whisper_wants_is_written_or_asked_for(capsys, files, tmp_pa
         (base / name).unlink()
     status, _, err = call(capsys, "merge", base, files.adapter, tmp_path / "none", "--ctranslate2")
     assert status == 2 and "--ctranslate2 requires Whisper's tokenizer" in err and not (tmp_path / "none").exists()
+
+
+def test_tokenizer_json_is_made_of_a_vocabulary_and_merges(files, tmp_path):
+    """As folders of older releases of transformers have them; faster-whisper reads tokenizer.json alone."""
+    from transformers import AutoTokenizer
+
+    base = shutil.copytree(files.base, tmp_path / "base")
+    kept = json.loads((base / "tokenizer.json").read_text())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).unlink()
+    (base / "vocab.json").write_text(json.dumps(kept["model"]["vocab"]))
+    (base / "merges.txt").write_text("#version: 0.2\n")
+    (base / "added_tokens.json").write_text(json.dumps({t["content"]: t["id"] for t in kept["added_tokens"]}))
+    write_missing(base, 80)
+    made = AutoTokenizer.from_pretrained(base)
+    assert (base / "tokenizer.json").is_file() and made.get_vocab() == AutoTokenizer.from_pretrained(
+        files.base
+    ).get_vocab()
+    assert made.encode("a b", add_special_tokens=False) == [made.get_vocab()[token] for token in ("a", "Ġ", "b")]
 
 
 def test_inspect_tells_what_the_file_holds(capsys, files):

@@ -305,6 +305,18 @@ def test_each_set_is_heard_and_scored_in_its_own_language(clips, tmp_path, monke
     assert known == ["es", "en", "es", "es", "en"]
 
 
+def test_english_source_sets_beside_speech_of_another_language(command, monkeypatch):
+    def add_source(corpus: speech.Corpus, data: Path) -> None:
+        corpus.source = {"other speakers": corpus.test[:2]}
+        corpus.source_validation = corpus.test[2:4]
+
+    monkeypatch.setattr(speech.Corpus, "add_source", add_source)
+    arguments = [argument for argument in command if argument != "--no-source"]
+    training, validation, sets = demo.gather(demo.parse([*arguments, "--language", "es"]))
+    assert training.language == "es" and [data.language for data in validation] == ["es", "en"]
+    assert [data.language for data in sets.values()] == ["es", "en"] and list(sets)[1] == "other speakers"
+
+
 def test_transcribe_prints_what_it_hears(ct2_folder, tmp_path, monkeypatch, capsys):
     audio = write_wav(tmp_path / "a.wav", tone(300, 1))
     base = ["transcribe", "--model", str(ct2_folder.path), "--window", "2"]
