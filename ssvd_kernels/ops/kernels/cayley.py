@@ -209,7 +209,8 @@ def cayley_delta(theta: Tensor, k: int) -> Tensor:
         return theta.new_zeros((B, n, n))
     E = theta.new_empty((B, n, n))
     launch(_skew_kernel, _block_pairs(B, n), (theta, E), (*E.stride()[:2], k, n), (CAYLEY_PACK.rows,), CAYLEY_PACK)
-    scratch, rest, largest = torch.empty_like(E), theta.new_empty((B, LEAF, LEAF)), _largest(theta)
+    scratch, rest = torch.empty_like(E), theta.new_empty((B, LEAF, LEAF))
+    largest = _largest(theta) if n > LEAF else rest  # a leaf alone has scales of its own
     _inverse_delta_(E, scratch, rest, largest)
     if n > LEAF:
         redo_large_(E, theta, k, scratch)
