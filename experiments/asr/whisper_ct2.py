@@ -218,6 +218,9 @@ def load_whisper_ct2(
     file = read_ct2(path)
     if file.spec != "WhisperSpec":
         raise DemoError(f"{path}: must contain a WhisperSpec, got {file.spec}")
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise DemoError(f"{path}: {name} is missing beside it")
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"),

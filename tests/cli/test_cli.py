@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 
 import ssvd_kernels as sk
 from ssvd_kernels import __main__
-from ssvd_kernels.cli.merge import write_missing
 from ssvd_kernels.ops import dispatch, extension, reference
 
 COMMANDS = ["average", "convert", "info", "inspect", "merge", "plan", "selftest"]
@@ -207,23 +206,29 @@ def test_what_faster_whisper_wants_is_written_or_asked_for(capsys, files, tmp_pa
     assert status == 2 and "--ctranslate2 requires Whisper's tokenizer" in err and not (tmp_path / "none").exists()
 
 
-def test_tokenizer_json_is_made_of_a_vocabulary_and_merges(files, tmp_path):
-    """As folders of older releases of transformers have them; faster-whisper reads tokenizer.json alone."""
-    from transformers import AutoTokenizer
+def test_the_tokenizer_of_an_older_folder_is_written_as_faster_whisper_reads_it(capsys, files, tmp_path):
+    """Such folders have the vocabulary, the merges and the special tokens in files of their own."""
+    pytest.importorskip("ctranslate2")
+    from tokenizers import Tokenizer
 
     base = shutil.copytree(files.base, tmp_path / "base")
-    kept = json.loads((base / "tokenizer.json").read_text())
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (base / name).unlink()
-    (base / "vocab.json").write_text(json.dumps(kept["model"]["vocab"]))
+    known = Tokenizer.from_file(str(base / "tokenizer.json"))
+    (base / "tokenizer.json").unlink()
+    words = known.get_vocab(with_added_tokens=False)
+    added = {token: number for token, number in known.get_vocab().items() if token not in words}
+    for name, content in {
+        "vocab.json": words,
+        "added_tokens.json": added,
+        "tokenizer_config.json": {"tokenizer_class": "WhisperTokenizer"},
+    }.items():
+        (base / name).write_text(json.dumps(content))
     (base / "merges.txt").write_text("#version: 0.2\n")
-    (base / "added_tokens.json").write_text(json.dumps({t["content"]: t["id"] for t in kept["added_tokens"]}))
-    write_missing(base, 80)
-    made = AutoTokenizer.from_pretrained(base)
-    assert (base / "tokenizer.json").is_file() and made.get_vocab() == AutoTokenizer.from_pretrained(
-        files.base
-    ).get_vocab()
-    assert made.encode("a b", add_special_tokens=False) == [made.get_vocab()[token] for token in ("a", "Ġ", "b")]
+    before = sorted(base.iterdir())
+    assert call(capsys, "merge", base, files.adapter, tmp_path / "out", "--ctranslate2")[0] == 0
+    written = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert written.get_vocab() == known.get_vocab() and sorted(base.iterdir()) == before
+    text = "<|en|>Grüße, tone 1"
+    assert written.encode(text, add_special_tokens=False).ids == known.encode(text).ids
 
 
 def test_inspect_tells_what_the_file_holds(capsys, files):

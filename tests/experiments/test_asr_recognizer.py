@@ -58,6 +58,13 @@ def test_reader_refuses_another_model(ct2_folder, name, value, message):
         load_whisper_ct2(ct2_folder.path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_reader_names_the_file_that_is_missing(ct2_folder, name):
+    (ct2_folder.path / name).unlink()
+    with pytest.raises(DemoError, match=rf"model\.bin: {name} is missing beside it"):
+        load_whisper_ct2(ct2_folder.path)
+
+
 def test_reader_refuses_damaged_files(ct2_folder):
     path = ct2_folder.path / "model.bin"
     whole = path.read_bytes()

@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from asr_tiny import command as tiny_command
-from asr_tiny import tone, write_wav
+from asr_tiny import tone, write_built_in, write_wav
 
 import ssvd_kernels as sk
 from experiments.asr import DemoError, demo, report, runfolder, speech, strength, train, transcribe
@@ -180,6 +180,21 @@ def test_without_a_choice_everything_trains(command, arguments, said, trained, t
     assert len(training) == trained and validation == [] and list(sets) == ["m"]
 
 
+def test_the_source_domain_stays_english_beside_another_language(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_built_in(tmp_path / "data")
+    asked = [argument for argument in command if argument != "--no-source"]
+    args = demo.parse([*asked, "--language", "es", "--data", str(tmp_path / "data")])
+    training, validation, sets = demo.gather(args)
+    assert training.language == "es" and [data.language for data in validation] == ["es", "en"]
+    languages = {"m": "es", speech.AS_RECORDED: "en", "LibriVox reader": "en", "playing cards": "en"}
+    assert {name: data.language for name, data in sets.items()} == languages
+    prompts = [{clip.text for clip in data.clips} for data in (validation[1], sets[speech.AS_RECORDED])]
+    assert all(prompts) and not prompts[0] & prompts[1]
+    assert all(text.startswith("This is prompt") for text in set.union(*prompts))
+    assert [len(sets[name]) for name in ("LibriVox reader", "playing cards")] == [3, 3]  # without those too long
+
+
 def test_which_strength_is_chosen(monkeypatch):
     points = [strength.Point(s, Score([(t, 100, 0, 1)]), Score([(o, 100, 0, 1)])) for s, t, o in
               ((0.25, 9, 2), (0.5, 5, 4), (0.75, 4, 5), (1.0, 3, 9))]  # fmt: skip
@@ -303,18 +318,6 @@ def test_each_set_is_heard_and_scored_in_its_own_language(clips, tmp_path, monke
     monkeypatch.setattr(sk, "set_strength", lambda *args: None)
     strength.measure(recognizer, Mock(), {}, [1.0], clips, english)
     assert known == ["es", "en", "es", "es", "en"]
-
-
-def test_english_source_sets_beside_speech_of_another_language(command, monkeypatch):
-    def add_source(corpus: speech.Corpus, data: Path) -> None:
-        corpus.source = {"other speakers": corpus.test[:2]}
-        corpus.source_validation = corpus.test[2:4]
-
-    monkeypatch.setattr(speech.Corpus, "add_source", add_source)
-    arguments = [argument for argument in command if argument != "--no-source"]
-    training, validation, sets = demo.gather(demo.parse([*arguments, "--language", "es"]))
-    assert training.language == "es" and [data.language for data in validation] == ["es", "en"]
-    assert [data.language for data in sets.values()] == ["es", "en"] and list(sets)[1] == "other speakers"
 
 
 def test_transcribe_prints_what_it_hears(ct2_folder, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from bounds import assert_bounded
@@ -81,6 +83,17 @@ def test_which_biases_train_and_that_they_come_back(bias, tmp_path):
     train_randomly(model).eval().save_pretrained(str(tmp_path))
     loaded = peft.PeftModel.from_pretrained(base_model(), str(tmp_path))
     assert torch.equal(run(loaded), run(model))
+
+
+@pytest.mark.parametrize("bias", ["none", "ssvd_only", "all"])
+def test_disabling_warns_of_biases_that_stay_changed(bias):
+    model = peft.get_peft_model(base_model(), config(bias=bias))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with model.disable_adapter():
+            pass
+    sentences = [str(warning.message) for warning in caught]
+    assert any(f"bias configured to be '{bias}'" in sentence for sentence in sentences) == (bias != "none")
 
 
 FORMS = [

@@ -182,6 +182,20 @@ def tone_clips(folder: Path) -> speech.Speech:
     return speech.Speech(made, "test")
 
 
+def write_built_in(data: Path) -> None:
+    """Under `data` 40 English prompts of silence, and two sets of four tones, of which the last lasts too long."""
+    (prompts := data / fetch.ASTERISK / "audio").mkdir(parents=True)
+    lines = [f"p{i}: This is prompt number {i}.\n" for i in range(40)]
+    prompts.with_name("prompts.txt").write_text("".join(lines))
+    for i in range(len(lines)):
+        (prompts / f"p{i}.g722").write_bytes(bytes(4000))  # half a second
+    for name in ("librivox", "cards"):
+        (folder := data / fetch.SPHINX / name).mkdir(parents=True)
+        (folder / "test.transcription").write_text("".join(f"<s> words of {i} </s> ({i})\n" for i in range(4)))
+        for i in range(4):
+            write_wav(folder / f"{i}.wav", tone(300, 1 if i < 3 else speech.MAX_PROMPT_SECONDS + 1))
+
+
 def manifest(folder: Path, *lines: object) -> Path:
     path = folder / "m.jsonl"
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
