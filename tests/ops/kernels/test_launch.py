@@ -6,8 +6,10 @@ import gc
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, Mock, patch
 
 import pytest
 
@@ -100,3 +102,33 @@ def test_not_without_end(compiler):
 
 def test_no_tensor_is_kept(compiler):
     assert compiler.submit(left_alive).result() == 0
+
+
+def test_a_launch_is_on_the_device_of_the_tensors(monkeypatch):
+    """Twice: as Triton does it, and past it."""
+    current, seen = [0], []
+
+    @contextmanager
+    def device(number: int) -> Iterator[None]:
+        current.append(number)
+        yield
+        current.pop()
+
+    def compiled(*arguments: Any, stream: int) -> None:
+        seen.append((current[-1], stream))
+
+    def first(*arguments: Any, **options: Any) -> Any:
+        seen.append((current[-1], None))
+        return {(1, 1, 1): compiled}
+
+    active = SimpleNamespace(get_current_device=lambda: current[-1], get_current_stream=lambda device: 10 + device)
+    monkeypatch.setattr(module, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(module, "_COMPILED", {})
+    monkeypatch.setattr(torch.cuda, "device", device)
+    tensor = Mock(dtype=BF16, get_device=lambda: 1, data_ptr=lambda: 0)
+    kernel = MagicMock()
+    kernel.__getitem__.return_value = first
+    for _ in range(2):
+        module.launch(kernel, (1, 1, 1), (tensor,), (), (), TILE)
+    assert seen == [(1, None), (1, 11)] and current == [0]
